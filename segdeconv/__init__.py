@@ -1,0 +1,36 @@
+"""Segmentation networks with network deconvolution (Ye et al., ICLR 2020): convert, train, fold, export.
+
+Importing the package does no work; names below load what they need when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "NetworkDeconvConfig": "config",
+    "UserError": "errors",
+    "WhitenedConv2d": "layers",
+    "WhitenedLinear": "layers",
+    "convert_to_network_deconv": "convert",
+    "calibrate": "convert",
+    "fold_network_deconv": "fold",
+    "load_checkpoint": "checkpoint",
+    "export_onnx": "export",
+    "Segmenter": "runtime",
+}
+
+__all__ = list(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'segdeconv' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"segdeconv.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,177 @@
+"""Runs and checkpoints on disk. Everything is safetensors, YAML and JSON: loading never runs code.
+
+A run folder holds ``recipe.yaml``, ``metrics.jsonl``, ``last.safetensors`` and ``best.safetensors``. A
+checkpoint is the network's state dict with its recipe, class names and scores in the file's metadata, so that
+one file is enough to rebuild the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from segdeconv.config import Recipe, recipe_from_dict, recipe_to_dict
+from segdeconv.errors import UserError
+from segdeconv.models import build_model
+
+FORMAT = "segdeconv/1"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says about itself, besides weights."""
+
+    recipe: Recipe
+    task: str
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    epoch: int
+    scores: dict[str, Any]
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file next to ``path``, then rename it there: all or nothing.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: _write(temporary, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def create_run_folder(path: Path, recipe: Recipe) -> None:
+    """Make a new run folder with its recipe.
+
+    Raises:
+        UserError: the folder cannot be made, or holds a run already.
+    """
+    if (path / "metrics.jsonl").exists():
+        raise UserError(f"{path}: holds a run already; choose another --out, or remove it first")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot make the run folder ({error.strerror})") from None
+    write_text(path / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
+
+
+def save_checkpoint(path: Path, model: nn.Module, info: CheckpointInfo) -> None:
+    """Write weights and what they belong to, atomically."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "recipe": json.dumps(recipe_to_dict(info.recipe)),
+        "task": info.task,
+        "classes": json.dumps(info.classes),
+        "palette": json.dumps(info.palette),
+        "epoch": str(info.epoch),
+        "scores": json.dumps(info.scores),
+    }
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def find_checkpoint(run: str | Path) -> Path:
+    """The best checkpoint of a run folder, or the file itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(run)
+    if path.is_dir():
+        for name in ("best.safetensors", "last.safetensors"):
+            if (path / name).is_file():
+                return path / name
+        raise UserError(
+            f"{path}: holds no checkpoint (best.safetensors or last.safetensors); train a run there"
+        )
+    if not path.is_file():
+        raise UserError(f"{path}: no such run folder or checkpoint")
+    return path
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """The metadata of a checkpoint.
+
+    Raises:
+        UserError: the file is damaged, or not one of ours.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: not a safetensors file, or damaged ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of segdeconv (its metadata has no format {FORMAT!r})")
+    try:
+        return CheckpointInfo(
+            recipe=recipe_from_dict(json.loads(metadata["recipe"]), str(path)),
+            task=metadata["task"],
+            classes=tuple(json.loads(metadata["classes"])),
+            palette=tuple(tuple(color) for color in json.loads(metadata["palette"])),
+            epoch=int(metadata["epoch"]),
+            scores=json.loads(metadata["scores"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: its metadata is damaged ({error!r})") from None
+
+
+def load_checkpoint(run: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, CheckpointInfo]:
+    """Rebuild the network of a run folder or checkpoint, in evaluation mode.
+
+    Raises:
+        UserError: nothing is there, the file is damaged, or the weights do not fit the recipe.
+    """
+    path = find_checkpoint(run)
+    info = read_info(path)
+    model, _ = build_model(info.recipe.model, len(info.classes), pretrained=False)
+    _load_state(model, path)
+    return model.to(device).eval(), info
+
+
+def load_weights_into(model: nn.Module, run: str | Path) -> None:
+    """Load a checkpoint's weights into a network of the same architecture and twin.
+
+    Raises:
+        UserError: nothing is there, the file is damaged, or the weights do not fit.
+    """
+    path = find_checkpoint(run)
+    read_info(path)
+    _load_state(model, path)
+
+
+def _load_state(model: nn.Module, path: Path) -> None:
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: not a safetensors file, or damaged ({error})") from None
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        what = lines[1] if len(lines) > 1 else lines[0]
+        raise UserError(f"{path}: its weights do not fit the network: {what[:200]}") from None

@@ -1,0 +1,278 @@
+"""Recipes: frozen dataclasses, validated on construction, loaded from YAML.
+
+One recipe describes one run: which network and twin, which data, how it is trained. This file parses and
+checks; it builds nothing. Validation is pydantic's; the messages are ours, one sentence that names the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from segdeconv.errors import UserError
+
+_STRICT = ConfigDict(extra="forbid")
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Size = tuple[Positive, Positive]  # height, width in pixels
+
+
+@dataclass(frozen=True, config=_STRICT)
+class NetworkDeconvConfig:
+    """Settings of network deconvolution; the defaults are those of the paper's code.
+
+    Attributes:
+        mode: 'exact' is the method on blocks of whole channels with bias-corrected running values.
+            'reference' is the authors' FastDeconv to the letter: interleaved blocks, one mean for all
+            blocks, running values that start at zero and identity. It is there to load their checkpoints.
+        block_size: most channels of a convolution that are whitened together.
+        linear_block_size: the same for linear layers.
+        eps: ε in (Cov + εI)^(-1/2).
+        num_iters: coupled Newton-Schulz iterations.
+        momentum: weight of a new batch in the running values.
+        sampling_stride: statistics use every n-th position, in units of the convolution's stride.
+    """
+
+    mode: Literal["exact", "reference"] = "exact"
+    block_size: Positive = 64
+    linear_block_size: Positive = 512
+    eps: Annotated[float, Field(gt=0)] = 1e-5
+    num_iters: Positive = 5
+    momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
+    sampling_stride: Positive = 3
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """Which network.
+
+    Attributes:
+        architecture: a name in `segdeconv.models.ARCHITECTURES`, or architecture and encoder joined as in
+            ``unet_resnet18``.
+        encoder: an smp or timm encoder, for architectures that take one.
+        norm: 'nd' converts the network with network deconvolution, 'bn' keeps its batch norm.
+        options: further keyword arguments of the builder, such as ``decoder_channels``.
+        init: a run or checkpoint of the batch-norm twin to start from.
+        warm_start: a deconvolved network keeps the function of the weights it starts with (those of ``init``,
+            or pretrained ones asked for in ``options``): batch norms are folded, and the statistics are
+            calibrated on training images before the first step.
+    """
+
+    architecture: str
+    encoder: str | None = None
+    norm: Literal["bn", "nd"] = "nd"
+    options: dict[str, Any] = Field(default_factory=dict)
+    init: str | None = None
+    warm_start: bool = False
+    network_deconv: NetworkDeconvConfig = Field(default_factory=NetworkDeconvConfig)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """Which data, and how pictures are prepared.
+
+    Attributes:
+        dataset: a name in `segdeconv.data.DATASETS`.
+        root: folder of the data, relative to the working directory.
+        size: height and width every picture is resized to before anything else; None keeps pictures as they
+            are.
+        crop: height and width of training crops; None trains on whole pictures.
+        pad: pixels added on every side before the training crop.
+        scale: range of the random scale factor in training.
+        hflip: mirror half of the training pictures.
+        color: strength of the colour jitter in training, 0 to 1.
+        classes: class names in label order, for datasets that do not bring their own.
+        palette: one RGB colour a class, 0 to 255; None takes evenly spread colours.
+        ignore_index: label value that counts in neither loss nor metrics.
+        train, val: what each split is called in the dataset's folders.
+        count: pictures in the train and the val split of a drawn dataset (toy).
+        mean, std: normalisation in units of 0 to 1, RGB.
+        num_workers: loader processes; 0 loads in the training process.
+    """
+
+    dataset: str
+    root: str | None = None
+    size: Size | None = None
+    crop: Size | None = None
+    pad: Annotated[int, Field(ge=0)] = 0
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 1.0)
+    hflip: bool = True
+    color: Fraction = 0.0
+    classes: tuple[str, ...] | None = None
+    palette: tuple[tuple[int, int, int], ...] | None = None
+    ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
+    train: str = "train"
+    val: str = "val"
+    count: tuple[Positive, Positive] = (320, 48)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    num_workers: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale must be (smallest, largest), not {self.scale}")
+        if self.crop is None and (self.scale != (1.0, 1.0) or self.pad):
+            raise ValueError("scale and pad change the size of pictures, so they need crop")
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes holds a name twice")
+        if self.palette is not None and self.classes is not None and len(self.palette) != len(self.classes):
+            raise ValueError(
+                f"palette has {len(self.palette)} colours for {len(self.classes)} classes; give one each"
+            )
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        lr: the peak learning rate, reached after ``warmup_epochs`` of linear warm-up.
+        schedule: 'poly' is (1 - t)^``poly_power``, 'cosine' is (1 + cos πt) / 2, 'constant' stays at lr.
+        amp: autocast to 'bf16' or 'fp16' (with loss scaling), or 'off'.
+        label_smoothing: as in cross-entropy.
+        aux_weight: weight of the auxiliary head's loss, where the network has one.
+        eval_every: epochs between evaluations; the last epoch is always evaluated.
+    """
+
+    epochs: Positive = 30
+    batch_size: Positive = 8
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    poly_power: Annotated[float, Field(gt=0)] = 0.9
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    label_smoothing: Fraction = 0.0
+    aux_weight: Annotated[float, Field(ge=0)] = 0.4
+    eval_every: Positive = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Recipe:
+    """One run: network, data, training."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+
+_RECIPE = TypeAdapter(Recipe)
+
+
+def recipe_from_dict(values: Any, source: str) -> Recipe:
+    """Validate a nested mapping.
+
+    Raises:
+        UserError: names ``source``, the first wrong key, its value, and the nearest right key.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: expected a mapping with the keys name, model, data and train")
+    try:
+        return _RECIPE.validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_sentence(error)}") from None
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain values that YAML and JSON can hold, and `recipe_from_dict` reads back to an equal recipe."""
+    return _RECIPE.dump_python(recipe, mode="json")
+
+
+def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file, or one of the package's own by name, and apply ``key.path=value`` overrides.
+
+    Raises:
+        UserError: the file is missing or is no YAML, or a key or value is wrong.
+    """
+    path = find_recipe(path_or_name)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
+    if isinstance(values, dict):
+        values.setdefault("name", path.stem)
+        for override in overrides or []:
+            _apply(values, override)
+    return recipe_from_dict(values, str(path))
+
+
+def own_recipes() -> dict[str, Path]:
+    """The recipes that come with the package: name to file."""
+    folder = Path(str(resources.files("segdeconv") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    own = own_recipes()
+    if str(path_or_name) in own:
+        return own[str(path_or_name)]
+    near = difflib.get_close_matches(str(path_or_name), own, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"own recipes are {', '.join(own)}"
+    raise UserError(f"no recipe file and no recipe of the package is called {str(path_or_name)!r}; {hint}")
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: expected key=value, such as train.lr=0.05")
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override!r}: {parent!r} is a value, not a section of the recipe")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: {text!r} is no YAML value") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "recipe"
+    if first["type"] in ("unexpected_keyword_argument", "dataclass_unexpected_keyword"):
+        *parents, wrong = first["loc"]
+        known = _fields(parents)
+        near = difflib.get_close_matches(str(wrong), known, n=1)
+        return f"unknown key {where!r}; " + (
+            f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+        )
+    if first["type"] in ("missing", "missing_argument"):
+        return f"the key {where!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+    return f"{where}{value}: {message}"
+
+
+def _fields(path: list[Any]) -> list[str]:
+    cls: Any = Recipe
+    sections = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "train": TrainConfig,
+        "network_deconv": NetworkDeconvConfig,
+    }
+    for part in path:
+        cls = sections.get(part, cls)
+    return [field.name for field in dataclasses.fields(cls)]

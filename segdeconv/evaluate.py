@@ -1,0 +1,141 @@
+"""Evaluation: one road from pictures to scores, for a torch network and for an exported graph."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, write_text
+from segdeconv.config import DataConfig
+from segdeconv.data import Samples, eval_loader, open_samples
+from segdeconv.errors import UserError
+from segdeconv.metrics import MAIN_METRIC, classification_scores, new_confusion, segmentation_scores
+from segdeconv.models import main_output, size_multiple
+from segdeconv.progress import Bar
+
+Predict = Callable[[Tensor], Tensor]
+"""Normalised pictures (n, 3, H, W) to class numbers, (n, H, W) or (n,), on the same device."""
+
+
+def torch_predictor(model: nn.Module, amp: torch.dtype | None = None) -> Predict:
+    """The arg max of a network in evaluation mode."""
+    model.eval()
+
+    @torch.inference_mode()
+    def predict(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+            return main_output(model(images)).argmax(1)
+
+    return predict
+
+
+def onnx_predictor(path: str | Path) -> Predict:
+    """The same from an exported graph, through `segdeconv.runtime`."""
+    from segdeconv.runtime import Segmenter
+
+    segmenter = Segmenter(path)
+
+    def predict(images: Tensor) -> Tensor:
+        return torch.from_numpy(segmenter.run(images.cpu().numpy()).astype(np.int64)).to(images.device)
+
+    return predict
+
+
+def score(
+    predict: Predict,
+    loader: DataLoader,
+    samples: Samples,
+    ignore_index: int,
+    device: torch.device | str,
+    title: str = "evaluating",
+) -> dict[str, Any]:
+    """Scores of ``predict`` over a loader; see `segdeconv.metrics` for what they are."""
+    confusion = new_confusion(len(samples.classes), ignore_index).to(device)
+    for images, targets in Bar(loader, len(loader), title):
+        confusion.update(predict(images.to(device)), targets.to(device))
+    by_task = {"segmentation": segmentation_scores, "classification": classification_scores}
+    return by_task[samples.task](confusion.compute(), samples.classes)
+
+
+def check_fit(info: CheckpointInfo, samples: Samples) -> None:
+    """Raise UserError unless the data has the checkpoint's classes."""
+    if samples.classes != info.classes:
+        raise UserError(
+            f"the data has {len(samples.classes)} classes ({', '.join(samples.classes[:3])}, ...), the checkpoint "
+            f"was trained on {len(info.classes)} ({', '.join(info.classes[:3])}, ...); check data.dataset and classes"
+        )
+
+
+def evaluate_run(
+    run: str | Path,
+    device: torch.device | str = "cpu",
+    onnx: str | Path | None = None,
+    batch_size: int | None = None,
+    root: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run on its recipe's validation split, with PyTorch or, given ``onnx``, with onnxruntime.
+
+    The scores are also written to ``eval.json`` (``eval_onnx.json``) beside the checkpoint.
+
+    Raises:
+        UserError: no such run, or its data is not there or has other classes.
+    """
+    from dataclasses import replace
+
+    model, info = load_checkpoint(run, device)
+    data = info.recipe.data if root is None else replace(info.recipe.data, root=root)
+    samples = open_samples(data, "val")
+    check_fit(info, samples)
+    loader = eval_loader(samples, data, batch_size or info.recipe.train.batch_size, size_multiple(model))
+    predict = torch_predictor(model) if onnx is None else onnx_predictor(onnx)
+    scores = score(predict, loader, samples, data.ignore_index, device)
+    result = {
+        "recipe": info.recipe.name,
+        "split": data.val,
+        "samples": len(samples),
+        "epoch": info.epoch,
+        "engine": "pytorch" if onnx is None else "onnxruntime",
+        **scores,
+    }
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    write_text(
+        folder / ("eval.json" if onnx is None else "eval_onnx.json"),
+        json.dumps(_without_nan(result), indent=1),
+    )
+    return result
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: an absent class is null there."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return value
+
+
+def table(scores: dict[str, Any], task: str) -> Table:
+    """Scores as a table for the terminal."""
+    per_class = scores["iou" if task == "segmentation" else "recall"]
+    out = Table("class", "IoU" if task == "segmentation" else "recall", "share of truth")
+    counts = np.array(scores["confusion"], dtype=np.int64)
+    shares = counts.sum(1) / max(counts.sum(), 1)
+    for (name, value), share in zip(per_class.items(), shares, strict=True):
+        out.add_row(name, "absent" if math.isnan(value) else f"{value:.4f}", f"{share:.4f}")
+    out.add_section()
+    out.add_row(MAIN_METRIC[task], f"{scores[MAIN_METRIC[task]]:.4f}", "")
+    if task == "segmentation":
+        out.add_row("pixel_acc", f"{scores['pixel_acc']:.4f}", "")
+    return out
+
+
+__all__ = ["DataConfig", "check_fit", "evaluate_run", "onnx_predictor", "score", "table", "torch_predictor"]

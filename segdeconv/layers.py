@@ -1,0 +1,270 @@
+"""Convolution and linear layers that whiten what they read. They hold state; the mathematics is whitening.py.
+
+Network Deconvolution, Ye et al., ICLR 2020 (arXiv 1905.11926), algorithm 1. In training the whitening matrix
+and the mean come from the batch, with gradient; in evaluation they are running values. Either way the layer
+is one plain convolution with folded parameters, which `to_conv` and `to_linear` return.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segdeconv.config import NetworkDeconvConfig
+from segdeconv.whitening import (
+    channels_per_block,
+    channels_per_block_reference,
+    fold_whitening,
+    inverse_sqrt,
+    patch_moments,
+    sample_patches,
+    to_blocks,
+)
+
+_Base = nn.Module if TYPE_CHECKING else object
+
+
+class Whitened(_Base):
+    """Running values and the road from batch to folded parameters, shared by the layers below.
+
+    Buffers (G groups, K blocks, F features a block):
+        running_mean: (G, K, F), K is 1 in reference mode.
+        running_whitening: (G, F, F).
+        num_batches_tracked: how many finite batches the running values have seen.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_whitening: Tensor
+    num_batches_tracked: Tensor
+
+    def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:
+        """``channels`` and ``taps`` are those of one group."""
+        self.config = config
+        limit = config.block_size if isinstance(self, nn.Conv2d) else config.linear_block_size
+        reference = config.mode == "reference"
+        if reference and groups > 1:
+            block = channels  # the authors keep one matrix a group, whatever the block size
+        else:
+            block = (channels_per_block_reference if reference else channels_per_block)(channels, limit)
+        self.num_blocks = channels // block
+        # The authors interleave (channel, tap) features over blocks in convolutions, not in linear layers.
+        self.interleaved = reference and isinstance(self, nn.Conv2d)
+        features = taps * block
+        means = 1 if reference else self.num_blocks
+        self.register_buffer("running_mean", torch.zeros(groups, means, features))
+        self.register_buffer("running_whitening", torch.eye(features).repeat(groups, 1, 1))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def _sample(self, x: Tensor) -> Tensor:
+        """Rows of features to take statistics of, (N, G·K·F) in float32 or wider."""
+        raise NotImplementedError
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Mean (G, K, F), covariance (G, F, F) and number of sampled rows N of one batch."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows = self._sample(x)
+            patches = to_blocks(
+                rows.unflatten(1, (len(self.running_mean), -1)), self.num_blocks, self.interleaved
+            )
+            mean, cov = patch_moments(patches.permute(1, 2, 0, 3), self.config.mode == "reference")
+        return mean, cov, len(rows)
+
+    def whitening_from(self, cov_GFF: Tensor) -> Tensor:
+        """The whitening matrices (G, F, F) of covariances, by this layer's settings."""
+        with torch.autocast(cov_GFF.device.type, enabled=False):
+            return inverse_sqrt(cov_GFF, self.config.eps, self.config.num_iters)
+
+    def effective_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the plain layer this layer is for the batch ``x``.
+
+        In training from the statistics of ``x``, and the running values are updated. In evaluation, and for a
+        batch with a single sampled position, which has no covariance, from the running values.
+        """
+        if not self.training:
+            return self.folded_parameters()
+        mean, cov, rows = self.moments(x)
+        if rows * self.num_blocks < 2:
+            return self.folded_parameters()
+        whitening = self.whitening_from(cov)
+        self._update_running(mean.detach(), whitening.detach())
+        with torch.autocast(x.device.type, enabled=False):
+            return fold_whitening(
+                self.weight, self._bias(), whitening, mean, self.num_blocks, self.interleaved
+            )
+
+    def folded_parameters(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the plain layer this layer is in evaluation."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return fold_whitening(
+                self.weight,
+                self._bias(),
+                self.running_whitening,
+                self.running_mean,
+                self.num_blocks,
+                self.interleaved,
+            )
+
+    def _bias(self) -> Tensor:
+        return self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, whitening: Tensor) -> None:
+        # Tensor arithmetic throughout: a Python branch on NaN would make every step wait for the device.
+        finite = mean.isfinite().all() & whitening.isfinite().all()
+        self.num_batches_tracked += finite
+        if self.config.mode == "reference":
+            step = torch.full_like(self.num_batches_tracked, self.config.momentum, dtype=mean.dtype)
+        else:
+            # Adam's bias correction, written as a step size: the first batch counts in full.
+            forgotten = (1 - self.config.momentum) ** self.num_batches_tracked.clamp(min=1).to(mean.dtype)
+            step = self.config.momentum / (1 - forgotten)
+        for running, batch in ((self.running_mean, mean), (self.running_whitening, whitening)):
+            batch = torch.where(finite, batch.to(running.dtype), running)
+            running.lerp_(batch, step.to(running.dtype))
+
+
+class WhitenedConv2d(Whitened, nn.Conv2d):
+    """`torch.nn.Conv2d` that whitens the patches it reads, in blocks of ``config.block_size`` whole channels.
+
+    Takes and returns what Conv2d does: (n, C, H, W) to (n, O, Ho, Wo). ``stride``, ``padding`` and
+    ``dilation`` may be changed after construction, as on the torch layer.
+
+    Source: arXiv 1905.11926, algorithm 1 and section 3.3.
+    """
+
+    plain_type: type[nn.Conv2d] = nn.Conv2d
+
+    def __init__(self, *args, config: NetworkDeconvConfig | None = None, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(*args, **kwargs)
+        height, width = self.kernel_size
+        self._init_whitening(
+            config or NetworkDeconvConfig(), self.in_channels // self.groups, self.groups, height * width
+        )
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, config: NetworkDeconvConfig | None = None) -> WhitenedConv2d:
+        """Whiten an existing convolution: its Parameters are reused, a missing bias is added as zeros."""
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,
+            conv.groups,
+            padding_mode=conv.padding_mode,
+            config=config,
+        )
+        if type(conv).__name__ == "Conv2dSame":  # timm's: padded by the input's size, at any stride
+            layer.plain_type = type(conv)
+            layer.padding = "same"
+        return _adopt(layer, conv)
+
+    def to_conv(self) -> nn.Conv2d:
+        """The plain convolution that computes what this layer does in evaluation."""
+        conv = self.plain_type(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            device="meta",
+        )
+        conv.padding_mode = self.padding_mode
+        return _give(self, conv)
+
+    def _padding_lrtb(self, x: Tensor) -> tuple[int, int, int, int]:
+        if self.padding == "valid":
+            return 0, 0, 0, 0
+        if self.padding == "same":  # the odd pixel goes to the right and to the bottom
+            top, bottom = self._same_padding(x.shape[-2], 0)
+            left, right = self._same_padding(x.shape[-1], 1)
+            return left, right, top, bottom
+        py, px = self.padding  # type: ignore[misc]
+        return px, px, py, py  # type: ignore[return-value]
+
+    def _same_padding(self, size: int, axis: int) -> tuple[int, int]:
+        stride, reach = self.stride[axis], self.dilation[axis] * (self.kernel_size[axis] - 1)
+        total = max((math.ceil(size / stride) - 1) * stride + reach + 1 - size, 0)
+        return total // 2, total - total // 2
+
+    def _sample(self, x: Tensor) -> Tensor:
+        every = self.config.sampling_stride
+        if self.config.mode == "reference" and self.kernel_size[0] == 1:
+            # The authors skip along flattened rows here, over image borders.
+            rows = x.to(torch.promote_types(x.dtype, torch.float32)).permute(0, 2, 3, 1).flatten(0, 2)
+            return rows[:: (every * self.stride[0]) ** 2]
+        stride = (every * self.stride[0], every * self.stride[1])
+        return sample_patches(
+            x,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self._padding_lrtb(x),
+            self.padding_mode,
+            stride,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.effective_parameters(x)
+        padding = self.padding
+        if self.padding_mode != "zeros" or (padding == "same" and max(self.stride) > 1):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = F.pad(x, self._padding_lrtb(x), mode=mode), 0
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class WhitenedLinear(Whitened, nn.Linear):
+    """`torch.nn.Linear` that whitens the features it reads, in blocks of ``config.linear_block_size``.
+
+    Takes and returns what Linear does: (..., C) to (..., O); every row is a sample.
+
+    Source: arXiv 1905.11926, algorithm 1 and section 3.3.
+    """
+
+    def __init__(self, *args, config: NetworkDeconvConfig | None = None, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(*args, **kwargs)
+        self._init_whitening(config or NetworkDeconvConfig(), self.in_features, groups=1, taps=1)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: NetworkDeconvConfig | None = None) -> WhitenedLinear:
+        """Whiten an existing linear layer: its Parameters are reused, a missing bias is added as zeros."""
+        return _adopt(cls(linear.in_features, linear.out_features, config=config), linear)
+
+    def to_linear(self) -> nn.Linear:
+        """The plain linear layer that computes what this layer does in evaluation."""
+        return _give(self, nn.Linear(self.in_features, self.out_features, device="meta"))
+
+    def _sample(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.in_features).to(torch.promote_types(x.dtype, torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.effective_parameters(x)
+        return F.linear(x, weight, bias)
+
+
+def _adopt(layer, plain):  # type: ignore[no-untyped-def]
+    """Give the whitened ``layer`` the Parameters, place, precision and mode of the ``plain`` one."""
+    layer.to(device=plain.weight.device, dtype=plain.weight.dtype).train(plain.training)
+    layer.weight = plain.weight
+    if plain.bias is not None:
+        layer.bias = plain.bias
+    else:
+        nn.init.zeros_(layer.bias)
+        layer.bias.requires_grad_(plain.weight.requires_grad)
+    return layer
+
+
+def _give(layer, plain):  # type: ignore[no-untyped-def]
+    """Give the ``plain`` layer the folded parameters, place, precision and mode of the whitened one."""
+    weight, bias = layer.folded_parameters()
+    plain.weight = nn.Parameter(weight.detach(), requires_grad=layer.weight.requires_grad)
+    plain.bias = nn.Parameter(bias.detach(), requires_grad=layer.weight.requires_grad)
+    return plain.train(layer.training)

@@ -1,0 +1,111 @@
+"""Networks by name. Each is written, or taken from smp, torchvision or timm, once, with batch norm.
+
+The deconvolved twin comes from `segdeconv.convert`; there is no second copy of any architecture.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from segdeconv.config import ModelConfig
+from segdeconv.convert import ConversionReport, convert_to_network_deconv
+from segdeconv.errors import UserError
+from segdeconv.models import cifar, classification, segmentation
+from segdeconv.models.registry import Architecture, merge
+
+ARCHITECTURES: dict[str, Architecture] = merge(
+    segmentation.ARCHITECTURES, classification.ARCHITECTURES, cifar.ARCHITECTURES
+)
+
+_PRETRAINED_OPTIONS = ("weights", "weights_backbone", "encoder_weights", "pretrained")
+
+
+def resolve(config: ModelConfig) -> tuple[Architecture, str | None]:
+    """The architecture and encoder a model configuration names.
+
+    A name in `ARCHITECTURES` wins; then ``ARCHITECTURE_ENCODER`` is split; then timm's classifiers are tried.
+
+    Raises:
+        UserError: nothing is called that; the message names what is near.
+    """
+    name = config.architecture
+    if name in ARCHITECTURES:
+        architecture, encoder = ARCHITECTURES[name], config.encoder
+    else:
+        # The longest architecture name first: unetplusplus before unet.
+        heads = sorted((a for a in ARCHITECTURES if name.startswith(a + "_")), key=len, reverse=True)
+        heads = [head for head in heads if ARCHITECTURES[head].takes_encoder]
+        if heads and config.encoder is None:
+            architecture, encoder = ARCHITECTURES[heads[0]], name[len(heads[0]) + 1 :]
+        elif timm.is_model(name) and config.encoder is None:
+            architecture, encoder = classification.timm_architecture(name), None
+        else:
+            near = difflib.get_close_matches(name, [*ARCHITECTURES, *timm.list_models()], n=1)
+            known = ", ".join(segmentation.ARCHITECTURES)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {known} and torchvision's and timm's"
+            raise UserError(f"no architecture is called {name!r}; {hint}")
+    if architecture.takes_encoder:
+        encoder = segmentation.check_encoder(encoder or architecture.default_encoder)
+    elif encoder is not None:
+        raise UserError(f"{name} takes no encoder, so model.encoder = {encoder!r} must go")
+    return architecture, encoder
+
+
+def build_model(
+    config: ModelConfig, num_classes: int, pretrained: bool = True
+) -> tuple[nn.Module, ConversionReport | None]:
+    """Build the network a recipe describes, converted when ``config.norm`` is 'nd'.
+
+    Args:
+        num_classes: outputs of the head.
+        pretrained: False ignores options that ask for downloaded weights and ``config.init``; used before a
+            checkpoint is loaded.
+
+    Returns:
+        The network, in training mode, and what the conversion did (None for 'bn').
+
+    Raises:
+        UserError: unknown architecture, encoder or option.
+    """
+    architecture, encoder = resolve(config)
+    options = dict(config.options)
+    if not pretrained:
+        options = {key: value for key, value in options.items() if key not in _PRETRAINED_OPTIONS}
+    model = _call(architecture, encoder, num_classes, options, config.architecture)
+    if pretrained and config.init is not None:
+        from segdeconv.checkpoint import load_weights_into
+
+        load_weights_into(model, config.init)
+    if config.norm == "bn":
+        return model, None
+    return convert_to_network_deconv(model, config.network_deconv, warm_start=config.warm_start)
+
+
+def _call(
+    architecture: Architecture, encoder: str | None, num_classes: int, options: dict[str, Any], name: str
+) -> nn.Module:
+    try:
+        return architecture.build(num_classes, encoder, options)
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        what = f"{name} with encoder {encoder}" if encoder else name
+        raise UserError(f"{what} cannot be built with model.options = {options}: {first}") from None
+
+
+def size_multiple(model: nn.Module) -> int:
+    """What height and width of the network's input must be a multiple of, in pixels."""
+    if getattr(model, "requires_divisible_input_shape", False):  # smp says so itself
+        return int(model.encoder.output_stride)  # type: ignore[union-attr,arg-type]
+    return 1
+
+
+def main_output(output: Any) -> torch.Tensor:
+    """The logits of a network that may return them in a dictionary, as torchvision's segmenters do."""
+    return output["out"] if isinstance(output, dict) else output

@@ -1,0 +1,85 @@
+"""Segmentation networks: smp's with any smp or timm encoder; torchvision's (the paper's) with aux head."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+import torchvision
+from segmentation_models_pytorch.encoders import encoders as smp_encoders
+from torch import nn
+
+from segdeconv.errors import UserError
+from segdeconv.models.registry import Architecture
+
+_SMP = (
+    "unet",
+    "unetplusplus",
+    "manet",
+    "linknet",
+    "fpn",
+    "pspnet",
+    "deeplabv3",
+    "deeplabv3plus",
+    "pan",
+    "upernet",
+    "segformer",
+    "dpt",
+)
+_TORCHVISION = (
+    "fcn_resnet50",
+    "fcn_resnet101",
+    "deeplabv3_resnet50",
+    "deeplabv3_resnet101",
+    "deeplabv3_mobilenet_v3_large",
+    "lraspp_mobilenet_v3_large",
+)
+
+
+def check_encoder(name: str) -> str:
+    """An encoder's name as smp takes it: smp's own, or a timm network (``tu-`` is put before it)."""
+    if name in smp_encoders or name.startswith("tu-"):
+        return name
+    if timm.is_model(name):
+        return f"tu-{name}"
+    near = difflib.get_close_matches(name, [*smp_encoders, *timm.list_models()], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "see segmentation_models_pytorch's list of encoders"
+    raise UserError(f"no encoder is called {name!r}; {hint}")
+
+
+def _check_options(architecture: str, options: dict[str, Any]) -> None:
+    known = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture].__init__).parameters
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(list(known)[1:])}"
+            raise UserError(f"{architecture} takes no option model.options.{key}; {hint}")
+
+
+def _smp(architecture: str) -> Architecture:
+    def build(num_classes: int, encoder: str | None, options: dict[str, Any]) -> nn.Module:
+        options = {"encoder_weights": None, **options}
+        if not str(encoder).startswith("tu-"):  # timm checks further arguments, smp's encoders ignore them
+            _check_options(architecture, options)
+        return smp.create_model(architecture, encoder, classes=num_classes, **options)
+
+    default = "tu-vit_tiny_patch16_224" if architecture == "dpt" else "resnet18"
+    return Architecture("segmentation", build, takes_encoder=True, default_encoder=default)
+
+
+def _torchvision(name: str) -> Architecture:
+    def build(num_classes: int, encoder: str | None, options: dict[str, Any]) -> nn.Module:
+        defaults: dict[str, Any] = {"weights": None, "weights_backbone": None}
+        if not name.startswith("lraspp"):
+            defaults["aux_loss"] = True
+        return torchvision.models.get_model(name, num_classes=num_classes, **(defaults | options))
+
+    return Architecture("segmentation", build)
+
+
+ARCHITECTURES: dict[str, Architecture] = {name: _smp(name) for name in _SMP} | {
+    name: _torchvision(name) for name in _TORCHVISION
+}

@@ -1,0 +1,48 @@
+"""Progress of long work: a rich bar with ETA on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+T = TypeVar("T")
+_LINE_EVERY = 20.0  # seconds between plain lines
+
+
+class Bar:
+    """Iterate with progress; ``note`` is shown behind the bar and may be set at any time."""
+
+    def __init__(self, items: Iterable[T], total: int, title: str) -> None:
+        self.items, self.total, self.title, self.note = items, total, title, ""
+
+    def __iter__(self) -> Iterator[T]:
+        yield from self._on_terminal() if console.is_terminal else self._as_lines()
+
+    def _on_terminal(self) -> Iterator[T]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(self.title, total=self.total, note="")
+            for item in self.items:
+                yield item
+                progress.update(task, advance=1, note=self.note)
+
+    def _as_lines(self) -> Iterator[T]:
+        start = last = time.monotonic()
+        for done, item in enumerate(self.items, 1):
+            yield item
+            now = time.monotonic()
+            if now - last >= _LINE_EVERY and done < self.total:
+                left = (now - start) / done * (self.total - done)
+                console.print(f"{self.title}: {done}/{self.total}, {left:.0f} s left {self.note}".rstrip())
+                last = now
