@@ -60,6 +60,7 @@ class ModelConfig:
         encoder: an smp or timm encoder, for architectures that take one.
         norm: 'nd' converts the network with network deconvolution, 'bn' keeps its batch norm.
         options: further keyword arguments of the builder, such as ``decoder_channels``.
+        keep: names of layers and batch norms that stay as they are in the twin, with * and ? as wildcards.
         init: a run or checkpoint of the batch-norm twin to start from.
         warm_start: a deconvolved network keeps the function of the weights it starts with (those of ``init``,
             or pretrained ones asked for in ``options``): batch norms are folded, and the statistics are
@@ -70,6 +71,7 @@ class ModelConfig:
     encoder: str | None = None
     norm: Literal["bn", "nd"] = "nd"
     options: dict[str, Any] = Field(default_factory=dict)
+    keep: tuple[str, ...] = ()
     init: str | None = None
     warm_start: bool = False
     network_deconv: NetworkDeconvConfig = Field(default_factory=NetworkDeconvConfig)

@@ -15,6 +15,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +131,7 @@ def convert_to_network_deconv(
         if reason:
             kept[name] = reason
 
-    swaps: dict[nn.Module, nn.Module] = {}
+    swaps: dict[Any, nn.Module] = {}
     folds: list[tuple[str, str]] = []
     for name, module in modules.items():
         kind = type(module).__name__
@@ -146,6 +147,8 @@ def convert_to_network_deconv(
             entry = _plan_batch_norm(name, module, modules, structure, kept, folds, warm_start)
             if entry.action != "kept":
                 swaps[module] = leftover(module)
+                if name in structure.norm_before and hasattr(swaps[module], "inplace"):
+                    structure.in_place.add(f"{name}.act")
             report.layers.append(entry)
     if not any(isinstance(module, _WEIGHTED) for module in swaps):
         raise UserError(
@@ -164,6 +167,8 @@ def convert_to_network_deconv(
             swaps[module] = WhitenedLinear.from_linear(module, config)
         elif warm_start and module not in {modules[norm] for norm, _ in folds}:
             swaps[module] = nn.Sequential(_as_affine(module), swaps[module])
+    for name in structure.in_place:
+        modules[name].inplace = False  # type: ignore[assignment]
     return replace_modules(model, swaps), report
 
 
@@ -189,7 +194,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Whitened)}
     if not layers:
         raise UserError("calibrate: the network holds no whitened layer; convert it first")
-    totals: dict[str, list[Tensor | int]] = {}
+    totals: dict[str, list[Any]] = {}
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -201,7 +206,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
                 totals[name] = [rows, mean * rows, second * rows]
             else:
                 for i, value in enumerate((rows, mean * rows, second * rows)):
-                    totals[name][i] += value  # type: ignore[operator]
+                    totals[name][i] += value
 
         return hook
 
@@ -222,9 +227,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
 
     for name, (rows, mean_sum, second_sum) in totals.items():
         layer = layers[name]
-        mean: Tensor = mean_sum / rows  # type: ignore[assignment,operator]
+        mean = mean_sum / rows
         per_block = mean.expand(-1, layer.num_blocks, -1)
-        cov = second_sum / rows - per_block.transpose(1, 2) @ per_block / layer.num_blocks  # type: ignore[operator]
+        cov = second_sum / rows - per_block.transpose(1, 2) @ per_block / layer.num_blocks
         whitening = layer.whitening_from(cov)
         if not (whitening.isfinite().all() and mean.isfinite().all()):
             raise UserError(f"calibrate: the statistics of {name} are not finite; check the input images")
@@ -240,44 +245,44 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     return model
 
 
-def fold_batch_norm(layer: nn.Module, norm: nn.Module) -> None:
+def fold_batch_norm(layer: Any, norm: Any) -> None:
     """Fold evaluation-mode batch norm ``norm`` into the layer before it, in place."""
     scale, shift = _affine(norm)
-    weight = layer.weight.detach().double()  # type: ignore[operator,union-attr]
-    bias = 0 if layer.bias is None else layer.bias.detach().double()  # type: ignore[operator,union-attr]
-    dtype, trained = layer.weight.dtype, bool(layer.weight.requires_grad)  # type: ignore[union-attr]
+    weight = layer.weight.detach().double()
+    bias = 0 if layer.bias is None else layer.bias.detach().double()
+    dtype, trained = layer.weight.dtype, bool(layer.weight.requires_grad)
     if isinstance(layer, TRANSPOSED):  # (C, O of a group, kh, kw), groups along C
-        grouped = weight.unflatten(0, (layer.groups, -1))  # type: ignore[arg-type]
-        scale_GO = scale.view(layer.groups, 1, -1, *(1,) * (weight.ndim - 2))  # type: ignore[call-overload]
+        grouped = weight.unflatten(0, (layer.groups, -1))
+        scale_GO = scale.view(layer.groups, 1, -1, *(1,) * (weight.ndim - 2))
         weight = (grouped * scale_GO).flatten(0, 1)
     else:
         weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
-    layer.weight = nn.Parameter(weight.to(dtype), trained)  # type: ignore[arg-type]
-    layer.bias = nn.Parameter((bias * scale + shift).to(dtype), trained)  # type: ignore[arg-type]
+    layer.weight = nn.Parameter(weight.to(dtype), trained)
+    layer.bias = nn.Parameter((bias * scale + shift).to(dtype), trained)
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Evaluation-mode batch norm as scale and shift, float64."""
-    mean, var = norm.running_mean.double(), norm.running_var.double()  # type: ignore[operator,union-attr]
-    scale = (var + norm.eps).rsqrt()  # type: ignore[operator]
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    scale = (var + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()  # type: ignore[operator,union-attr]
+        scale = scale * norm.weight.detach().double()
     shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()  # type: ignore[operator,union-attr]
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
-def _as_affine(norm: nn.Module) -> nn.Module:
+def _as_affine(norm: Any) -> nn.Module:
     """A batch norm with no layer before it to fold into, as a depthwise 1x1 convolution."""
     scale, shift = _affine(norm)
-    conv = nn.Conv2d(len(scale), len(scale), 1, groups=len(scale))
-    conv.to(device=scale.device, dtype=norm.running_mean.dtype)  # type: ignore[arg-type,union-attr]
+    conv: Any = nn.Conv2d(len(scale), len(scale), 1, groups=len(scale))
+    conv.to(device=scale.device, dtype=norm.running_mean.dtype)
     with torch.no_grad():
         conv.weight.copy_(scale.view_as(conv.weight))
-        conv.bias.copy_(shift)  # type: ignore[union-attr]
+        conv.bias.copy_(shift)
     return conv
 
 
-def leftover(norm: nn.Module) -> nn.Module:
+def leftover(norm: Any) -> nn.Module:
     """What stays where a batch norm was: the activation, for timm's layers that carry one."""
     return norm.act if isinstance(getattr(norm, "act", None), nn.Module) else nn.Identity()
 
@@ -287,7 +292,7 @@ def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.M
     if model in swaps:
         return swaps[model]
     for parent in list(model.modules()):
-        for key, child in list(parent.named_children()):
+        for key, child in list(parent._modules.items()):  # named_children() skips repetitions
             if child in swaps:
                 setattr(parent, key, swaps[child])
     return model
@@ -303,6 +308,8 @@ class Structure:
     Attributes:
         norm_after: batch norm -> the layer (convolution, linear, transposed) whose output alone it reads.
         norm_before: batch norm -> the layers that alone read what it puts out.
+        in_place: activations that change what a ``norm_before`` batch norm puts out in place. Without the
+            norm they would change its input, which others may read.
         sees_1x1: layers whose input is a globally pooled map.
         unused: layers and batch norms that a traced forward never calls.
         untraced: modules whose own forward could not be traced, with the reason.
@@ -310,6 +317,7 @@ class Structure:
 
     norm_after: dict[str, str] = field(default_factory=dict)
     norm_before: dict[str, list[str]] = field(default_factory=dict)
+    in_place: set[str] = field(default_factory=set)
     sees_1x1: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
     untraced: list[tuple[str, str]] = field(default_factory=list)
@@ -320,7 +328,7 @@ class _Tracer(fx.Tracer):
         known = (*_NORMS, *_WEIGHTED, *TRANSPOSED, Whitened)
         return isinstance(m, known) or super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(self, m, forward, args, kwargs):  # type: ignore[no-untyped-def]
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(m, nn.Sequential) and m not in set(self.root.modules()):
             return forward(*args, **kwargs)  # a slice made on the fly, as in smp's DPN encoders
         return super().call_module(m, forward, args, kwargs)
@@ -329,7 +337,7 @@ class _Tracer(fx.Tracer):
 @contextlib.contextmanager
 def _without_shape_checks(model: nn.Module) -> Iterator[None]:
     """smp compares the input's height with a number, which a traced value cannot answer."""
-    checked = [m for m in model.modules() if getattr(m, "requires_divisible_input_shape", False)]
+    checked: list[Any] = [m for m in model.modules() if getattr(m, "requires_divisible_input_shape", False)]
     for module in checked:
         module.requires_divisible_input_shape = False
     try:
@@ -381,11 +389,11 @@ def _pair_by_order(module: nn.Module, prefix: str, structure: Structure) -> None
             previous = None
 
 
-def _out_channels(layer: nn.Module) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[return-value]
+def _out_channels(layer: Any) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
-def _read_graph(graph: fx.Graph, root: nn.Module, prefix: str, structure: Structure) -> None:
+def _read_graph(graph: Any, root: nn.Module, prefix: str, structure: Structure) -> None:
     modules = dict(root.named_modules())
     calls = collections.Counter(node.target for node in graph.nodes if node.op == "call_module")
 
@@ -417,6 +425,7 @@ def _read_graph(graph: fx.Graph, root: nn.Module, prefix: str, structure: Struct
                 readers = _readers(node, module_of)
                 if readers:
                     structure.norm_before[prefix + str(node.target)] = [prefix + name for name in readers]
+                    structure.in_place.update(prefix + name for name in _in_place(node, module_of))
         elif isinstance(module, _WEIGHTED) and _is_pooled(node, module_of):
             head = isinstance(module, nn.Linear) and not _gates(node)
             if not head:
@@ -459,6 +468,17 @@ def _readers(node: fx.Node, module_of: Callable[[object], nn.Module | None]) -> 
     return readers or None
 
 
+def _in_place(node: fx.Node, module_of: Callable[[object], nn.Module | None]) -> list[str]:
+    """The activation modules that would write into what ``node`` puts out."""
+    found = []
+    for user in node.users:
+        if getattr(module_of(user), "inplace", False):
+            found.append(str(user.target))
+        elif isinstance(module_of(user), _UNCHANGED):
+            found += _in_place(user, module_of)
+    return found
+
+
 def _stands_between(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
         is_activation = type(module).__module__ == "torch.nn.modules.activation"
@@ -490,8 +510,8 @@ def _is_pooled(node: fx.Node, module_of: Callable[[object], nn.Module | None]) -
     return False
 
 
-def _as_tuple(dims: object) -> tuple[int, ...]:
-    return tuple(dims) if isinstance(dims, tuple | list) else (dims,)  # type: ignore[return-value]
+def _as_tuple(dims: Any) -> tuple[int, ...]:
+    return tuple(dims) if isinstance(dims, tuple | list) else (dims,)
 
 
 def _gates(node: fx.Node) -> bool:
@@ -586,6 +606,8 @@ def _plan_batch_norm(
         not_whitened = [reader for reader in readers if reader in kept]
         if not_whitened:
             return LayerReport(name, kind, "kept", f"feeds {not_whitened[0]}, which is kept")
+        if warm_start and not isinstance(module, nn.BatchNorm2d):
+            return LayerReport(name, kind, "kept", "there is no layer before it to fold it into")
         became = "; its affine stays as a 1x1 convolution" if warm_start else ""
         return LayerReport(name, kind, "removed", f"fed {', '.join(readers)}{became}")
     raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, write_text
-from segdeconv.config import DataConfig
 from segdeconv.data import Samples, eval_loader, open_samples
 from segdeconv.errors import UserError
 from segdeconv.metrics import MAIN_METRIC, classification_scores, new_confusion, segmentation_scores
@@ -70,8 +70,9 @@ def check_fit(info: CheckpointInfo, samples: Samples) -> None:
     """Raise UserError unless the data has the checkpoint's classes."""
     if samples.classes != info.classes:
         raise UserError(
-            f"the data has {len(samples.classes)} classes ({', '.join(samples.classes[:3])}, ...), the checkpoint "
-            f"was trained on {len(info.classes)} ({', '.join(info.classes[:3])}, ...); check data.dataset and classes"
+            f"the data has {len(samples.classes)} classes ({', '.join(samples.classes[:3])}, ...), but the "
+            f"checkpoint was trained on {len(info.classes)} ({', '.join(info.classes[:3])}, ...); check "
+            "data.dataset and data.classes"
         )
 
 
@@ -89,8 +90,6 @@ def evaluate_run(
     Raises:
         UserError: no such run, or its data is not there or has other classes.
     """
-    from dataclasses import replace
-
     model, info = load_checkpoint(run, device)
     data = info.recipe.data if root is None else replace(info.recipe.data, root=root)
     samples = open_samples(data, "val")
@@ -136,6 +135,3 @@ def table(scores: dict[str, Any], task: str) -> Table:
     if task == "segmentation":
         out.add_row("pixel_acc", f"{scores['pixel_acc']:.4f}", "")
     return out
-
-
-__all__ = ["DataConfig", "check_fit", "evaluate_run", "onnx_predictor", "score", "table", "torch_predictor"]

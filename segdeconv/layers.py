@@ -8,7 +8,7 @@ is one plain convolution with folded parameters, which `to_conv` and `to_linear`
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,8 @@ from segdeconv.whitening import (
     to_blocks,
 )
 
-_Base = nn.Module if TYPE_CHECKING else object
 
-
-class Whitened(_Base):
+class Whitened(nn.Module):
     """Running values and the road from batch to folded parameters, shared by the layers below.
 
     Buffers (G groups, K blocks, F features a block):
@@ -38,7 +36,7 @@ class Whitened(_Base):
     """
 
     weight: Tensor
-    bias: Tensor
+    bias: Any  # a Parameter or None; the torch layers beside this class in the bases do not agree on its type
     running_mean: Tensor
     running_whitening: Tensor
     num_batches_tracked: Tensor
@@ -139,8 +137,12 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
     """
 
     plain_type: type[nn.Conv2d] = nn.Conv2d
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: Any  # 'same', 'valid', or pixels (rows, columns)
 
-    def __init__(self, *args, config: NetworkDeconvConfig | None = None, **kwargs) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, *args: Any, config: NetworkDeconvConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         height, width = self.kernel_size
         self._init_whitening(
@@ -155,7 +157,7 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
             conv.out_channels,
             conv.kernel_size,
             conv.stride,
-            conv.padding,  # type: ignore[arg-type]
+            conv.padding,
             conv.dilation,
             conv.groups,
             padding_mode=conv.padding_mode,
@@ -171,10 +173,10 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
         conv = self.plain_type(
             self.in_channels,
             self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
             self.groups,
             device="meta",
         )
@@ -188,8 +190,8 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
             top, bottom = self._same_padding(x.shape[-2], 0)
             left, right = self._same_padding(x.shape[-1], 1)
             return left, right, top, bottom
-        py, px = self.padding  # type: ignore[misc]
-        return px, px, py, py  # type: ignore[return-value]
+        py, px = self.padding
+        return px, px, py, py
 
     def _same_padding(self, size: int, axis: int) -> tuple[int, int]:
         stride, reach = self.stride[axis], self.dilation[axis] * (self.kernel_size[axis] - 1)
@@ -205,8 +207,8 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
         stride = (every * self.stride[0], every * self.stride[1])
         return sample_patches(
             x,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
+            self.kernel_size,
+            self.dilation,
             self._padding_lrtb(x),
             self.padding_mode,
             stride,
@@ -229,7 +231,7 @@ class WhitenedLinear(Whitened, nn.Linear):
     Source: arXiv 1905.11926, algorithm 1 and section 3.3.
     """
 
-    def __init__(self, *args, config: NetworkDeconvConfig | None = None, **kwargs) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, *args: Any, config: NetworkDeconvConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._init_whitening(config or NetworkDeconvConfig(), self.in_features, groups=1, taps=1)
 
@@ -250,7 +252,7 @@ class WhitenedLinear(Whitened, nn.Linear):
         return F.linear(x, weight, bias)
 
 
-def _adopt(layer, plain):  # type: ignore[no-untyped-def]
+def _adopt(layer: Any, plain: Any) -> Any:
     """Give the whitened ``layer`` the Parameters, place, precision and mode of the ``plain`` one."""
     layer.to(device=plain.weight.device, dtype=plain.weight.dtype).train(plain.training)
     layer.weight = plain.weight
@@ -262,7 +264,7 @@ def _adopt(layer, plain):  # type: ignore[no-untyped-def]
     return layer
 
 
-def _give(layer, plain):  # type: ignore[no-untyped-def]
+def _give(layer: Any, plain: Any) -> Any:
     """Give the ``plain`` layer the folded parameters, place, precision and mode of the whitened one."""
     weight, bias = layer.folded_parameters()
     plain.weight = nn.Parameter(weight.detach(), requires_grad=layer.weight.requires_grad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,7 +14,7 @@ T = TypeVar("T")
 _LINE_EVERY = 20.0  # seconds between plain lines
 
 
-class Bar:
+class Bar(Generic[T]):
     """Iterate with progress; ``note`` is shown behind the bar and may be set at any time."""
 
     def __init__(self, items: Iterable[T], total: int, title: str) -> None:

@@ -23,9 +23,9 @@ from segdeconv.convert import calibrate
 from segdeconv.data import eval_loader, open_samples, train_loader
 from segdeconv.errors import UserError
 from segdeconv.evaluate import score, torch_predictor
+from segdeconv.figures import training_curves
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import build_model, resolve, size_multiple
-from segdeconv.pictures import training_curves
 from segdeconv.progress import Bar, console
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +33,7 @@ _CALIBRATION_BATCHES = 16
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str, power: float) -> float:
-    """The learning rate at ``step`` of ``steps``, as a factor of its peak: linear warm-up, then the schedule."""
+    """The learning rate at ``step`` of ``steps`` over its peak: linear warm-up, then the schedule."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     t = (step - warmup_steps) / max(steps - warmup_steps, 1)
@@ -127,8 +127,8 @@ def train(recipe: Recipe, out: Path, device: torch.device | str = "cpu") -> dict
             calibrate(model, (images.to(device) for images, _ in islice(loader, _CALIBRATION_BATCHES)))
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
-        f"{recipe.name}: {recipe.model.architecture}, {parameters / 1e6:.2f} M parameters, norm {recipe.model.norm}, "
-        f"{len(samples)} training and {len(held_out)} validation pictures, on {device}"
+        f"{recipe.name}: {recipe.model.architecture}, {parameters / 1e6:.2f} M parameters, norm "
+        f"{recipe.model.norm}, {len(samples)} training and {len(held_out)} validation pictures, on {device}"
     )
     return _Run(recipe, out, device, model, loader).fit(held_out, val_loader, samples.task)
 
@@ -192,7 +192,8 @@ class _Run:
     def _epoch(self, epoch: int) -> float:
         """One pass over the training split; returns the mean loss."""
         self.model.train()
-        self.loader.sampler.epoch = epoch - 1  # type: ignore[union-attr]
+        sampler: Any = self.loader.sampler
+        sampler.epoch = epoch - 1
         total = torch.zeros((), device=self.device)
         bar = Bar(self.loader, len(self.loader), f"epoch {epoch}/{self.recipe.train.epochs}")
         for step, (images, targets) in enumerate(bar, 1):

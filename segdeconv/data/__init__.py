@@ -12,10 +12,11 @@ from segdeconv.config import DataConfig
 from segdeconv.data.camvid import CamVid
 from segdeconv.data.image_folder import ImageFolder
 from segdeconv.data.image_mask import ImageMask
-from segdeconv.data.samples import Picture, Samples
+from segdeconv.data.samples import Samples
 from segdeconv.data.toy import ToyStreet
 from segdeconv.data.transforms import EvalTransform, TrainTransform
 from segdeconv.errors import UserError
+from segdeconv.images import Picture
 
 DATASETS: dict[str, Callable[[DataConfig, str], Samples]] = {
     "toy": ToyStreet,

@@ -10,7 +10,8 @@ import numpy as np
 
 from segdeconv.config import DataConfig
 from segdeconv.data.image_mask import pair_up
-from segdeconv.data.samples import Color, Picture, Samples, folder, read_pair
+from segdeconv.data.samples import Samples, folder, read_pair
+from segdeconv.images import Color, Picture
 
 CLASSES: dict[str, Color] = {
     "sky": (128, 128, 128),

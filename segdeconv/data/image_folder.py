@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from segdeconv.config import DataConfig
-from segdeconv.data.samples import Picture, Samples, even_palette, folder, images_in, read_image
+from segdeconv.data.samples import Samples, even_palette, folder
 from segdeconv.errors import UserError
+from segdeconv.images import Picture, images_in, read_rgb, resize_image
 
 
 class ImageFolder(Samples):
@@ -37,4 +38,4 @@ class ImageFolder(Samples):
 
     def load(self, index: int) -> tuple[Picture, int]:
         path, label = self.items[index]
-        return read_image(path, self.config.size), label
+        return resize_image(read_rgb(path), self.config.size), label

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from segdeconv.config import DataConfig
-from segdeconv.data.samples import Picture, Samples, even_palette, folder, images_in, read_pair
+from segdeconv.data.samples import Samples, even_palette, folder, read_pair
 from segdeconv.errors import UserError
+from segdeconv.images import Picture, images_in
 
 
 def pair_up(images: Path, masks: Path) -> list[tuple[Path, Path]]:
@@ -19,11 +20,7 @@ def pair_up(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     Raises:
         UserError: a picture without a mask, a mask without a picture, or two pictures of one name.
     """
-    found = images_in(images)
-    by_stem = {path.stem: path for path in found}
-    if len(by_stem) < len(found):
-        twice = next(path for path in found if by_stem[path.stem] is not path)
-        raise UserError(f"{twice}: there is a second picture of that name, {by_stem[twice.stem].name}")
+    by_stem = {path.stem: path for path in images_in(images)}
     mask_of = {path.stem: path for path in images_in(masks)}
     for stem, path in by_stem.items():
         if stem not in mask_of:

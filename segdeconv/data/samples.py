@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from segdeconv.config import DataConfig
 from segdeconv.errors import UserError
-
-Picture = NDArray[np.uint8]
-Color = tuple[int, int, int]
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+from segdeconv.images import (
+    Palette,
+    Picture,
+    load_pixels,
+    open_image,
+    read_rgb,
+    resize_image,
+    resize_labels,
+)
 
 
 class Samples(ABC):
@@ -29,7 +31,7 @@ class Samples(ABC):
 
     task: Literal["segmentation", "classification"] = "segmentation"
     classes: tuple[str, ...]
-    palette: tuple[Color, ...]
+    palette: Palette
     same_size: bool  # whether all pictures are of one size, so that they can be batched whole
 
     @abstractmethod
@@ -43,7 +45,7 @@ class Samples(ABC):
     def load(self, index: int) -> tuple[Picture, Picture | int]: ...
 
 
-def even_palette(count: int) -> tuple[Color, ...]:
+def even_palette(count: int) -> Palette:
     """Evenly spread hues, for data sets that bring no colours."""
     return tuple(
         tuple(round(255 * part) for part in colorsys.hsv_to_rgb(i / count, 0.65, 0.95))  # type: ignore[misc]
@@ -67,41 +69,18 @@ def folder(config: DataConfig, *parts: str) -> Path:
     return path
 
 
-def images_in(path: Path) -> list[Path]:
-    """The pictures in a folder, sorted by name.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = sorted(
-        p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-    )
-    if not found:
-        raise UserError(f"{path}: holds no picture ({', '.join(IMAGE_SUFFIXES)})")
-    return found
-
-
-def read_image(path: Path, size: tuple[int, int] | None) -> Picture:
-    """An RGB picture (H, W, 3), resized to ``size`` (height, width) if given.
-
-    Raises:
-        UserError: the file is no picture or is damaged.
-    """
-    return np.asarray(_resized(_open(path).convert("RGB"), size, Image.Resampling.BILINEAR))
-
-
 def read_mask(path: Path, size: tuple[int, int] | None, num_classes: int, ignore_index: int) -> Picture:
     """A label map (H, W) from an 8-bit grey or palette PNG.
 
     Raises:
         UserError: the file is damaged, has colour channels, or holds a label outside the class list.
     """
-    image = _open(path)
+    image = load_pixels(open_image(path), path)
     if image.mode not in ("L", "P"):
         raise UserError(
             f"{path}: a mask must be an 8-bit grey or palette picture of class numbers, not {image.mode}"
         )
-    mask = np.asarray(_resized(image, size, Image.Resampling.NEAREST))
+    mask = resize_labels(np.asarray(image), size)
     present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
     wrong = [int(v) for v in present if v >= num_classes and v != ignore_index]
     if wrong:
@@ -116,34 +95,10 @@ def read_pair(
     image_path: Path, mask_path: Path, config: DataConfig, num_classes: int, ignore_index: int
 ) -> tuple[Picture, Picture]:
     """A picture and its label map, which must be of one size before they are resized."""
-    sizes = [_open_header(path).size for path in (image_path, mask_path)]
+    sizes = [open_image(path).size for path in (image_path, mask_path)]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{mask_path}: is {sizes[1][0]}x{sizes[1][1]}, but its picture is {sizes[0][0]}x{sizes[0][1]}"
         )
-    image = read_image(image_path, config.size)
+    image = resize_image(read_rgb(image_path), config.size)
     return image, read_mask(mask_path, config.size, num_classes, ignore_index)
-
-
-def _open_header(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture ({error})") from None
-
-
-def _open(path: Path) -> Image.Image:
-    image = _open_header(path)
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture ({error})") from None
-    return image
-
-
-def _resized(image: Image.Image, size: tuple[int, int] | None, how: Image.Resampling) -> Image.Image:
-    if size is None or image.size == (size[1], size[0]):
-        return image
-    return image.resize((size[1], size[0]), how)

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segdeconv.config import DataConfig
-from segdeconv.data.samples import Color, Picture, Samples
+from segdeconv.data.samples import Samples
+from segdeconv.images import Color, Picture
 
 CLASSES: dict[str, Color] = {
     "road": (128, 64, 128),
@@ -98,7 +99,10 @@ class _Scene:
         return cv2.resize(small, (self.width, self.height), interpolation=cv2.INTER_CUBIC)
 
     def grain(self, strength: float, *scales: float) -> Floats:
-        return sum(strength * self.noise(s)[..., None] for s in scales)  # type: ignore[return-value]
+        """Texture (H, W, 1) of several scales, to be added to a colour."""
+        return (strength * np.sum([self.noise(scale) for scale in scales], axis=0)[..., None]).astype(
+            np.float32
+        )
 
     def paint(self, mask: NDArray[np.uint8], colour: Floats, label: int, z: float | Floats) -> None:
         """``colour`` is (3,) or (H, W, 3)."""
@@ -226,9 +230,9 @@ class _Scene:
                     self.stain(window, np.clip(tone, 0, 255))
                 for start in np.arange(0.6, abs(depth_x - x) - 1.0, bay):
                     px = x + side * start
-                    window = [self.project(px + side * dx, y, z) for dx, y in (
-                        (0, level), (0.5 * bay, level), (0.5 * bay, level + 0.5 * floor), (0, level + 0.5 * floor)
-                    )]  # fmt: skip
+                    end, top = px + side * 0.5 * bay, level + 0.5 * floor
+                    corners = ((px, level), (end, level), (end, top), (px, top))
+                    window = [self.project(wx, y, z) for wx, y in corners]
                     self.stain(window, np.clip(glass * rng.uniform(0.7, 1.2), 0, 255))
 
         return draw
@@ -396,8 +400,9 @@ class _Scene:
                 lower |= self.polygon([(hip[0] - half * 0.7, hip[1]), (hip[0] + half * 0.7, hip[1]),
                                        (foot[0] + step * scale + half * 0.4, foot[1]),
                                        (foot[0] + step * scale - half * 0.4, foot[1])])  # fmt: skip
+            waist = half * 0.85
             upper = self.polygon([(shoulder[0] - half, shoulder[1]), (shoulder[0] + half, shoulder[1]),
-                                  (hip[0] + half * 0.85, hip[1] + 1), (hip[0] - half * 0.85, hip[1] + 1)])  # fmt: skip
+                                  (hip[0] + waist, hip[1] + 1), (hip[0] - waist, hip[1] + 1)])  # fmt: skip
             face = np.zeros_like(lower)
             radius = max(1, round(0.085 * tall * scale))
             cv2.circle(face, (round(head[0]), round(head[1])), radius, 1, -1)

@@ -6,6 +6,7 @@ The deconvolved twin comes from `segdeconv.convert`; there is no second copy of 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from typing import Any
 
 import timm
@@ -83,7 +84,11 @@ def build_model(
         load_weights_into(model, config.init)
     if config.norm == "bn":
         return model, None
-    return convert_to_network_deconv(model, config.network_deconv, warm_start=config.warm_start)
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        return not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.keep)
+
+    return convert_to_network_deconv(model, config.network_deconv, wanted, config.warm_start)
 
 
 def _call(

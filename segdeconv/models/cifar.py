@@ -15,7 +15,7 @@ def _resnet18(num_classes: int, encoder: str | None, options: dict[str, Any]) ->
     model = torchvision.models.resnet18(weights=None, num_classes=num_classes, **options)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()  # type: ignore[assignment]
+    model.maxpool = nn.Identity()
     return model
 
 

@@ -1,4 +1,4 @@
-"""Pictures for people: overlays of predictions and training curves. Numpy, Pillow and matplotlib only."""
+"""Figures for people: pictures beside truth and prediction, and training curves."""
 
 from __future__ import annotations
 
@@ -6,22 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from segdeconv.errors import UserError
-
-Picture = NDArray[np.uint8]
-Palette = tuple[tuple[int, int, int], ...]
+from segdeconv.images import Palette, Picture, overlay
 
 
 def triptych(
     rows: list[tuple[Picture, Picture, Picture]], classes: tuple[str, ...], palette: Palette
 ) -> Image.Image:
     """Rows of image | truth | prediction with a legend. Each row is (image, label map, label map)."""
-    from segdeconv.runtime import overlay
-
     pad, bar = 4, 16
     height, width = rows[0][0].shape[:2]
     total_width = 3 * width + 4 * pad

@@ -1,0 +1,78 @@
+"""The whole road on the embedded data set: train, evaluate, fold, export, check, run, draw."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+
+from segdeconv.checkpoint import load_checkpoint
+from segdeconv.config import load_recipe
+from segdeconv.data import open_samples
+from segdeconv.errors import UserError
+from segdeconv.evaluate import evaluate_run, table
+from segdeconv.export import export_onnx
+from segdeconv.figures import triptych
+from segdeconv.images import save_image
+from segdeconv.progress import console
+from segdeconv.runtime import Segmenter
+from segdeconv.train import train
+
+_ROWS = 4
+
+
+def run_demo(out: Path, overrides: list[str] | None = None) -> None:
+    """Run the demo into the folder ``out``; an earlier demo there is replaced.
+
+    Raises:
+        UserError: ``out`` cannot be written, or holds something that is no demo.
+    """
+    start = time.monotonic()
+    recipe = load_recipe("demo", overrides)
+    if out.exists() and any(out.iterdir()):
+        if not (out / "demo.onnx").exists() and not (out / "recipe.yaml").exists():
+            raise UserError(f"{out}: is not empty and holds no earlier demo; choose another --out")
+        shutil.rmtree(out)
+
+    console.rule("1. train a deconvolved U-Net on drawn street scenes")
+    train(recipe, out)
+    console.rule("2. evaluate the best checkpoint")
+    scores = evaluate_run(out)
+    console.print(table(scores, "segmentation"))
+
+    console.rule("3. fold into plain convolutions, export ONNX, compare with PyTorch")
+    model, info = load_checkpoint(out)
+    onnx_path = out / "demo.onnx"
+    for result in export_onnx(model, info, onnx_path):
+        console.print(f"input {result.shape}: {result.labels_differ:.4%} of labels differ from PyTorch")
+
+    console.rule("4. run the graph in onnxruntime on held-out pictures")
+    onnx_scores = evaluate_run(out, onnx=onnx_path)
+    console.print(f"mIoU: PyTorch {scores['miou']:.4f}, onnxruntime {onnx_scores['miou']:.4f}")
+    segmenter = Segmenter(onnx_path)
+    held_out = open_samples(recipe.data, "val")
+    rows = []
+    for index in np.linspace(0, len(held_out) - 1, _ROWS).astype(int):
+        image, truth = held_out.load(int(index))
+        assert not isinstance(truth, int)
+        rows.append((image, truth, segmenter(image)))
+    overlay_path = out / "overlay.png"
+    save_image(triptych(rows, held_out.classes, held_out.palette), overlay_path)
+
+    console.rule(f"done in {time.monotonic() - start:.0f} s")
+    for path, what in (
+        (overlay_path, "image | truth | prediction"),
+        (out / "curves.png", "loss and mIoU by epoch and minute"),
+        (onnx_path, "the graph to deploy"),
+        (out / "best.safetensors", "the trained network"),
+        (out / "eval.json", "its scores"),
+    ):
+        console.print(f"  {path}  {what}")
+    console.print(
+        "\nnext, the same recipe with batch norm:  "
+        f"segdeconv train demo --norm bn --out {out.with_name(out.name + '_bn')}\n"
+        "or your own pictures:  segdeconv train my_images --set data.root=FOLDER "
+        "--set 'data.classes=[road, rest]'"
+    )

@@ -1,0 +1,130 @@
+"""Picture files: listing, reading, resizing, painting and writing. Numpy and Pillow only.
+
+Training, evaluation and the deployed runtime read pictures through here, so that they see the same pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from segdeconv.errors import UserError
+
+Picture = NDArray[np.uint8]
+Color = tuple[int, int, int]
+Palette = tuple[Color, ...]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The pictures in a folder, sorted by name.
+
+    Raises:
+        UserError: there is none, or two share a name but for the suffix.
+    """
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not found:
+        raise UserError(f"{folder}: holds no picture ({', '.join(SUFFIXES)})")
+    by_stem: dict[str, Path] = {}
+    for path in found:
+        if path.stem in by_stem:
+            raise UserError(f"{path}: there is a second picture of that name, {by_stem[path.stem].name}")
+        by_stem[path.stem] = path
+    return found
+
+
+def open_image(path: Path) -> Image.Image:
+    """A picture file, its header read and its pixels not yet.
+
+    Raises:
+        UserError: there is no such file, or it is no picture.
+    """
+    try:
+        return Image.open(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable picture ({first_line(error)})") from None
+
+
+def load_pixels(image: Image.Image, path: Path) -> Image.Image:
+    """Read the pixels of an opened picture.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: a damaged picture ({first_line(error)})") from None
+    return image
+
+
+def read_rgb(path: Path) -> Picture:
+    """A picture file as RGB (H, W, 3) uint8.
+
+    Raises:
+        UserError: there is no such file, it is no picture, or it is damaged.
+    """
+    return np.asarray(load_pixels(open_image(path), path).convert("RGB"))
+
+
+def resize_image(image: Picture, size: tuple[int, int] | None) -> Picture:
+    """RGB (H, W, 3) at ``size`` (height, width), bilinear with antialiasing; None changes nothing."""
+    return _resize(image, size, Image.Resampling.BILINEAR)
+
+
+def resize_labels(labels: Picture, size: tuple[int, int] | None) -> Picture:
+    """Labels (H, W) at ``size`` (height, width), nearest neighbour; None changes nothing."""
+    return _resize(labels, size, Image.Resampling.NEAREST)
+
+
+def _resize(array: Picture, size: tuple[int, int] | None, how: Image.Resampling) -> Picture:
+    if size is None or array.shape[:2] == tuple(size):
+        return array
+    return np.asarray(Image.fromarray(array).resize((size[1], size[0]), how))
+
+
+def colored(labels: Picture, palette: Palette) -> Picture:
+    """Labels (H, W) as RGB (H, W, 3); what is outside the palette is black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = palette
+    return table[labels]
+
+
+def overlay(image: Picture, labels: Picture, palette: Palette, alpha: float = 0.55) -> Picture:
+    """The picture with its labels painted over it at strength ``alpha``; ignored pixels stay as they are."""
+    mixed = (1 - alpha) * image + alpha * colored(labels, palette)
+    counts = (labels < len(palette))[..., None]
+    return np.where(counts, np.round(mixed), image).astype(np.uint8)
+
+
+def label_png(labels: Picture, palette: Palette) -> Image.Image:
+    """Class numbers as a palette PNG: any reader gets the numbers, any viewer shows the colours."""
+    png = Image.fromarray(labels)
+    png.putpalette([channel for color in palette for channel in color])
+    return png
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a picture under a temporary name and rename it, so that no half-written file is left.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        image.save(temporary, quality=92)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, cut to one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import NETWORKS, images, logits, scramble_batch_norms
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from segdeconv.config import NetworkDeconvConfig
+from segdeconv.convert import convert_to_network_deconv, read_structure
+from segdeconv.fold import fold_network_deconv
+from segdeconv.layers import Whitened
+
+SMALL = NetworkDeconvConfig(block_size=4, linear_block_size=32)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folded_network_is_the_network_in_evaluation(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Layer by layer: every plain layer puts out what its whitened layer does on the same input."""
+    torch.manual_seed(1)
+    model, _ = convert_to_network_deconv(NETWORKS[name](), SMALL)
+    model.to(dtype)
+    with torch.no_grad():
+        model(images(name, 4).to(dtype))
+        folded = fold_network_deconv(model)
+        model.eval()
+        seen = {}
+
+        def remember(layer_name: str):  # type: ignore[no-untyped-def]
+            def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+                seen[layer_name] = args[0].clone(), out.clone()  # activations work in place
+
+            return hook
+
+        for layer_name, layer in model.named_modules():
+            if isinstance(layer, Whitened):
+                layer.register_forward_hook(remember(layer_name))
+        whole = logits(model(images(name).to(dtype)))
+        assert not any(isinstance(m, Whitened) for m in folded.modules())
+        assert not any("running_whitening" in key for key in folded.state_dict())
+        assert len(seen) > 10
+        for layer_name, (x, want) in seen.items():
+            got = folded.get_submodule(layer_name)(x)
+            assert type(folded.get_submodule(layer_name)).__name__ in ("Conv2d", "Linear", "Conv2dSame")
+            scale = want.abs().max().item()
+            torch.testing.assert_close(got, want, rtol=0, atol=tolerance * scale, msg=layer_name)
+        assert logits(folded(images(name).to(dtype))).shape == whole.shape
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_batch_norm_twin_folds_likewise(name: str) -> None:
+    """In float64 the folded twin is the twin; batch norms stay only where no layer is before them."""
+    model = scramble_batch_norms(NETWORKS[name]()).double()
+    after = read_structure(model).norm_after
+    folded = fold_network_deconv(model)
+    model.eval()
+    left = {n for n, m in folded.named_modules() if isinstance(m, _BatchNorm)}
+    assert not left & set(after)
+    x = images(name).double()
+    with torch.no_grad():
+        want, got = logits(model(x)), logits(folded(x))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["unet", "deeplabv3plus", "torchvision resnet18"])
+def test_folded_state_loads_into_the_stripped_architecture(name: str) -> None:
+    """Rule 5 of the design: plain layers, named as in the network with batch norm taken out."""
+    model, report = convert_to_network_deconv(NETWORKS[name](), SMALL)
+    stripped = NETWORKS[name]()
+    for norm_name, layer_name in read_structure(stripped).norm_after.items():
+        stripped.set_submodule(norm_name, nn.Identity())
+        _give_bias(stripped.get_submodule(layer_name))
+    for layer in report.layers:
+        if layer.action == "swapped":
+            _give_bias(stripped.get_submodule(layer.name))
+    folded = fold_network_deconv(model)
+    stripped.load_state_dict(folded.state_dict(), strict=True)
+    x = images(name)
+    with torch.no_grad():
+        assert torch.equal(stripped.eval()(x), folded(x))
+
+
+def _give_bias(layer: nn.Module) -> None:
+    if layer.bias is None:
+        layer.bias = nn.Parameter(torch.zeros(len(layer.weight)))
+
+
+def test_the_original_is_untouched() -> None:
+    model, _ = convert_to_network_deconv(NETWORKS["unet"](), SMALL)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fold_network_deconv(model)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from reference import whitened_conv
+from torch import nn
+
+from segdeconv.config import NetworkDeconvConfig
+from segdeconv.layers import WhitenedConv2d, WhitenedLinear
+
+CONVS = {
+    "3x3": dict(kernel_size=3, padding=1),
+    "1x1": dict(kernel_size=1),
+    "7x7 stride 2": dict(kernel_size=7, stride=2, padding=3),
+    "non-square": dict(kernel_size=(1, 3), padding=(0, 1), stride=(2, 1)),
+    "valid": dict(kernel_size=3, padding="valid"),
+    "same even": dict(kernel_size=(2, 4), padding="same"),
+    "same dilated": dict(kernel_size=3, padding="same", dilation=2),
+    "reflect": dict(kernel_size=3, padding=1, padding_mode="reflect"),
+    "replicate": dict(kernel_size=5, padding=2, padding_mode="replicate"),
+    "circular": dict(kernel_size=3, padding=(1, 2), padding_mode="circular"),
+    "dilated": dict(kernel_size=3, padding=2, dilation=2),
+    "groups": dict(kernel_size=3, padding=1, groups=2),
+    "depthwise": dict(kernel_size=3, padding=1, groups=8),
+    "no bias": dict(kernel_size=3, padding=1, bias=False),
+}
+
+
+def config(**changes: object) -> NetworkDeconvConfig:
+    return NetworkDeconvConfig(**{"block_size": 2, "sampling_stride": 2, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_conv_against_reference(name: str) -> None:
+    """Output and every gradient in training, against whitening the data by loops and eigenvalues."""
+    options = CONVS[name]
+    layer = WhitenedConv2d.from_conv(nn.Conv2d(8, 8, **options).double(), config())
+    x = (torch.randn(2, 8, 9, 10, dtype=torch.float64) * 2 + 1).requires_grad_()
+    same = torch.as_tensor(layer.dilation) * (torch.as_tensor(layer.kernel_size) - 1)
+    py, px = (0, 0) if isinstance(layer.padding, str) else layer.padding
+    lrtb = (px, px, py, py)
+    if layer.padding == "same":
+        lrtb = (same[1] // 2, same[1] - same[1] // 2, same[0] // 2, same[0] - same[0] // 2)
+        lrtb = tuple(int(side) for side in lrtb)
+
+    def reference(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return whitened_conv(
+            x, weight, bias, stride=layer.stride, dilation=layer.dilation, lrtb=lrtb, mode=layer.padding_mode,
+            groups=layer.groups, block=min(2, 8 // layer.groups), eps=1e-5, num_iters=5, sampling_stride=2,
+        )  # fmt: skip
+
+    got, want = layer(x), reference(layer.weight, layer.bias, x)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+    probe = torch.randn_like(got)
+    leaves = (layer.weight, layer.bias, x)
+    for mine, theirs in zip(
+        torch.autograd.grad((got * probe).sum(), leaves),
+        torch.autograd.grad((want * probe).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9 * theirs.abs().max().item() + 1e-12)
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_folded_conv_is_the_layer_in_evaluation(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    layer = WhitenedConv2d.from_conv(nn.Conv2d(8, 8, **CONVS[name]), config()).to(dtype)
+    for _ in range(3):
+        layer(torch.randn(2, 8, 9, 10, dtype=dtype) * 3 - 1)
+    layer.eval()
+    x = torch.randn(3, 8, 12, 7, dtype=dtype) * 3 - 1
+    plain = layer.to_conv()
+    assert type(plain) is nn.Conv2d
+    assert not plain.training
+    want = layer(x)
+    torch.testing.assert_close(plain(x), want, rtol=0, atol=tolerance * want.abs().max().item())
+
+
+def test_linear_against_conv() -> None:
+    """A linear layer is a 1x1 convolution over positions, sampled everywhere."""
+    linear = nn.Linear(12, 5).double()
+    layer = WhitenedLinear.from_linear(copy.deepcopy(linear), NetworkDeconvConfig(linear_block_size=4))
+    conv = nn.Conv2d(12, 5, 1).double()
+    conv.weight.data, conv.bias.data = linear.weight.data[..., None, None], linear.bias.data
+    twin = WhitenedConv2d.from_conv(conv, NetworkDeconvConfig(block_size=4, sampling_stride=1))
+    x = torch.randn(6, 7, 12, dtype=torch.float64)
+    torch.testing.assert_close(
+        layer(x), twin(x.movedim(2, 1)[..., None])[..., 0].movedim(1, 2), rtol=0, atol=1e-12
+    )
+    layer.eval()
+    torch.testing.assert_close(layer.to_linear()(x), layer(x), rtol=0, atol=1e-12)
+
+
+def test_parameters_are_reused() -> None:
+    conv = nn.Conv2d(4, 6, 3, bias=False)
+    layer = WhitenedConv2d.from_conv(conv)
+    assert layer.weight is conv.weight
+    assert torch.equal(layer.bias, torch.zeros(6))
+    linear = nn.Linear(4, 6)
+    swapped = WhitenedLinear.from_linear(linear)
+    assert swapped.weight is linear.weight
+    assert swapped.bias is linear.bias
+
+
+def test_geometry_may_change_after_construction() -> None:
+    layer = WhitenedConv2d(4, 6, 3, padding=1)
+    layer.stride, layer.dilation, layer.padding = (2, 2), (2, 2), (2, 2)
+    assert layer(torch.randn(2, 4, 16, 16)).shape == (2, 6, 8, 8)
+    assert layer.eval().to_conv()(torch.randn(2, 4, 16, 16)).shape == (2, 6, 8, 8)
+
+
+AWKWARD = {
+    "batch of one": torch.randn(1, 8, 6, 6),
+    "1x1 map": torch.randn(4, 8, 1, 1),
+    "one pixel": torch.randn(1, 8, 1, 1),
+    "constant": torch.full((2, 8, 6, 6), 3.0),
+    "zeros": torch.zeros(2, 8, 6, 6),
+    "tiny": torch.randn(2, 8, 6, 6) * 1e-12,
+    "huge": torch.randn(2, 8, 6, 6) * 1e8,
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+def test_awkward_inputs_stay_finite(name: str, amp: torch.dtype | None) -> None:
+    """Statistics are float32 whatever autocast says; 72 features see at most a few dozen samples here."""
+    layer = WhitenedConv2d(8, 4, 3, padding=1)
+    x = AWKWARD[name].clone().requires_grad_()
+    with torch.autocast("cpu", dtype=amp, enabled=amp is not None):
+        if amp is torch.float16 and name == "huge":
+            pytest.skip("beyond float16 itself")
+        out = layer(x)
+    out.float().square().mean().backward()
+    assert out.isfinite().all()
+    assert layer.weight.grad.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert layer.running_whitening.dtype == torch.float32
+    assert layer.running_whitening.isfinite().all()
+    with torch.no_grad():
+        assert layer.eval()(x.detach()).isfinite().all()
+
+
+def test_statistics_are_float32_under_autocast() -> None:
+    """The same running values as without autocast, to float32's precision on bf16 input."""
+    plain = WhitenedConv2d(8, 4, 3, padding=1)
+    mixed = copy.deepcopy(plain)
+    x = torch.randn(4, 8, 12, 12).bfloat16()
+    plain(x.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mixed(x).dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.running_whitening, plain.running_whitening, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_never_enters_running_values(bad: float) -> None:
+    layer = WhitenedConv2d(4, 4, 3)
+    layer(torch.randn(2, 4, 8, 8))
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    x = torch.randn(2, 4, 8, 8)
+    x[0, 0, 0, 0] = bad
+    layer(x)
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_running_values_are_bias_corrected() -> None:
+    """After t batches the running mean is the average with weights 0.9^(t-i), normalised."""
+    layer = WhitenedLinear(6, 3)
+    batches = [torch.randn(20, 6) + i for i in range(4)]
+    for batch in batches:
+        layer(batch)
+    weights = torch.tensor([0.9**3, 0.9**2, 0.9, 1.0])
+    expected = sum(w * b.mean(0) for w, b in zip(weights, batches, strict=True)) / weights.sum()
+    torch.testing.assert_close(layer.running_mean[0, 0], expected, rtol=1e-6, atol=1e-6)
+    assert layer.num_batches_tracked.item() == 4
+
+
+def test_evaluation_is_sensible_after_three_steps() -> None:
+    layer = WhitenedConv2d(8, 8, 3, padding=1)
+    data = torch.randn(64, 8, 12, 12) * torch.logspace(-1, 1, 8)[:, None, None] + 2
+    for i in range(3):
+        trained = layer(data[16 * i : 16 * i + 16])
+    evaluated = layer.eval()(data[48:])
+    assert 0.8 < (evaluated.std() / trained.std()).item() < 1.25
+    assert evaluated.mean().abs().item() < 0.2 * trained.std().item()
+
+
+def test_output_is_centred() -> None:
+    """With every position sampled, the output's mean over a batch is the bias, exactly as with batch norm."""
+    layer = WhitenedConv2d.from_conv(nn.Conv2d(16, 8, 3).double(), config(sampling_stride=1, block_size=4))
+    out = layer(torch.randn(4, 16, 9, 9, dtype=torch.float64) * 5 + torch.arange(16.0)[:, None, None])
+    torch.testing.assert_close(out.mean((0, 2, 3)), layer.bias, rtol=0, atol=1e-12)
+
+
+# ---- the authors' layer, as the issue and the paper describe it, in loops ----
+
+
+def authors_fold(weight, bias, running_mean, running_deconv, block, groups):  # type: ignore[no-untyped-def]
+    """Folded weight and bias of one trained FastDeconv, one output channel and one feature at a time."""
+    out_channels, channels, kh, kw = weight.shape
+    features = kh * kw * block
+    folded, shifted = torch.empty_like(weight), bias.clone()
+    for o in range(out_channels):
+        flat = weight[o].flatten()
+        result = torch.empty_like(flat)
+        if groups == 1:
+            blocks = channels // block
+            for k in range(blocks):
+                index = torch.tensor([f * blocks + k for f in range(features)])
+                result[index] = flat[index] @ running_deconv
+                shifted[o] -= result[index] @ running_mean
+        else:
+            g = o // (out_channels // groups)
+            result = flat @ running_deconv[g]
+            shifted[o] -= result @ running_mean.view(groups, -1)[g]
+        folded[o] = result.view(channels, kh, kw)
+    return folded, shifted
+
+
+@pytest.mark.parametrize(("channels", "block", "groups"), [(8, 8, 1), (8, 4, 1), (12, 8, 1), (8, 64, 4)])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_reference_mode_evaluates_the_authors_state(
+    channels: int, block: int, groups: int, kernel: int
+) -> None:
+    layer = WhitenedConv2d(
+        channels, 8, kernel, padding=kernel // 2, groups=groups,
+        config=NetworkDeconvConfig(mode="reference", block_size=block),
+    ).double()  # fmt: skip
+    size = channels // groups if groups > 1 else {8: {8: 8, 4: 4}, 12: {8: 4}}[channels][block]
+    features = kernel * kernel * size
+    deconv = torch.randn(groups, features, features, dtype=torch.float64)
+    mean = torch.randn(groups * features, dtype=torch.float64)
+    layer.running_whitening.copy_(deconv)
+    layer.running_mean.copy_(mean.view(groups, 1, features))
+    theirs = deconv[0] if groups == 1 else deconv
+    weight, bias = authors_fold(layer.weight.detach(), layer.bias.detach(), mean, theirs, size, groups)
+    x = torch.randn(2, channels, 7, 7, dtype=torch.float64)
+    expected = nn.functional.conv2d(x, weight, bias, padding=kernel // 2, groups=groups)
+    torch.testing.assert_close(layer.eval()(x), expected, rtol=0, atol=1e-12)
+
+
+def test_reference_mode_running_values() -> None:
+    """They start at zero and identity and move by the momentum, without bias correction; one mean for all."""
+    layer = WhitenedConv2d(8, 4, 3, config=NetworkDeconvConfig(mode="reference", block_size=4)).double()
+    assert not layer.running_mean.any()
+    assert torch.equal(layer.running_whitening[0], torch.eye(36, dtype=torch.float64))
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64)
+    layer(x)
+    rows = nn.functional.unfold(x, 3, stride=3).transpose(1, 2).flatten(0, 1)
+    patches = torch.cat([rows[:, k::2] for k in range(2)])
+    torch.testing.assert_close(layer.running_mean[0, 0], 0.1 * patches.mean(0), rtol=0, atol=1e-14)
+    from reference import whitening_by_eigenvalues
+
+    whitening = whitening_by_eigenvalues(torch.cov(patches.T, correction=0), 1e-5, 5)
+    expected = 0.9 * torch.eye(36, dtype=torch.float64) + 0.1 * whitening
+    torch.testing.assert_close(layer.running_whitening[0], expected, rtol=0, atol=1e-11)
+
+
+def test_reference_mode_samples_1x1_rows() -> None:
+    """1x1 layers take every ninth flattened row, over image borders."""
+    layer = WhitenedConv2d(4, 4, 1, config=NetworkDeconvConfig(mode="reference")).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    layer(x)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 4)[::9]
+    torch.testing.assert_close(layer.running_mean[0, 0], 0.1 * rows.mean(0), rtol=0, atol=1e-15)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import patches_by_loops, whitening_by_eigenvalues
+from torch.nn.functional import conv2d
+
+from segdeconv.whitening import (
+    channels_per_block,
+    channels_per_block_reference,
+    fold_whitening,
+    from_blocks,
+    inverse_sqrt,
+    patch_moments,
+    sample_patches,
+    to_blocks,
+    unfold_whitening,
+)
+
+
+def random_cov(features: int, condition: float) -> torch.Tensor:
+    basis, _ = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64))
+    values = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), features, dtype=torch.float64)
+    return basis @ torch.diag(values) @ basis.T
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "expected", "authors"),
+    [(64, 64, 64, 64), (3, 64, 3, 3), (96, 64, 48, 32), (1376, 64, 43, 32), (67, 64, 1, 1), (128, 1, 1, 1)],
+)
+def test_block_sizes(channels: int, size: int, expected: int, authors: int) -> None:
+    assert channels_per_block(channels, size) == expected
+    assert channels_per_block_reference(channels, size) == authors
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_blocks_round_trip(interleaved: bool) -> None:
+    features = torch.arange(24).expand(2, 24)
+    blocks = to_blocks(features, 4, interleaved)
+    assert blocks.shape == (2, 4, 6)
+    assert blocks[0, 1].tolist() == ([1, 5, 9, 13, 17, 21] if interleaved else [6, 7, 8, 9, 10, 11])
+    assert torch.equal(from_blocks(blocks, interleaved), features)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "lrtb", "mode"),
+    [
+        ((3, 3), (3, 3), (1, 1), (1, 1, 1, 1), "zeros"),
+        ((1, 1), (2, 3), (1, 1), (0, 0, 0, 0), "zeros"),
+        ((2, 5), (1, 2), (2, 1), (2, 3, 0, 1), "reflect"),
+        ((3, 1), (2, 2), (1, 3), (0, 0, 2, 1), "circular"),
+        ((3, 3), (4, 4), (2, 2), (2, 2, 2, 2), "replicate"),
+    ],
+)
+def test_sample_patches(kernel: tuple, stride: tuple, dilation: tuple, lrtb: tuple, mode: str) -> None:
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    got = sample_patches(x, kernel, dilation, lrtb, mode, stride)
+    assert torch.equal(got, patches_by_loops(x, kernel, stride, dilation, lrtb, mode))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_patch_moments(shared: bool) -> None:
+    patches = torch.randn(2, 3, 50, 4, dtype=torch.float64) + torch.arange(3.0)[:, None, None]
+    mean, cov = patch_moments(patches, shared)
+    for g in range(2):
+        rows = patches[g].flatten(0, 1) if shared else (patches[g] - patches[g].mean(1, True)).flatten(0, 1)
+        torch.testing.assert_close(cov[g], torch.cov(rows.T, correction=0), rtol=0, atol=1e-14)
+    expected = patches.mean((1, 2))[:, None] if shared else patches.mean(2)
+    torch.testing.assert_close(mean, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(("num_iters", "rtol"), [(1, 1e-12), (5, 1e-12), (15, 1e-9)])
+@pytest.mark.parametrize("condition", [1.0, 30.0, 1e4])
+def test_newton_schulz_against_eigenvalues(num_iters: int, rtol: float, condition: float) -> None:
+    """Value and gradient of the matrix iteration are those of the scalar iteration on each eigenvalue."""
+    cov = (
+        random_cov(12, condition) * 3 + 1e-3 * torch.diag(torch.rand(12, dtype=torch.float64))
+    ).requires_grad_()
+    probe = torch.randn(12, 12, dtype=torch.float64)
+    probe = probe + probe.T  # eigh reads one triangle, so compare along symmetric directions
+    got = inverse_sqrt(cov[None], 1e-5, num_iters)[0]
+    want = whitening_by_eigenvalues(cov, 1e-5, num_iters)
+    scale = want.abs().max().item()
+    torch.testing.assert_close(got, want, rtol=0, atol=rtol * scale)
+    (grad,) = torch.autograd.grad((got * probe).sum(), cov)
+    (expected,) = torch.autograd.grad((want * probe).sum(), cov)
+    symmetric, expected = grad + grad.T, expected + expected.T
+    torch.testing.assert_close(symmetric, expected, rtol=0, atol=1e4 * rtol * expected.abs().max().item())
+
+
+def test_newton_schulz_converges() -> None:
+    """Enough iterations whiten fully; five do not, which is the published method."""
+    cov = random_cov(20, 100.0)[None]
+    converged = inverse_sqrt(cov, 1e-9, 20)[0]
+    torch.testing.assert_close(converged, whitening_by_eigenvalues(cov[0], 1e-9, None), rtol=0, atol=1e-8)
+    white = converged @ cov[0] @ converged
+    torch.testing.assert_close(white, torch.eye(20, dtype=torch.float64), rtol=0, atol=1e-6)
+    partly = inverse_sqrt(cov, 1e-9, 5)[0]
+    assert torch.linalg.eigvalsh(partly @ cov[0] @ partly)[0] < 0.9
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("groups", "blocks"), [(1, 1), (1, 3), (2, 2)])
+def test_fold_is_whitening_the_data(groups: int, blocks: int, interleaved: bool) -> None:
+    """w' and b' on raw patches give what w gives on centred, whitened patches."""
+    features = 8
+    weight = torch.randn(groups * 5, blocks * features, dtype=torch.float64)
+    bias = torch.randn(groups * 5, dtype=torch.float64)
+    whitening = torch.stack([random_cov(features, 10.0) for _ in range(groups)])
+    mean = torch.randn(groups, blocks, features, dtype=torch.float64)
+    patches = torch.randn(30, groups, blocks * features, dtype=torch.float64)
+    white = (to_blocks(patches, blocks, interleaved) - mean) @ whitening
+    white = from_blocks(white, interleaved)
+    expected = torch.einsum("ngf,gof->ngo", white, weight.view(groups, 5, -1)).flatten(1) + bias
+    folded, shifted = fold_whitening(weight, bias, whitening, mean, blocks, interleaved)
+    got = torch.einsum("ngf,gof->ngo", patches, folded.view(groups, 5, -1)).flatten(1) + shifted
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+    back, bias_back = unfold_whitening(folded, shifted, whitening, mean, blocks, interleaved)
+    torch.testing.assert_close(back, weight, rtol=0, atol=1e-12)
+    torch.testing.assert_close(bias_back, bias, rtol=0, atol=1e-12)
+
+
+def test_fold_covers_borders() -> None:
+    """w'·μ is one constant per channel, also where the kernel reads zero padding."""
+    x = torch.randn(1, 2, 5, 5, dtype=torch.float64)
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    mean = torch.randn(1, 1, 18, dtype=torch.float64)
+    identity = torch.eye(18, dtype=torch.float64)[None]
+    zero = torch.zeros(3, dtype=torch.float64)
+    folded, bias = fold_whitening(weight, zero, identity, mean, 1, False)
+    got = conv2d(x, folded, bias, padding=1)
+    patches = patches_by_loops(x, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), "zeros")
+    want = ((patches - mean[0]) @ weight.flatten(1).T).T.view(1, 3, 5, 5)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
