@@ -6,6 +6,7 @@ of its batch-norm twin. What the runtime must know is in the file's metadata as 
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import main_output, size_multiple
 
 OPSET = 18  # later opsets put Resize on the CPU in many CUDA builds of onnxruntime
-TOLERANCE = 1e-4  # of the largest logit
+TOLERANCE = 1e-4  # of the largest logit; more only where float32 itself is less exact, see compare
 Output = Literal["labels", "logits"]
 
 _TRACED_SIZE = (96, 160)
@@ -39,13 +40,14 @@ class Parity:
         shape: batch, height, width.
         max_diff: largest difference of logits over the largest logit; NaN where the graph gives labels.
         labels_differ: share of differing labels.
-        passed: the difference is below `TOLERANCE`; labels differ only where PyTorch's two best logits are
-            closer than that.
+        tolerance: what ``max_diff`` may be; labels may differ only where PyTorch's two best logits are closer
+            than twice that.
     """
 
     shape: tuple[int, int, int]
     max_diff: float
     labels_differ: float
+    tolerance: float
     passed: bool
 
 
@@ -99,7 +101,8 @@ def export_onnx(
     if failed is not None:
         raise UserError(
             f"{path}: not written, the graph disagrees with PyTorch at {failed.shape}: logits by "
-            f"{failed.max_diff:.1e} of the largest, {failed.labels_differ:.2%} of labels"
+            f"{failed.max_diff:.1e} of the largest (allowed {failed.tolerance:.1e}), "
+            f"{failed.labels_differ:.2%} of labels"
         )
     write_atomically(path, lambda temporary: _save(graph, temporary))
     return results
@@ -132,7 +135,12 @@ def graph_metadata(info: CheckpointInfo, multiple: int, output: Output) -> dict[
 
 
 def _to_onnx(deployed: _Deployed, output: Output, multiple: int) -> onnx.ModelProto:
-    dims: list[Any] = [torch.export.Dim("batch"), None, torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC]
+    dims: list[Any] = [
+        torch.export.Dim("batch"),
+        torch.export.Dim.STATIC,
+        torch.export.Dim.DYNAMIC,
+        torch.export.Dim.DYNAMIC,
+    ]
     if multiple > 1:
         for axis, name in ((2, "rows"), (3, "columns")):
             dims[axis] = multiple * torch.export.Dim(name, min=1, max=1 << 12)
@@ -171,29 +179,33 @@ def _to_onnx(deployed: _Deployed, output: Output, multiple: int) -> onnx.ModelPr
 def compare(
     graph: onnx.ModelProto, deployed: _Deployed, shape: tuple[int, int, int], multiple: int
 ) -> Parity:
-    """Run graph and network on noise of ``shape`` (batch, height, width), rounded up to ``multiple``."""
+    """Run graph and network on noise of ``shape`` (batch, height, width), rounded up to ``multiple``.
+
+    The tolerance is `TOLERANCE`, or four times PyTorch's own float32 error against float64 where a network is
+    so ill-conditioned that this is more.
+    """
     import onnxruntime
 
-    batch, height, width = shape[0], *(side + -side % multiple for side in shape[1:])
+    batch, height, width = shape = shape[0], *(side + -side % multiple for side in shape[1:])
     images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"image": images.numpy()})
     with torch.inference_mode():
         logits = main_output(deployed.model(images)).numpy()
+        exact = main_output(copy.deepcopy(deployed.model).double()(images.double())).numpy()
     largest = float(np.abs(logits).max())
+    tolerance = max(TOLERANCE, 4 * float(np.abs(logits - exact).max()) / largest)
+    expected = logits if deployed.output == "logits" else logits.argmax(1)
+    if got.shape != expected.shape:
+        return Parity(shape, float("inf"), 1.0, tolerance, False)
     if deployed.output == "logits":
-        if got.shape != logits.shape:
-            return Parity((batch, height, width), float("inf"), 1.0, False)
         max_diff = float(np.abs(got - logits).max()) / largest
         differ = float((got.argmax(1) != logits.argmax(1)).mean())
-        return Parity((batch, height, width), max_diff, differ, max_diff <= TOLERANCE)
-    expected = logits.argmax(1)
-    if got.shape != expected.shape:
-        return Parity((batch, height, width), float("nan"), 1.0, False)
+        return Parity(shape, max_diff, differ, tolerance, max_diff <= tolerance)
     second, first = np.partition(logits, -2, axis=1)[:, -2:].swapaxes(0, 1)
     wrong = got != expected
-    clear = (first - second) > TOLERANCE * largest
-    return Parity((batch, height, width), float("nan"), float(wrong.mean()), not (wrong & clear).any())
+    clear = (first - second) > 2 * tolerance * largest
+    return Parity(shape, float("nan"), float(wrong.mean()), tolerance, not (wrong & clear).any())
 
 
 def _save(graph: onnx.ModelProto, path: Path) -> None:

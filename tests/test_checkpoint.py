@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from segdeconv.checkpoint import (
+    CheckpointInfo,
+    create_run_folder,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights_into,
+    read_info,
+    save_checkpoint,
+    write_atomically,
+)
+from segdeconv.config import load_recipe
+from segdeconv.errors import UserError
+from segdeconv.models import build_model
+
+RECIPE = load_recipe("demo", ["model.encoder=lcnet_050", "model.network_deconv.block_size=4"])
+CLASSES = ("a", "b", "c")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    model, _ = build_model(RECIPE.model, 3)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+    info = CheckpointInfo(RECIPE, "segmentation", CLASSES, ((1, 2, 3),) * 3, 4, {"miou": 0.5})
+    path = tmp_path / "best.safetensors"
+    save_checkpoint(path, model, info)
+    return path, model
+
+
+def test_round_trip(saved: tuple[Path, torch.nn.Module]) -> None:
+    path, model = saved
+    loaded, info = load_checkpoint(path.parent)
+    assert not loaded.training
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model.eval()(x))
+    assert info == read_info(path)
+    assert (info.recipe, info.classes, info.epoch, info.scores) == (RECIPE, CLASSES, 4, {"miou": 0.5})
+    for key, value in model.state_dict().items():  # running values and counters among them
+        assert torch.equal(value, loaded.state_dict()[key]), key
+
+
+def test_the_best_is_taken_before_the_last(saved: tuple[Path, torch.nn.Module]) -> None:
+    path, _ = saved
+    path.with_name("last.safetensors").write_bytes(path.read_bytes())
+    assert find_checkpoint(path.parent) == path
+    path.unlink()
+    assert find_checkpoint(path.parent).name == "last.safetensors"
+
+
+def test_truncated(saved: tuple[Path, torch.nn.Module]) -> None:
+    path, _ = saved
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"best.safetensors: not a safetensors file, or damaged"):
+        load_checkpoint(path)
+
+
+def test_not_ours(saved: tuple[Path, torch.nn.Module]) -> None:
+    path, _ = saved
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not a checkpoint of segdeconv"):
+        load_checkpoint(path)
+
+
+def test_damaged_metadata(saved: tuple[Path, torch.nn.Module]) -> None:
+    path, _ = saved
+    save_file({"x": torch.zeros(1)}, path, {"format": "segdeconv/1", "recipe": "{"})
+    with pytest.raises(UserError, match="metadata is damaged"):
+        load_checkpoint(path)
+
+
+def test_weights_that_do_not_fit(saved: tuple[Path, torch.nn.Module]) -> None:
+    path, _ = saved
+    other, _ = build_model(RECIPE.model, 5)
+    with pytest.raises(UserError, match=r"do not fit the network: size mismatch for segmentation_head"):
+        load_weights_into(other, path)
+
+
+class Hostile:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch hostile-was-run",)
+
+
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.safetensors"
+    path.write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(UserError, match="not a safetensors file"):
+        load_checkpoint(path)
+    assert not (tmp_path / "hostile-was-run").exists()
+
+
+def test_nothing_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"file: cannot be written .*No space left"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    create_run_folder(tmp_path / "run", RECIPE)
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="holds a run already"):
+        create_run_folder(tmp_path / "run", RECIPE)
+
+
+@pytest.mark.parametrize("what", ["missing", "empty"])
+def test_no_checkpoint(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "nothing" if what == "missing" else tmp_path
+    with pytest.raises(UserError, match=r"no such run|holds no checkpoint"):
+        find_checkpoint(path)
+
+
+def test_tensors_are_safetensors(saved: tuple[Path, torch.nn.Module]) -> None:
+    path, model = saved
+    assert set(load_file(path)) == set(model.state_dict())

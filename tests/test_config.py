@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from segdeconv.config import (
+    NetworkDeconvConfig,
+    Recipe,
+    load_recipe,
+    own_recipes,
+    recipe_from_dict,
+    recipe_to_dict,
+)
+from segdeconv.data import DATASETS
+from segdeconv.errors import UserError
+from segdeconv.models import resolve
+
+GOOD = {"name": "x", "model": {"architecture": "unet"}, "data": {"dataset": "toy"}}
+
+
+@pytest.mark.parametrize("name", own_recipes())
+def test_own_recipes(name: str) -> None:
+    """Every committed recipe parses, names what exists, and survives a round trip."""
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.data.dataset in DATASETS
+    architecture, _ = resolve(recipe.model)
+    assert architecture.task == (
+        "classification" if recipe.data.dataset == "image_folder" else "segmentation"
+    )
+    assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(recipe_to_dict(recipe))), name) == recipe
+
+
+def test_defaults_are_those_of_the_authors_code() -> None:
+    config = NetworkDeconvConfig()
+    assert (config.block_size, config.linear_block_size, config.eps) == (64, 512, 1e-5)
+    assert (config.num_iters, config.momentum, config.sampling_stride) == (5, 0.1, 3)
+
+
+def test_overrides() -> None:
+    recipe = load_recipe(
+        "demo", ["train.lr=0.5", "data.crop=[64, 64]", "model.encoder=resnet18", "name=mine"]
+    )
+    assert (recipe.train.lr, recipe.data.crop, recipe.model.encoder) == (0.5, (64, 64), "resnet18")
+    assert recipe.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "says"),
+    [
+        (None, {"modle": 1}, r"unknown key 'modle'; did you mean 'model'\?"),
+        ("train", {"leraning_rate": 1}, "unknown key 'train.leraning_rate'"),
+        ("train", {"batchsize": 4}, r"did you mean 'batch_size'\?"),
+        ("model", {"network_deconv": {"blocksize": 4}}, r"did you mean 'block_size'\?"),
+        ("train", {"lr": -1}, r"train.lr = -1: input should be greater than 0"),
+        ("train", {"epochs": "many"}, "train.epochs = 'many'"),
+        ("train", {"optimizer": "adam"}, "'sgd' or 'adamw'"),
+        ("model", {"norm": "gn"}, "'bn' or 'nd'"),
+        ("data", {"size": [0, 5]}, r"data.size.0 = 0"),
+        ("data", {"classes": ["a", "a"]}, "holds a name twice"),
+        ("data", {"classes": ["a"], "palette": [[1, 2, 3], [4, 5, 6]]}, "2 colours for 1 classes"),
+        ("data", {"scale": [2, 1], "crop": [8, 8]}, "smallest, largest"),
+        ("data", {"scale": [0.5, 2]}, "need crop"),
+        ("data", {"std": [0, 1, 1]}, "std must be positive"),
+    ],
+)
+def test_wrong_values_are_named(section: str | None, values: dict, says: str) -> None:
+    recipe = {key: dict(value) if isinstance(value, dict) else value for key, value in GOOD.items()}
+    (recipe if section is None else recipe.setdefault(section, {})).update(values)
+    with pytest.raises(UserError, match=says) as caught:
+        recipe_from_dict(recipe, "x.yaml")
+    assert str(caught.value).startswith("x.yaml: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["model", "data"])
+def test_missing_sections_are_named(missing: str) -> None:
+    with pytest.raises(UserError, match=f"the key '{missing}' is missing"):
+        recipe_from_dict({k: v for k, v in GOOD.items() if k != missing}, "x.yaml")
+
+
+def test_frozen() -> None:
+    recipe = recipe_from_dict(GOOD, "x")
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(AttributeError):
+        recipe.name = "y"  # type: ignore[misc]
+
+
+def test_the_file_name_names_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "street.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in GOOD.items() if k != "name"}))
+    assert load_recipe(path).name == "street"

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segdeconv.config import DataConfig
+from segdeconv.data import DATASETS, EvalSet, TrainSet, eval_loader, open_samples, train_loader
+from segdeconv.data.samples import even_palette
+from segdeconv.errors import UserError
+
+
+def write(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+def make_set(root: Path, count: int = 3, split: str = "train", size: tuple[int, int] = (20, 30)) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        write(root / split / "images" / f"{i}.png", rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        mask = rng.integers(0, 2, size, dtype=np.uint8)
+        mask[0] = 255
+        write(root / split / "masks" / f"{i}.png", mask)
+
+
+def own(root: Path, **changes: object) -> DataConfig:
+    return DataConfig("image_mask", **{"root": str(root), "classes": ("a", "b"), **changes})  # type: ignore[arg-type]
+
+
+def test_image_and_mask_folders(tmp_path: Path) -> None:
+    make_set(tmp_path)
+    samples = open_samples(own(tmp_path), "train")
+    assert len(samples) == 3
+    assert samples.classes == ("a", "b")
+    image, mask = samples.load(1)
+    assert image.shape == (20, 30, 3)
+    assert set(np.unique(mask)) == {0, 1, 255}
+    resized, small = open_samples(own(tmp_path, size=(10, 15)), "train").load(1)
+    assert resized.shape == (10, 15, 3)
+    assert small.shape == (10, 15)
+
+
+def test_palette_masks_are_read_as_numbers(tmp_path: Path) -> None:
+    make_set(tmp_path)
+    path = tmp_path / "train" / "masks" / "0.png"
+    mask = Image.open(path)
+    numbers = np.asarray(mask)
+    mask.putpalette([9] * 768)
+    mask.save(path)
+    assert Image.open(path).mode == "P"
+    _, got = open_samples(own(tmp_path), "train").load(0)
+    assert np.array_equal(got, numbers)
+
+
+def test_camvid(camvid: Path) -> None:
+    samples = open_samples(DataConfig("camvid", root=str(camvid)), "train")
+    assert len(samples) == 367
+    assert len(open_samples(DataConfig("camvid", root=str(camvid)), "val")) == 101
+    assert len(samples.classes) == len(samples.palette) == 11
+    image, mask = samples.load(0)
+    assert image.shape == (360, 480, 3)
+    assert set(np.unique(mask)) <= {*range(11), 255}
+    assert (mask == 3).mean() > 0.05  # road
+
+
+def test_camvid_takes_png_photographs(tmp_path: Path) -> None:
+    """The public SegNet layout has PNG photographs; void (11) becomes the ignored label."""
+    write(tmp_path / "train" / "a.png", np.zeros((4, 4, 3), np.uint8))
+    write(tmp_path / "trainannot" / "a.png", np.full((4, 4), 11, np.uint8))
+    _, mask = open_samples(DataConfig("camvid", root=str(tmp_path)), "train").load(0)
+    assert (mask == 255).all()
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    for name, count in (("cat", 2), ("dog", 1)):
+        for i in range(count):
+            write(tmp_path / "train" / name / f"{i}.jpg", np.full((8, 8, 3), 10 * i, np.uint8))
+    samples = open_samples(DataConfig("image_folder", root=str(tmp_path)), "train")
+    assert samples.task == "classification"
+    assert samples.classes == ("cat", "dog")
+    assert [samples.load(i)[1] for i in range(3)] == [0, 0, 1]
+    assert samples.name(2) == "dog_0"
+    turned = DataConfig("image_folder", root=str(tmp_path), classes=("dog", "cat"))
+    assert [open_samples(turned, "train").load(i)[1] for i in range(3)] == [0, 1, 1]
+    with pytest.raises(UserError, match="'bird'"):
+        open_samples(DataConfig("image_folder", root=str(tmp_path), classes=("bird", "cat", "dog")), "train")
+
+
+def break_pair(root: Path, what: str) -> None:
+    images, masks = root / "train" / "images", root / "train" / "masks"
+    if what == "no mask":
+        (masks / "1.png").unlink()
+    elif what == "no picture":
+        (images / "1.png").unlink()
+    elif what == "wrong label":
+        write(masks / "1.png", np.full((20, 30), 7, np.uint8))
+    elif what == "colour mask":
+        write(masks / "1.png", np.zeros((20, 30, 3), np.uint8))
+    elif what == "size":
+        write(masks / "1.png", np.zeros((20, 31), np.uint8))
+    elif what == "truncated":
+        data = (images / "1.png").read_bytes()
+        (images / "1.png").write_bytes(data[: len(data) // 2])
+    elif what == "not a picture":
+        (images / "1.png").write_text("hello")
+    elif what == "two of a name":
+        write(images / "1.jpg", np.zeros((20, 30, 3), np.uint8))
+    elif what == "empty":
+        for path in images.iterdir():
+            path.unlink()
+    elif what == "no folder":
+        masks.rename(root / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("no mask", r"images/1.png: has no mask"),
+        ("no picture", r"masks/1.png: has no picture of that name"),
+        ("wrong label", r"masks/1.png: holds label 7, but there are 2 classes"),
+        ("colour mask", r"masks/1.png: a mask must be an 8-bit grey or palette picture .* not RGB"),
+        ("size", r"masks/1.png: is 31x20, but its picture is 30x20"),
+        ("truncated", r"images/1.png: a damaged picture"),
+        ("not a picture", r"images/1.png: not a readable picture"),
+        ("two of a name", r"there is a second picture of that name"),
+        ("empty", r"images: holds no picture"),
+        ("no folder", r"masks: no such folder"),
+    ],
+)
+def test_broken_sets_are_named(tmp_path: Path, what: str, says: str) -> None:
+    make_set(tmp_path)
+    break_pair(tmp_path, what)
+
+    def read_all() -> None:
+        samples = open_samples(own(tmp_path), "train")
+        for i in range(len(samples)):
+            samples.load(i)
+
+    with pytest.raises(UserError, match=says) as caught:
+        read_all()
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_set_and_missing_keys(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="known are toy, camvid"):
+        open_samples(DataConfig("imagenet"), "train")
+    with pytest.raises(UserError, match=r"data.root is missing"):
+        open_samples(DataConfig("camvid"), "train")
+    with pytest.raises(UserError, match=r"data.classes is missing"):
+        open_samples(DataConfig("image_mask", root=str(tmp_path)), "train")
+
+
+def augmented(root: Path, **changes: object) -> DataConfig:
+    return own(root, crop=(16, 16), scale=(0.5, 2.0), color=0.4, **changes)
+
+
+def test_a_training_sample_depends_on_seed_epoch_and_index_only(tmp_path: Path) -> None:
+    make_set(tmp_path)
+    config = augmented(tmp_path)
+    samples = open_samples(config, "train")
+    one, other = (TrainSet(samples, config, seed=1, multiple=1) for _ in range(2))
+    _ = other[2], other[0]  # a different history
+    assert torch.equal(one[4][0], other[4][0])
+    assert torch.equal(one[4][1], other[4][1])
+    assert not torch.equal(one[4][0], one[1][0])  # the same picture in the next epoch
+    assert not torch.equal(one[4][0], TrainSet(samples, config, seed=2, multiple=1)[4][0])
+
+
+def test_worker_processes_change_nothing(tmp_path: Path) -> None:
+    make_set(tmp_path, count=6)
+    batches = []
+    for workers in (0, 2):
+        config = augmented(tmp_path, num_workers=workers)
+        loader = train_loader(open_samples(config, "train"), config, 3, seed=5, multiple=1)
+        loader.sampler.epoch = 3  # type: ignore[attr-defined]
+        batches.append(list(loader))
+    for (images, masks), (same_images, same_masks) in zip(*batches, strict=True):
+        assert torch.equal(images, same_images)
+        assert torch.equal(masks, same_masks)
+
+
+def test_epochs_have_their_own_order(tmp_path: Path) -> None:
+    make_set(tmp_path, count=12)
+    config = augmented(tmp_path)
+    loader = train_loader(open_samples(config, "train"), config, 4, seed=0, multiple=1)
+    orders = []
+    for epoch in range(2):
+        loader.sampler.epoch = epoch  # type: ignore[attr-defined]
+        items = list(loader.sampler)
+        assert sorted(i % 12 for i in items) == list(range(12))
+        assert {i // 12 for i in items} == {epoch}
+        orders.append([i % 12 for i in items])
+    assert orders[0] != orders[1]
+
+
+def test_picture_and_mask_move_together(tmp_path: Path) -> None:
+    """Scaled, cropped and mirrored pictures still lie under their masks; padding is mean colour, ignored."""
+    image = np.zeros((40, 40, 3), np.uint8)
+    mask = np.zeros((40, 40), np.uint8)
+    image[10:30, 5:25] = 255
+    mask[10:30, 5:25] = 1
+    write(tmp_path / "train" / "images" / "a.png", image)
+    write(tmp_path / "train" / "masks" / "a.png", mask)
+    config = own(tmp_path, crop=(48, 48), scale=(0.5, 1.5), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    dataset = TrainSet(open_samples(config, "train"), config, seed=0, multiple=1)
+    mirrored = set()
+    for epoch in range(8):
+        got, labels = dataset[epoch]
+        assert got.shape == (3, 48, 48)
+        inside = labels != 255
+        agree = ((got[0] > 0) == (labels == 1))[inside]
+        assert agree.float().mean() > 0.9  # bilinear against nearest differ at edges
+        assert (got[0][~inside].abs() < 0.02).all()
+        mirrored.add(
+            bool((labels == 1).nonzero()[:, 1].float().mean() > (labels == 0).nonzero()[:, 1].float().mean())
+        )
+    assert len(mirrored) == 2
+
+
+def test_evaluation_pads_right_and_below(tmp_path: Path) -> None:
+    make_set(tmp_path)
+    config = own(tmp_path)
+    image, mask = EvalSet(open_samples(config, "train"), config, multiple=16)[0]
+    assert image.shape == (3, 32, 32)
+    assert (mask[20:] == 255).all()
+    assert (mask[:, 30:] == 255).all()
+    assert (image[:, 20:] == 0).all()
+    raw, _ = open_samples(config, "train").load(0)
+    mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+    expected = (torch.from_numpy(raw.copy()).float() / 255 - mean) / std
+    torch.testing.assert_close(image[:, :20, :30].permute(1, 2, 0), expected, rtol=0, atol=1e-5)
+
+
+def test_loaders_refuse_what_makes_no_batch(tmp_path: Path) -> None:
+    make_set(tmp_path)
+    samples = open_samples(own(tmp_path), "train")
+    with pytest.raises(UserError, match="only 3 pictures"):
+        train_loader(samples, own(tmp_path), 4, 0, 1)
+    with pytest.raises(UserError, match=r"give data.crop or data.size"):
+        train_loader(samples, own(tmp_path), 2, 0, 1)
+    assert eval_loader(samples, own(tmp_path), 2, 1).batch_size == 1
+    sized = own(tmp_path, size=(8, 8))
+    assert len(list(eval_loader(open_samples(sized, "train"), sized, 2, 1))) == 2
+
+
+def test_registry_and_palette() -> None:
+    assert list(DATASETS) == ["toy", "camvid", "image_mask", "image_folder"]
+    colors = even_palette(12)
+    assert len(set(colors)) == 12
+    assert all(0 <= channel <= 255 for color in colors for channel in color)

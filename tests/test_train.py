@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from segdeconv.checkpoint import load_checkpoint
+from segdeconv.config import Recipe, TrainConfig, load_recipe
+from segdeconv.errors import UserError
+from segdeconv.evaluate import evaluate_run, table
+from segdeconv.layers import Whitened
+from segdeconv.train import loss_of, lr_factor, make_optimizer, pick_device, train
+
+TINY = [
+    "model.encoder=lcnet_050",
+    "model.options={encoder_depth: 3, decoder_channels: [16, 16, 8]}",
+    "model.network_deconv.block_size=8",
+    "data.size=[32, 64]",
+    "data.count=[12, 4]",
+    "train.batch_size=4",
+    "train.epochs=2",
+    "train.eval_every=1",
+]
+
+
+def tiny(*changes: str) -> Recipe:
+    return load_recipe("demo", [*TINY, *changes])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    torch.manual_seed(99)  # what came before must not matter
+    train(tiny(), out)
+    return out
+
+
+def test_a_run_leaves_what_it_promises(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "recipe.yaml", "metrics.jsonl", "last.safetensors", "best.safetensors", "curves.png", "tensorboard",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert all({"loss", "lr", "seconds", "miou", "pixel_acc"} <= set(line) for line in lines)
+    assert Image.open(run / "curves.png").size[0] > 800
+    assert list((run / "tensorboard").iterdir())
+    assert load_recipe(run / "recipe.yaml") == tiny()
+
+
+def test_a_seed_gives_the_same_run(run: Path, tmp_path: Path) -> None:
+    train(tiny(), tmp_path / "again")
+    first, again = (load_file(path / "last.safetensors") for path in (run, tmp_path / "again"))
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    other = train(tiny("train.seed=1", "train.epochs=1"), tmp_path / "other")
+    assert other["loss"] != json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+
+
+def test_evaluation_repeats_what_training_logged(run: Path) -> None:
+    scores = evaluate_run(run)
+    logged = max(json.loads(line)["miou"] for line in (run / "metrics.jsonl").read_text().splitlines())
+    assert scores["miou"] == logged
+    written = json.loads((run / "eval.json").read_text())
+    assert written["miou"] == logged
+    assert written["samples"] == 4
+    assert np.array(written["confusion"]).sum() == 4 * 32 * 64
+    assert table(scores, "segmentation").row_count == 8 + 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["model.norm=bn"],
+        ["train.optimizer=adamw", "train.lr=0.001", "train.schedule=poly", "train.amp=bf16"],
+        ["model.network_deconv.mode=reference"],
+        ["model.architecture=lraspp_mobilenet_v3_large", "model.encoder=null", "model.options={}"],
+    ],
+)
+def test_other_roads(changes: list[str], tmp_path: Path) -> None:
+    line = train(tiny("train.epochs=1", *changes), tmp_path / "run")
+    assert math.isfinite(line["loss"])
+    evaluate_run(tmp_path / "run")
+
+
+def test_auxiliary_head(tmp_path: Path) -> None:
+    changes = ["model.architecture=deeplabv3_mobilenet_v3_large", "model.encoder=null", "model.options={}"]
+    train(tiny("train.epochs=1", *changes), tmp_path / "run")
+    model, _ = load_checkpoint(tmp_path / "run")
+    assert set(model(torch.zeros(1, 3, 64, 64))) == {"out", "aux"}
+
+
+def test_classification(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name, level in (("dark", 60), ("light", 190)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(8):
+                picture = rng.normal(level, 20, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(picture).save(tmp_path / split / name / f"{i}.png")
+    recipe = load_recipe(
+        "cifar10_resnet18",
+        [f"data.root={tmp_path}", "train.batch_size=4", "train.epochs=2", "model.network_deconv.block_size=8",
+         "model.architecture=mobilenetv3_small_050", "train.lr=0.02"],
+    )  # fmt: skip
+    train(recipe, tmp_path / "run")
+    best = max(
+        json.loads(line)["top1"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    )
+    assert evaluate_run(tmp_path / "run")["top1"] == best
+    assert table(evaluate_run(tmp_path / "run"), "classification").row_count == 3
+
+
+def test_warm_start_from_the_batch_norm_twin(tmp_path: Path) -> None:
+    """init + warm_start: the deconvolved run starts from the twin's function, and its best is no worse."""
+    twin = train(tiny("model.norm=bn"), tmp_path / "bn")
+    changes = [f"model.init={tmp_path / 'bn'}", "model.warm_start=true", "train.epochs=1", "train.lr=1.0e-12"]
+    line = train(tiny(*changes), tmp_path / "nd")
+    model, info = load_checkpoint(tmp_path / "nd")  # needs neither the twin nor its folder
+    assert info.recipe.model.warm_start
+    assert any(isinstance(m, Whitened) for m in model.modules())
+    assert line["loss"] == pytest.approx(twin["loss"], rel=0.35)
+
+
+def test_init_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run folder"):
+        train(tiny("model.init=nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_loss_stops_the_run_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss became nan|the loss became inf") as caught:
+        train(tiny("train.lr=1.0e30", "train.warmup_epochs=0"), tmp_path / "run")
+    assert "lower train.lr" in str(caught.value)
+
+
+def test_task_and_data_must_agree(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is for classification, but"):
+        train(tiny("model.architecture=resnet18", "model.encoder=null", "model.options={}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("poly", [0.5, 1.0, 1.0, 0.75**0.9, 0.5**0.9, 0.25**0.9]),
+        (
+            "cosine",
+            [0.5, 1.0, 1.0, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(math.pi * 3 / 4)) / 2],
+        ),
+        ("constant", [0.5, 1.0, 1, 1, 1, 1]),
+    ],
+)
+def test_schedules(schedule: str, expected: list[float]) -> None:
+    got = [lr_factor(step, 6, 2, schedule, 0.9) for step in range(6)]
+    assert got == pytest.approx(expected, abs=1e-15)
+    assert lr_factor(6, 6, 2, schedule, 0.9) == pytest.approx(
+        1.0 if schedule == "constant" else 0.0, abs=1e-15
+    )
+
+
+def test_optimizers() -> None:
+    model = torch.nn.Linear(2, 2)
+    assert isinstance(make_optimizer(model, TrainConfig(optimizer="adamw")), torch.optim.AdamW)
+    sgd = make_optimizer(model, TrainConfig(lr=0.3, momentum=0.8, weight_decay=0.2))
+    assert (sgd.defaults["lr"], sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.3, 0.8, 0.2)
+
+
+def test_loss() -> None:
+    logits, targets = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    targets[0, 0] = 255
+    config = TrainConfig(aux_weight=0.5)
+    plain = torch.nn.functional.cross_entropy(logits, targets, ignore_index=255)
+    assert torch.equal(loss_of(logits, targets, config, 255), plain)
+    both = loss_of({"out": logits, "aux": logits}, targets, config, 255)
+    torch.testing.assert_close(both, 1.5 * plain)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:97", "mps:9"])
+def test_devices(name: str) -> None:
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match=f"--device {name}: not available here"):
+        pick_device(name)
