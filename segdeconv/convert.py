@@ -121,7 +121,7 @@ def convert_to_network_deconv(
             would silently change the network; or there is nothing to convert. The network is unchanged.
     """
     config = config or NetworkDeconvConfig()
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     structure = read_structure(model)
     report = ConversionReport(untraced=structure.untraced)
 
@@ -168,7 +168,7 @@ def convert_to_network_deconv(
         elif warm_start and module not in {modules[norm] for norm, _ in folds}:
             swaps[module] = nn.Sequential(_as_affine(module), swaps[module])
     for name in structure.in_place:
-        modules[name].inplace = False  # type: ignore[assignment]
+        modules[name].inplace = False
     return replace_modules(model, swaps), report
 
 

@@ -186,7 +186,8 @@ def compare(
     """
     import onnxruntime
 
-    batch, height, width = shape = shape[0], *(side + -side % multiple for side in shape[1:])
+    batch, height, width = shape[0], *(side + -side % multiple for side in shape[1:])
+    shape = (batch, height, width)
     images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"image": images.numpy()})

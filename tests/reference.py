@@ -85,3 +85,27 @@ def whitened_conv(
     height = (x.shape[2] + lrtb[2] + lrtb[3] - dy * (kh - 1) - 1) // stride[0] + 1
     width = (x.shape[3] + lrtb[0] + lrtb[1] - dx * (kw - 1) - 1) // stride[1] + 1
     return out.view(len(x), height, width, -1).permute(0, 3, 1, 2)
+
+
+def authors_fold(
+    weight: Tensor, bias: Tensor, running_mean: Tensor, running_deconv: Tensor, block: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Folded weight and bias of one trained FastDeconv, one output channel and one feature at a time."""
+    out_channels, channels, kh, kw = weight.shape
+    features = kh * kw * block
+    folded, shifted = torch.empty_like(weight), bias.clone()
+    for o in range(out_channels):
+        flat = weight[o].flatten()
+        result = torch.empty_like(flat)
+        if groups == 1:
+            blocks = channels // block
+            for k in range(blocks):
+                index = torch.tensor([f * blocks + k for f in range(features)])
+                result[index] = flat[index] @ running_deconv
+                shifted[o] -= result[index] @ running_mean
+        else:
+            g = o // (out_channels // groups)
+            result = flat @ running_deconv[g]
+            shifted[o] -= result @ running_mean.view(groups, -1)[g]
+        folded[o] = result.view(channels, kh, kw)
+    return folded, shifted

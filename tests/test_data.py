@@ -98,7 +98,7 @@ def break_pair(root: Path, what: str) -> None:
     elif what == "no picture":
         (images / "1.png").unlink()
     elif what == "wrong label":
-        write(masks / "1.png", np.full((20, 30), 7, np.uint8))
+        write(masks / "1.png", np.full_like(np.asarray(Image.open(masks / "1.png")), 7))
     elif what == "colour mask":
         write(masks / "1.png", np.zeros((20, 30, 3), np.uint8))
     elif what == "size":

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from reference import whitened_conv
+from reference import authors_fold, whitened_conv, whitening_by_eigenvalues
 from torch import nn
 
 from segdeconv.config import NetworkDeconvConfig
@@ -194,29 +194,7 @@ def test_output_is_centred() -> None:
     torch.testing.assert_close(out.mean((0, 2, 3)), layer.bias, rtol=0, atol=1e-12)
 
 
-# ---- the authors' layer, as the issue and the paper describe it, in loops ----
-
-
-def authors_fold(weight, bias, running_mean, running_deconv, block, groups):  # type: ignore[no-untyped-def]
-    """Folded weight and bias of one trained FastDeconv, one output channel and one feature at a time."""
-    out_channels, channels, kh, kw = weight.shape
-    features = kh * kw * block
-    folded, shifted = torch.empty_like(weight), bias.clone()
-    for o in range(out_channels):
-        flat = weight[o].flatten()
-        result = torch.empty_like(flat)
-        if groups == 1:
-            blocks = channels // block
-            for k in range(blocks):
-                index = torch.tensor([f * blocks + k for f in range(features)])
-                result[index] = flat[index] @ running_deconv
-                shifted[o] -= result[index] @ running_mean
-        else:
-            g = o // (out_channels // groups)
-            result = flat @ running_deconv[g]
-            shifted[o] -= result @ running_mean.view(groups, -1)[g]
-        folded[o] = result.view(channels, kh, kw)
-    return folded, shifted
+# ---- the authors' layer, as the issue and the paper describe it, in loops (reference.authors_fold) ----
 
 
 @pytest.mark.parametrize(("channels", "block", "groups"), [(8, 8, 1), (8, 4, 1), (12, 8, 1), (8, 64, 4)])
@@ -251,8 +229,6 @@ def test_reference_mode_running_values() -> None:
     rows = nn.functional.unfold(x, 3, stride=3).transpose(1, 2).flatten(0, 1)
     patches = torch.cat([rows[:, k::2] for k in range(2)])
     torch.testing.assert_close(layer.running_mean[0, 0], 0.1 * patches.mean(0), rtol=0, atol=1e-14)
-    from reference import whitening_by_eigenvalues
-
     whitening = whitening_by_eigenvalues(torch.cov(patches.T, correction=0), 1e-5, 5)
     expected = 0.9 * torch.eye(36, dtype=torch.float64) + 0.1 * whitening
     torch.testing.assert_close(layer.running_whitening[0], expected, rtol=0, atol=1e-11)

@@ -96,8 +96,8 @@ def test_runs_with_torch_blocked(tmp_path: Path, exported: tuple[Path, torch.nn.
     Image.fromarray(picture(30, 50)).save(tmp_path / "a.png")
     code = """
 import sys
-for name in ("torch torchvision timm segmentation_models_pytorch albumentations cv2 pydantic yaml torchmetrics "
-             "matplotlib onnx safetensors tensorboard rich typer").split():
+for name in ("torch torchvision timm segmentation_models_pytorch albumentations cv2 pydantic yaml "
+             "torchmetrics matplotlib onnx safetensors tensorboard rich typer").split():
     sys.modules[name] = None
 from pathlib import Path
 from segdeconv import Segmenter

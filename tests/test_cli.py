@@ -1,0 +1,241 @@
+"""The command line as a person meets it: what it prints, and one sentence with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import yaml
+from PIL import Image
+from test_checkpoint import Hostile
+from test_data import break_pair, make_set
+from test_train import TINY, tiny
+
+from segdeconv import cli
+from segdeconv.config import recipe_to_dict
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run the command in this process; returns exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["segdeconv", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def changes(*more: str) -> list[str]:
+    return [part for change in (*TINY, *more) for part in ("--set", change)]
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One trained and exported run, made through real processes."""
+    folder = tmp_path_factory.mktemp("road")
+    for command in (
+        ["train", "demo", *changes("train.epochs=1"), "--out", "run"],
+        ["export", "run", "--out", "model.onnx"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", "from segdeconv.cli import main; main()", *command],
+            cwd=folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "next: segdeconv" in done.stdout
+    return folder
+
+
+def test_eval_of_pytorch_and_onnx_agree(road: Path, call: Call) -> None:
+    code, out, _ = call("eval", road / "run")
+    assert code == 0
+    assert "miou" in out
+    assert call("eval", road / "run", "--onnx", road / "model.onnx")[0] == 0
+    torch_scores, onnx_scores = (
+        json.loads((road / "run" / name).read_text()) for name in ("eval.json", "eval_onnx.json")
+    )
+    assert onnx_scores["engine"] == "onnxruntime"
+    assert abs(np.array(torch_scores["confusion"]) - np.array(onnx_scores["confusion"])).sum() <= 4
+    assert onnx_scores["miou"] == pytest.approx(torch_scores["miou"], abs=1e-4)
+
+
+def test_predict(road: Path, call: Call, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "a.png")
+    code, out, _ = call("predict", road / "model.onnx", tmp_path / "a.png", "--out", tmp_path / "out")
+    assert code == 0
+    assert "wrote 1 label maps" in out
+    assert Image.open(tmp_path / "out" / "a.png").size == (50, 40)
+
+
+def test_demo_end_to_end(tmp_path: Path, call: Call) -> None:
+    for _ in range(2):  # a second demo replaces the first
+        code, out, err = call("demo", "--out", tmp_path / "demo", *changes("train.epochs=1"))
+        assert code == 0, err
+    assert "next, the same recipe with batch norm" in out
+    for name in ("overlay.png", "curves.png", "demo.onnx", "best.safetensors", "eval.json", "eval_onnx.json"):
+        assert (tmp_path / "demo" / name).is_file(), name
+
+
+def test_help_and_version(call: Call) -> None:
+    code, out, _ = call("--help")
+    assert code == 0
+    assert all(name in out for name in ("train", "eval", "export", "predict", "demo", "recipes"))
+    assert call("--version") == (0, "0.1.0\n", "")
+    code, out, _ = call("recipes")
+    assert "camvid_unet_mobilenet_v2" in out
+
+
+def bad_recipe(folder: Path, **sections: dict) -> Path:
+    values = recipe_to_dict(tiny())
+    for section, changed in sections.items():
+        values[section] |= changed
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def own_images(folder: Path, what: str | None = None, **data: object) -> Path:
+    make_set(folder / "data", count=4, size=(32, 64))
+    make_set(folder / "data", count=2, split="val", size=(32, 64))
+    if what:
+        break_pair(folder / "data", what)
+    values = {
+        "dataset": "image_mask",
+        "root": str(folder / "data"),
+        "classes": ["a", "b"],
+        "size": [32, 64],
+        **data,
+    }
+    return bad_recipe(folder, data=values)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read_only(folder: Path) -> Path:
+    """A place nobody can write to, not even root: below a file."""
+    return write(folder / "file", "x") / "out"
+
+
+def foreign(road: Path, folder: Path) -> Path:
+    graph = onnx.load(road / "model.onnx")
+    del graph.metadata_props[:]
+    onnx.save(graph, folder / "foreign.onnx")
+    return folder / "foreign.onnx"
+
+
+BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
+    "no such command": (lambda r, t: ["trian"], "No such command 'trian'"),
+    "no such option": (lambda r, t: ["train", "demo", "--lr", "3"], "No such option: --lr"),
+    "missing argument": (lambda r, t: ["train"], "Missing argument"),
+    "wrong choice": (lambda r, t: ["train", "demo", "--norm", "gn"], "'gn' is not one of"),
+    "missing recipe": (lambda r, t: ["train", "dmeo"], "did you mean demo?"),
+    "recipe is no YAML": (lambda r, t: ["train", write(t / "r.yaml", "a: [")], "r.yaml: not a readable YAML"),
+    "recipe is binary": (lambda r, t: ["train", write(t / "r.yaml", b"\xff\xfe\x00")], "not a readable YAML"),
+    "recipe is a list": (lambda r, t: ["train", write(t / "r.yaml", "- a")], "expected a mapping"),
+    "wrong key": (lambda r, t: ["train", bad_recipe(t, train={"epoch": 3})], "did you mean 'epochs'?"),
+    "wrong type": (lambda r, t: ["train", bad_recipe(t, train={"lr": "fast"})], "train.lr = 'fast'"),
+    "override without =": (lambda r, t: ["train", "demo", "--set", "train.lr"], "expected key=value"),
+    "override into a value": (lambda r, t: ["train", "demo", "--set", "name.x=3"], "is a value, not a section"),
+    "unknown network": (lambda r, t: ["train", "demo", *changes("model.architecture=unnet")], "no architecture"),
+    "unknown encoder": (lambda r, t: ["train", "demo", *changes("model.encoder=resnet19")], "no encoder"),
+    "unknown data set": (lambda r, t: ["train", "demo", *changes("data.dataset=kitti")], "no such data set"),
+    "unknown device": (lambda r, t: ["train", "demo", "--device", "gpu"], "--device gpu: not available"),
+    "missing data folder": (
+        lambda r, t: ["train", "camvid_unet_mobilenet_v2", "--set", f"data.root={t / 'no'}"], "no such folder"),
+    "empty folder": (lambda r, t: ["train", own_images(t, "empty")], "holds no picture"),
+    "picture without mask": (lambda r, t: ["train", own_images(t, "no mask")], "has no mask"),
+    "mask of another size": (lambda r, t: ["train", own_images(t, "size")], "but its picture is"),
+    "label outside the classes": (lambda r, t: ["train", own_images(t, "wrong label")], "holds label 7"),
+    "wrong class count": (lambda r, t: ["train", own_images(t, classes=["only"])], "there are 1 classes"),
+    "corrupt picture": (lambda r, t: ["train", own_images(t, "truncated")], "a damaged picture"),
+    "batch above the data": (lambda r, t: ["train", "demo", *changes("train.batch_size=99")], "only 12 pictures"),
+    "classifier on masks": (
+        lambda r, t: ["train", "demo", *changes("model.architecture=resnet18", "model.encoder=null",
+                                                "model.options={}")], "is for classification"),
+    "diverging": (lambda r, t: ["train", "demo", *changes("train.lr=1.0e30"), "--out", t / "x"], "lower train.lr"),
+    "unwritable run folder": (lambda r, t: ["train", "demo", *changes(), "--out", read_only(t)], "cannot make"),
+    "run folder in use": (lambda r, t: ["train", "demo", *changes(), "--out", r / "run"], "holds a run already"),
+    "missing run": (lambda r, t: ["eval", t / "nothing"], "no such run folder or checkpoint"),
+    "folder without a checkpoint": (lambda r, t: ["eval", t], "holds no checkpoint"),
+    "truncated checkpoint": (
+        lambda r, t: ["eval", write(t / "c.safetensors", (r / "run/best.safetensors").read_bytes()[:999])], "damaged"),
+    "hostile pickle": (
+        lambda r, t: ["eval", write(t / "c.safetensors", pickle.dumps(Hostile()))], "not a safetensors file"),
+    "evaluating on other classes": (
+        lambda r, t: ["eval", write_other_classes(r, t)], "check data.dataset and data.classes"),
+    "export to another suffix": (lambda r, t: ["export", r / "run", "--out", t / "m.pt"], "must end in .onnx"),
+    "export into no folder": (lambda r, t: ["export", r / "run", "--out", t / "no/m.onnx"], "there is no folder"),
+    "missing graph": (lambda r, t: ["predict", t / "m.onnx", t], "m.onnx: no such file"),
+    "graph is no ONNX": (lambda r, t: ["predict", write(t / "m.onnx", "x"), t], "onnxruntime cannot load it"),
+    "graph of somebody else": (lambda r, t: ["predict", foreign(r, t), t], "was not made by segdeconv"),
+    "no pictures to predict": (lambda r, t: ["predict", r / "model.onnx", t], "holds no picture"),
+    "missing picture": (lambda r, t: ["predict", r / "model.onnx", t / "a.png"], "no such picture or folder"),
+    "corrupt picture to predict": (
+        lambda r, t: ["predict", r / "model.onnx", write(t / "a.png", "x")], "not a readable picture"),
+    "predictions cannot be written": (
+        lambda r, t: ["predict", r / "model.onnx", picture(t), "--out", read_only(t)], "cannot make the folder"),
+    "demo over something else": (lambda r, t: ["demo", "--out", write(t / "precious", "x").parent], "no earlier demo"),
+}  # fmt: skip
+
+
+def picture(folder: Path) -> Path:
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(folder / "p.png")
+    return folder / "p.png"
+
+
+def write_other_classes(road: Path, folder: Path) -> Path:
+    from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+
+    model, info = load_checkpoint(road / "run")
+    renamed = tuple(f"{name}!" for name in info.classes)
+    save_checkpoint(
+        folder / "c.safetensors", model, CheckpointInfo(info.recipe, info.task, renamed, info.palette, 1, {})
+    )
+    return folder / "c.safetensors"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(
+    name: str, road: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence that says what is wrong, exit code 2, no traceback, and nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    make, says = BAD[name]
+    code, _, err = call(*make(road, tmp_path))
+    assert code == 2, err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("segdeconv: error: ")
+    assert says in lines[0]
+    assert not (tmp_path / "hostile-was-run").exists()
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_bad_input_in_a_real_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from segdeconv.cli import main; main()", "eval", "nothing"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "40"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "segdeconv: error: nothing: no such run folder or checkpoint\n"
+    assert done.stdout == ""
