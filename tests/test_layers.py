@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def test_conv_against_reference(name: str) -> None:
     def reference(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return whitened_conv(
             x, weight, bias, stride=layer.stride, dilation=layer.dilation, lrtb=lrtb, mode=layer.padding_mode,
-            groups=layer.groups, block=min(2, 8 // layer.groups), eps=1e-5, num_iters=5, sampling_stride=2,
+            groups=layer.groups, block=min(2, 8 // layer.groups), eps=1e-5, num_iters=5,
+            sampling_stride=layer.sampling_stride(x),
         )  # fmt: skip
 
     got, want = layer(x), reference(layer.weight, layer.bias, x)
@@ -76,6 +78,28 @@ def test_folded_conv_is_the_layer_in_evaluation(name: str, dtype: torch.dtype, t
     assert not plain.training
     want = layer(x)
     torch.testing.assert_close(plain(x), want, rtol=0, atol=tolerance * want.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode", "expected"),
+    [
+        ((8, 16, 96, 96), "exact", 3),  # 8192 positions a channel block, 1152 wanted
+        ((8, 16, 48, 48), "exact", 3),  # 2048
+        ((8, 16, 34, 34), "exact", 3),  # 12 x 12 x 8, just enough
+        ((8, 16, 33, 33), "exact", 2),
+        ((8, 16, 22, 22), "exact", 1),
+        ((1, 16, 2, 2), "exact", 1),  # never enough
+        ((1, 16, 2, 2), "reference", 3),
+    ],
+)
+def test_small_maps_are_sampled_densely(shape: tuple, mode: str, expected: int) -> None:
+    """At least eight samples for each of the 144 features, as far as there are positions."""
+    layer = WhitenedConv2d(16, 4, 3, padding=1, config=NetworkDeconvConfig(mode=mode))  # type: ignore[arg-type]
+    assert layer.sampling_stride(torch.empty(shape)) == expected
+    if shape[-1] < 40:
+        _, _, rows = layer.moments(torch.randn(shape))
+        positions = math.ceil(shape[-1] / expected) ** 2
+        assert rows == shape[0] * positions
 
 
 def test_linear_against_conv() -> None:

@@ -96,13 +96,13 @@ class _Scene:
         """Smooth noise (H, W) in about -1 to 1, with features of ``scale`` pixels."""
         shape = (max(2, round(self.height / scale)), max(2, round(self.width / scale / stretch)))
         small = self.rng.standard_normal(shape).astype(np.float32)
-        return cv2.resize(small, (self.width, self.height), interpolation=cv2.INTER_CUBIC)
+        large = cv2.resize(small, (self.width, self.height), interpolation=cv2.INTER_CUBIC)
+        return np.asarray(large, np.float32)
 
     def grain(self, strength: float, *scales: float) -> Floats:
         """Texture (H, W, 1) of several scales, to be added to a colour."""
-        return (strength * np.sum([self.noise(scale) for scale in scales], axis=0)[..., None]).astype(
-            np.float32
-        )
+        texture = np.sum([self.noise(scale) for scale in scales], axis=0)[..., None]
+        return np.asarray(strength * texture, np.float32)
 
     def paint(self, mask: NDArray[np.uint8], colour: Floats, label: int, z: float | Floats) -> None:
         """``colour`` is (3,) or (H, W, 3)."""
