@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 # onnxruntime and onnxruntime-gpu own the same module: one of them, never both.
 RUNTIME := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
+OTHER := $(if $(filter gpu,$(RUNTIME)),cpu,gpu)
+REMOVE := $(if $(filter gpu,$(RUNTIME)),onnxruntime,onnxruntime-gpu)
 STAMP := $(VENV)/.installed-$(RUNTIME)
 
 .PHONY: help demo test test-slow lint install clean
@@ -19,7 +21,8 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "segdeconv needs Python 3.10 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@if [ -e $(VENV)/.installed-$(OTHER) ]; then $(BIN)/python -m pip uninstall --quiet --yes $(REMOVE); fi
 	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[$(RUNTIME),dev]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@

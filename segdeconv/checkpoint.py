@@ -8,8 +8,6 @@ one file is enough to rebuild the network.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch import nn
 
 from segdeconv.config import Recipe, recipe_from_dict, recipe_to_dict
 from segdeconv.errors import UserError
+from segdeconv.files import make_folder, to_json, write_atomically
 from segdeconv.models import build_model
 
 FORMAT = "segdeconv/1"
@@ -39,32 +38,6 @@ class CheckpointInfo:
     scores: dict[str, Any]
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file next to ``path``, then rename it there: all or nothing.
-
-    Raises:
-        UserError: the place cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: _write(temporary, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-
-
 def create_run_folder(path: Path, recipe: Recipe) -> None:
     """Make a new run folder with its recipe.
 
@@ -73,11 +46,9 @@ def create_run_folder(path: Path, recipe: Recipe) -> None:
     """
     if (path / "metrics.jsonl").exists():
         raise UserError(f"{path}: holds a run already; choose another --out, or remove it first")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot make the run folder ({error.strerror})") from None
-    write_text(path / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
+    make_folder(path)
+    text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
+    write_atomically(path / "recipe.yaml", lambda temporary: temporary.write_text(text))
 
 
 def save_checkpoint(path: Path, model: nn.Module, info: CheckpointInfo) -> None:
@@ -90,9 +61,16 @@ def save_checkpoint(path: Path, model: nn.Module, info: CheckpointInfo) -> None:
         "classes": json.dumps(info.classes),
         "palette": json.dumps(info.palette),
         "epoch": str(info.epoch),
-        "scores": json.dumps(info.scores),
+        "scores": to_json(info.scores),
     }
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata)
+        except safetensors.SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from None
+
+    write_atomically(path, write)
 
 
 def find_checkpoint(run: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import Enum
 from pathlib import Path
@@ -95,12 +96,13 @@ def evaluate(
 ) -> None:
     """Score a run on its validation split: per-class IoU, mIoU, pixel accuracy or top-1."""
     from segdeconv.checkpoint import find_checkpoint, read_info
-    from segdeconv.evaluate import evaluate_run, table
+    from segdeconv.evaluate import evaluate_run, table, write_scores
     from segdeconv.progress import console
     from segdeconv.train import pick_device
 
-    scores = evaluate_run(run, pick_device(device), onnx, root=root)
+    scores = evaluate_run(run, pick_device(device), onnx, root)
     console.print(table(scores, read_info(find_checkpoint(run)).task))
+    console.print(f"wrote {write_scores(run, scores)}")
 
 
 @app.command()
@@ -175,10 +177,10 @@ def main() -> None:
         sys.exit(130)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os._exit(141)  # Python would complain once more when it flushes standard output
     except OSError as error:
-        if error.filename is None:
-            raise
-        _fail(f"{error.filename}: {error.strerror}")
+        _fail(f"{error.filename or 'writing'}: {error.strerror or error}")
     except Exception as error:
         if not hasattr(error, "format_message"):  # the usage errors of the click that typer carries
             raise
@@ -191,6 +193,8 @@ def main() -> None:
         _fail(f"{message}; see {command} --help")
 
 
-def _fail(sentence: str) -> None:
+def _fail(message: str) -> None:
+    # An error in a loader process arrives as a whole traceback, its own sentence last.
+    sentence = message.strip().splitlines()[-1].removeprefix("segdeconv.errors.UserError: ")
     print(f"segdeconv: error: {sentence}", file=sys.stderr)
     sys.exit(2)

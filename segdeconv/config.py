@@ -18,11 +18,12 @@ from pydantic.dataclasses import dataclass
 
 from segdeconv.errors import UserError
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Size = tuple[Positive, Positive]  # height, width in pixels
+Channel = Annotated[int, Field(ge=0, le=255)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -109,13 +110,13 @@ class DataConfig:
     hflip: bool = True
     color: Fraction = 0.0
     classes: tuple[str, ...] | None = None
-    palette: tuple[tuple[int, int, int], ...] | None = None
+    palette: tuple[tuple[Channel, Channel, Channel], ...] | None = None
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
     train: str = "train"
     val: str = "val"
     count: tuple[Positive, Positive] = (320, 48)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[Fraction, Fraction, Fraction] = (0.485, 0.456, 0.406)
+    std: tuple[Fraction, Fraction, Fraction] = (0.229, 0.224, 0.225)
     num_workers: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -161,7 +162,7 @@ class TrainConfig:
     label_smoothing: Fraction = 0.0
     aux_weight: Annotated[float, Field(ge=0)] = 0.4
     eval_every: Positive = 1
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -205,7 +206,7 @@ def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
     path = find_recipe(path_or_name)
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
     if isinstance(values, dict):
         values.setdefault("name", path.stem)
@@ -245,7 +246,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (ValueError, RecursionError, yaml.YAMLError):
         raise UserError(f"--set {override!r}: {text!r} is no YAML value") from None
 
 

@@ -1,64 +1,40 @@
 """The only module walker: from a network with batch norm to its deconvolved twin.
 
 `convert_to_network_deconv` swaps convolutions and linear layers for whitened ones and removes the batch norms
-that belonged to them; `calibrate` lets a trained network start as a deconvolved one that computes the same
-function. Which batch norm belongs to which layer is read from `torch.fx` graphs; where a module cannot be
-traced, its children are, and what is left is paired by module order. Nothing here folds: see fold.py.
+that belonged to them (structure.py says which); `calibrate` lets a trained network start as a deconvolved one
+that computes the same function. Nothing here makes a network plain again: see fold.py.
 
 Source: Network Deconvolution, Ye et al., ICLR 2020 (arXiv 1905.11926), section 3.3.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import operator
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.errors import UserError
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
+from segdeconv.structure import (
+    NORMS,
+    STATIC_PADDING,
+    TRANSPOSED,
+    WEIGHTED,
+    Structure,
+    is_plain_layer,
+    is_plain_norm,
+    qualified_class,
+    read_structure,
+)
 from segdeconv.whitening import unfold_whitening
 
 Filter = Callable[[nn.Module, str], bool]
-
-_NORMS = (
-    _BatchNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.LocalResponseNorm,
-    nn.RMSNorm,
-)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_WEIGHTED = (nn.Conv2d, nn.Linear)
-_STATIC_PADDING = "segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding"
-_UNCHANGED = (nn.Identity, nn.modules.dropout._DropoutNd)  # a batch norm may sit behind one of these
-_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-_BETWEEN = (  # what may stand between a batch norm and the layers it feeds
-    *_UNCHANGED,
-    _BatchNorm,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.Flatten,
-    nn.Upsample,
-    nn.ZeroPad2d,
-)
-_FUNCTIONS_BETWEEN = {
-    "relu", "relu_", "silu", "gelu", "hardswish", "leaky_relu", "elu", "mish", "sigmoid", "tanh", "dropout",
-    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "flatten", "view", "reshape", "mean", "interpolate",
-    "pad", "cat", "split", "chunk", "contiguous", "reshape_as", "permute", "transpose",
-    "add", "iadd", "add_", "sub", "mul", "getitem", "getattr", "size",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,17 +77,18 @@ def convert_to_network_deconv(
     """Turn a network with batch norm into its deconvolved twin, in place.
 
     Convolutions and linear layers become `WhitenedConv2d` and `WhitenedLinear` with the same Parameters, and
-    the batch norm behind it (or before it, in pre-activation networks) goes; the activation of a batch
-    norm that carries one stays. Kept, with a reason in the report: transposed convolutions, layers that see
-    1x1 maps, layers in a part of the network that another norm looks after, subclasses with a forward of
-    their own, and the batch norms of kept layers.
+    the batch norm behind each (or before it, in pre-activation networks) goes; the activation of a batch norm
+    that carries one stays. Kept, with a reason in the report: transposed convolutions, layers that see 1x1
+    maps, layers in a part of the network that another norm looks after, subclasses with a forward of their
+    own, what the forward pass does not use, and the batch norms of kept layers.
 
     Args:
         filter: ``(module, qualified name) -> bool``, asked for every convolution, linear layer and batch
             norm; what it says no to is kept.
         warm_start: keep the function the network computes in evaluation: batch norms are folded into the
-            layers before they are removed. Follow with `calibrate`. Without it the weights stay as they are
-            and the network is to be trained from scratch.
+            layers before them, or stay as a depthwise 1x1 convolution where there is none. Follow with
+            `calibrate`. Without it the weights stay as they are and the network is to be trained from
+            scratch.
 
     Returns:
         The network (``model`` itself, unless it is a single layer) and the report.
@@ -124,49 +101,48 @@ def convert_to_network_deconv(
     modules: dict[str, Any] = dict(model.named_modules())
     structure = read_structure(model)
     report = ConversionReport(untraced=structure.untraced)
-
-    kept: dict[str, str] = {}
+    kept = {}
     for name, module in modules.items():
         reason = _reason_to_keep(name, module, modules, structure, filter)
         if reason:
             kept[name] = reason
 
-    swaps: dict[Any, nn.Module] = {}
-    folds: list[tuple[str, str]] = []
     for name, module in modules.items():
-        kind = type(module).__name__
-        if isinstance(module, TRANSPOSED):
-            report.layers.append(LayerReport(name, kind, "kept", "transposed convolution"))
-        elif isinstance(module, _WEIGHTED):
-            if name in kept:
-                report.layers.append(LayerReport(name, kind, "kept", kept[name]))
-            else:
-                swaps[module] = nn.Identity()  # built below, once nothing can fail any more
-                report.layers.append(LayerReport(name, kind, "swapped", "whitens its input"))
+        if isinstance(module, (*WEIGHTED, *TRANSPOSED)):
+            entry = "kept" if name in kept else "swapped", kept.get(name, "whitens its input")
         elif isinstance(module, _BatchNorm):
-            entry = _plan_batch_norm(name, module, modules, structure, kept, folds, warm_start)
-            if entry.action != "kept":
-                swaps[module] = leftover(module)
-                if name in structure.norm_before and hasattr(swaps[module], "inplace"):
-                    structure.in_place.add(f"{name}.act")
-            report.layers.append(entry)
-    if not any(isinstance(module, _WEIGHTED) for module in swaps):
-        raise UserError(
-            f"{type(model).__name__} holds no convolution or linear layer to whiten; report: {report}"
-        )
+            entry = _plan_batch_norm(name, module, modules, structure, kept, warm_start)
+        else:
+            continue
+        report.layers.append(LayerReport(name, type(module).__name__, *entry))
+    if not report.count("swapped"):
+        why = next((f"; {layer.name} is kept: {layer.reason}" for layer in report.layers), "")
+        raise UserError(f"{type(model).__name__} has no convolution or linear layer to whiten{why}")
 
-    if warm_start:
-        for norm_name, layer_name in folds:
-            fold_batch_norm(modules[layer_name], modules[norm_name])
-    for module in swaps:
-        if _qualified(module) == _STATIC_PADDING:
-            swaps[module] = nn.Sequential(module.static_padding, WhitenedConv2d.from_conv(module, config))
-        elif isinstance(module, nn.Conv2d):
-            swaps[module] = WhitenedConv2d.from_conv(module, config)
-        elif isinstance(module, nn.Linear):
+    # Nothing below can fail, so an error leaves the network as it was.
+    swaps: dict[nn.Module, nn.Module] = {}
+    for layer in report.layers:
+        module = modules[layer.name]
+        if layer.action != "removed":
+            continue
+        swaps[module] = leftover(module)
+        if layer.name in structure.norm_before and getattr(swaps[module], "inplace", False):
+            swaps[module].inplace = False  # type: ignore[assignment]
+        if warm_start:
+            if layer.name in structure.norm_after and layer.name not in structure.guessed:
+                fold_batch_norm(modules[structure.norm_after[layer.name]], module)
+            else:
+                swaps[module] = nn.Sequential(_as_affine(module), swaps[module])
+    for layer in report.layers:
+        module = modules[layer.name]
+        if layer.action != "swapped":
+            continue
+        if isinstance(module, nn.Linear):
             swaps[module] = WhitenedLinear.from_linear(module, config)
-        elif warm_start and module not in {modules[norm] for norm, _ in folds}:
-            swaps[module] = nn.Sequential(_as_affine(module), swaps[module])
+        elif qualified_class(module) == STATIC_PADDING:
+            swaps[module] = nn.Sequential(module.static_padding, WhitenedConv2d.from_conv(module, config))
+        else:
+            swaps[module] = WhitenedConv2d.from_conv(module, config)
     for name in structure.in_place:
         modules[name].inplace = False
     return replace_modules(model, swaps), report
@@ -189,30 +165,33 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         ``model``, in the mode it was in.
 
     Raises:
-        UserError: no batch was given, the network holds no whitened layer, or statistics are not finite.
+        UserError: no batch was given, the network holds no whitened layer, two of them share a weight, or
+            statistics are not finite. The network is unchanged.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Whitened)}
     if not layers:
         raise UserError("calibrate: the network holds no whitened layer; convert it first")
-    totals: dict[str, list[Any]] = {}
+    for (one, a), (other, b) in itertools.combinations(layers.items(), 2):
+        if a.weight is b.weight:
+            raise UserError(f"calibrate: {one} and {other} share a weight but not their input's statistics")
+    # Sums over all rows of all batches: rows, x, and x x^T averaged over blocks.
+    totals: dict[str, tuple[int, Tensor, Tensor]] = {}
 
-    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            mean, cov, rows = layers[name].moments(args[0].double())
-            # E[(x-m)(x-m)^T] over blocks about the batch mean; second moments about zero add up over batches.
-            per_block = mean.expand(-1, layers[name].num_blocks, -1)
-            second = cov + per_block.transpose(1, 2) @ per_block / layers[name].num_blocks
-            if name not in totals:
-                totals[name] = [rows, mean * rows, second * rows]
-            else:
-                for i, value in enumerate((rows, mean * rows, second * rows)):
-                    totals[name][i] += value
+    def observe(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            mean, cov, rows = layers[name].moments(x.double())
+            second = cov + _outer(mean, layers[name].num_blocks)
+            seen = totals.get(name, (0, torch.zeros_like(mean), torch.zeros_like(cov)))
+            totals[name] = seen[0] + rows, seen[1] + rows * mean, seen[2] + rows * second
 
         return hook
 
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    handles = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(observe(name), with_kwargs=True) for name, layer in layers.items()
+    ]
     count = 0
     try:
         for batch in batches:
@@ -221,18 +200,20 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     if not count:
         raise UserError("calibrate: no batch was given; pass a few image batches")
 
-    for name, (rows, mean_sum, second_sum) in totals.items():
-        layer = layers[name]
-        mean = mean_sum / rows
-        per_block = mean.expand(-1, layer.num_blocks, -1)
-        cov = second_sum / rows - per_block.transpose(1, 2) @ per_block / layer.num_blocks
-        whitening = layer.whitening_from(cov)
-        if not (whitening.isfinite().all() and mean.isfinite().all()):
+    measured = {}
+    for name, (rows, total, total_second) in totals.items():
+        mean = total / rows
+        cov = total_second / rows - _outer(mean, layers[name].num_blocks)
+        measured[name] = mean, layers[name].whitening_from(cov)
+        if not all(value.isfinite().all() for value in measured[name]):
             raise UserError(f"calibrate: the statistics of {name} are not finite; check the input images")
+    for name, (mean, whitening) in measured.items():
+        layer = layers[name]
         weight, bias = layer.folded_parameters()
         layer.running_mean.copy_(mean)
         layer.running_whitening.copy_(whitening)
@@ -243,6 +224,12 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
     return model
+
+
+def _outer(mean_GKF: Tensor, blocks: int) -> Tensor:
+    """μ μ^T averaged over the blocks of each group, (G, F, F)."""
+    mean_GKF = mean_GKF.expand(-1, blocks, -1)
+    return mean_GKF.transpose(1, 2) @ mean_GKF / blocks
 
 
 def fold_batch_norm(layer: Any, norm: Any) -> None:
@@ -282,9 +269,13 @@ def _as_affine(norm: Any) -> nn.Module:
     return conv
 
 
-def leftover(norm: Any) -> nn.Module:
-    """What stays where a batch norm was: the activation, for timm's layers that carry one."""
-    return norm.act if isinstance(getattr(norm, "act", None), nn.Module) else nn.Identity()
+def leftover(norm: Any) -> Any:
+    """What stays where a batch norm was: the dropout and activation of timm's layers that carry them."""
+    parts = [getattr(norm, name, nn.Identity()) for name in ("drop", "act")]
+    parts = [part for part in parts if not isinstance(part, nn.Identity)]
+    if len(parts) > 1:
+        return nn.Sequential(*parts)
+    return parts[0] if parts else nn.Identity()
 
 
 def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -298,247 +289,16 @@ def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.M
     return model
 
 
-# ---- reading the structure of a network ----------------------------------------------------------------
-
-
-@dataclass
-class Structure:
-    """What the graphs of a network say about its layers.
-
-    Attributes:
-        norm_after: batch norm -> the layer (convolution, linear, transposed) whose output alone it reads.
-        norm_before: batch norm -> the layers that alone read what it puts out.
-        in_place: activations that change what a ``norm_before`` batch norm puts out in place. Without the
-            norm they would change its input, which others may read.
-        sees_1x1: layers whose input is a globally pooled map.
-        unused: layers and batch norms that a traced forward never calls.
-        untraced: modules whose own forward could not be traced, with the reason.
-    """
-
-    norm_after: dict[str, str] = field(default_factory=dict)
-    norm_before: dict[str, list[str]] = field(default_factory=dict)
-    in_place: set[str] = field(default_factory=set)
-    sees_1x1: set[str] = field(default_factory=set)
-    unused: set[str] = field(default_factory=set)
-    untraced: list[tuple[str, str]] = field(default_factory=list)
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = (*_NORMS, *_WEIGHTED, *TRANSPOSED, Whitened)
-        return isinstance(m, known) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if isinstance(m, nn.Sequential) and m not in set(self.root.modules()):
-            return forward(*args, **kwargs)  # a slice made on the fly, as in smp's DPN encoders
-        return super().call_module(m, forward, args, kwargs)
-
-
-@contextlib.contextmanager
-def _without_shape_checks(model: nn.Module) -> Iterator[None]:
-    """smp compares the input's height with a number, which a traced value cannot answer."""
-    checked: list[Any] = [m for m in model.modules() if getattr(m, "requires_divisible_input_shape", False)]
-    for module in checked:
-        module.requires_divisible_input_shape = False
-    try:
-        yield
-    finally:
-        for module in checked:
-            del module.requires_divisible_input_shape  # the class attribute shows again
-
-
-def read_structure(model: nn.Module) -> Structure:
-    """Pair batch norms and layers, from fx graphs of the largest parts that trace."""
-    structure = Structure()
-    with _without_shape_checks(model):
-        _read(model, "", structure)
-    return structure
-
-
-def _read(module: nn.Module, prefix: str, structure: Structure) -> None:
-    if not any(module.children()):
-        return  # a layer on its own says nothing about pairs
-    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # those have no forward
-        try:
-            graph = _Tracer().trace(module)
-        except Exception as error:  # fx raises whatever the traced Python raises
-            structure.untraced.append((prefix[:-1], _first_line(error)))
-            _pair_by_order(module, prefix, structure)
-        else:
-            _read_graph(graph, module, prefix, structure)
-            return
-    for name, child in module.named_children():
-        _read(child, f"{prefix}{name}.", structure)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _pair_by_order(module: nn.Module, prefix: str, structure: Structure) -> None:
-    """Pair each batch norm among the direct children with the layer registered right before it."""
-    previous: tuple[str, nn.Module] | None = None
-    for name, child in module.named_children():
-        if isinstance(child, _BatchNorm):
-            if previous and _out_channels(previous[1]) == child.num_features:
-                structure.norm_after[prefix + name] = prefix + previous[0]
-            previous = None
-        elif isinstance(child, (*_WEIGHTED, *TRANSPOSED)):
-            previous = (name, child)
-        elif not isinstance(child, _UNCHANGED):
-            previous = None
-
-
-def _out_channels(layer: Any) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-
-
-def _read_graph(graph: Any, root: nn.Module, prefix: str, structure: Structure) -> None:
-    modules = dict(root.named_modules())
-    calls = collections.Counter(node.target for node in graph.nodes if node.op == "call_module")
-
-    structure.unused.update(
-        prefix + name
-        for name, module in modules.items()
-        if isinstance(module, (*_WEIGHTED, _BatchNorm)) and name not in calls
-    )
-
-    def module_of(node: object) -> nn.Module | None:
-        if isinstance(node, fx.Node) and node.op == "call_module":
-            return modules[str(node.target)]
-        return None
-
-    for node in graph.nodes:
-        module = module_of(node)
-        if isinstance(module, _BatchNorm):
-            source = node.args[0]
-            while _same_channels(source, module_of(source)) and len(_value_users(source)) == 1:
-                source = source.args[0]
-            once = calls[node.target] == 1 and calls[getattr(source, "target", None)] == 1
-            if (
-                isinstance(module_of(source), (*_WEIGHTED, *TRANSPOSED))
-                and len(_value_users(source)) == 1
-                and once
-            ):
-                structure.norm_after[prefix + str(node.target)] = prefix + str(source.target)
-            else:
-                readers = _readers(node, module_of)
-                if readers:
-                    structure.norm_before[prefix + str(node.target)] = [prefix + name for name in readers]
-                    structure.in_place.update(prefix + name for name in _in_place(node, module_of))
-        elif isinstance(module, _WEIGHTED) and _is_pooled(node, module_of):
-            head = isinstance(module, nn.Linear) and not _gates(node)
-            if not head:
-                structure.sees_1x1.add(prefix + str(node.target))
-
-
-def _same_channels(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether a batch norm behind this node still belongs to the layer before it."""
-    if module is not None:
-        return isinstance(module, _UNCHANGED)
-    # levit flattens tokens between a linear layer and its batch norm: (n, tokens, C) to (n·tokens, C).
-    return isinstance(node, fx.Node) and node.target == "flatten" and tuple(node.args[1:]) == (0, 1)
-
-
-def _value_users(node: fx.Node) -> list[fx.Node]:
-    """Who reads the values of a node, and not just its shape."""
-    return [user for user in node.users if not (user.target == "reshape_as" and user.args[0] is not node)]
-
-
-def _readers(node: fx.Node, module_of: Callable[[object], nn.Module | None]) -> list[str] | None:
-    """The layers that read ``node`` through activations and pooling; None if anything else reads it."""
-    readers: list[str] = []
-    seen: set[fx.Node] = set()
-    queue = list(node.users)
-    while queue:
-        user = queue.pop(0)
-        if user in seen:
-            continue
-        seen.add(user)
-        module = module_of(user)
-        if isinstance(module, _WEIGHTED):
-            if _is_pooled(user, module_of) and _gates(user):
-                queue.extend(user.users)  # squeeze-and-excite: its gate joins the map again
-            else:
-                readers.append(str(user.target))
-        elif user.op == "output" or not _stands_between(user, module):
-            return None
-        else:
-            queue.extend(user.users)
-    return readers or None
-
-
-def _in_place(node: fx.Node, module_of: Callable[[object], nn.Module | None]) -> list[str]:
-    """The activation modules that would write into what ``node`` puts out."""
-    found = []
-    for user in node.users:
-        if getattr(module_of(user), "inplace", False):
-            found.append(str(user.target))
-        elif isinstance(module_of(user), _UNCHANGED):
-            found += _in_place(user, module_of)
-    return found
-
-
-def _stands_between(node: fx.Node, module: nn.Module | None) -> bool:
-    if module is not None:
-        is_activation = type(module).__module__ == "torch.nn.modules.activation"
-        return is_activation or isinstance(module, _BETWEEN)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in _FUNCTIONS_BETWEEN
-
-
-def _is_pooled(node: fx.Node, module_of: Callable[[object], nn.Module | None]) -> bool:
-    """Whether the layer's input comes from a global pool through pointwise modules and 1x1 layers."""
-    source = node.args[0] if node.args else None
-    while isinstance(source, fx.Node):
-        module = module_of(source)
-        if isinstance(module, _POOLS) or source.target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
-            size = module.output_size if isinstance(module, _POOLS) else source.args[1]
-            return size in (1, (1, 1), [1, 1])
-        if source.target in ("mean", torch.mean) or source.target == "amax":
-            dims = source.args[1] if len(source.args) > 1 else source.kwargs.get("dim")
-            return dims is not None and sorted(d % 4 for d in _as_tuple(dims)) == [2, 3]
-        pointwise = (
-            isinstance(module, (*_WEIGHTED, *_NORMS, *_UNCHANGED, nn.Flatten))
-            or (module is not None and type(module).__module__ == "torch.nn.modules.activation")
-            or getattr(source.target, "__name__", source.target)
-            in ("relu", "silu", "flatten", "view", "reshape")
-        )
-        if not pointwise:
-            return False
-        source = source.args[0]
-    return False
-
-
-def _as_tuple(dims: Any) -> tuple[int, ...]:
-    return tuple(dims) if isinstance(dims, tuple | list) else (dims,)
-
-
-def _gates(node: fx.Node) -> bool:
-    """Whether what the layer puts out ends up as a factor: squeeze-and-excite, not a classifier."""
-    seen, queue = set(), list(node.users)
-    while queue:
-        user = queue.pop()
-        if user in seen:
-            continue
-        seen.add(user)
-        if user.target in (operator.mul, torch.mul, "mul", "__mul__", operator.imul):
-            return True
-        queue.extend(user.users)
-    return False
-
-
-# ---- deciding ------------------------------------------------------------------------------------------
-
-
 def _reason_to_keep(
     name: str,
-    module: nn.Module,
-    modules: dict[str, nn.Module],
+    module: Any,
+    modules: dict[str, Any],
     structure: Structure,
     filter: Filter | None,
 ) -> str | None:
-    if not isinstance(module, (*_WEIGHTED, _BatchNorm)):
+    if isinstance(module, TRANSPOSED):
+        return "transposed convolution"
+    if not isinstance(module, (*WEIGHTED, _BatchNorm)):
         return None
     if filter is not None and not filter(module, name):
         return "the filter said no"
@@ -546,32 +306,27 @@ def _reason_to_keep(
         return "whitened already"
     if name in structure.unused:
         return "not used by the forward pass"
-    if isinstance(module, _WEIGHTED):
-        if not is_plain(module):
+    if isinstance(module, _BatchNorm):
+        if not is_plain_norm(module):
             return f"{type(module).__name__} has a forward of its own"
-        if name in structure.sees_1x1:
-            return "sees a 1x1 map, which has too few samples"
-        foreign = _foreign_norm(name, modules)
-        if foreign:
-            return f"its part of the network is normalised by {foreign}"
-    return None
+        if name in structure.shared_in_place:
+            return "its output is overwritten while its input is read elsewhere"
+        return None
+    if not is_plain_layer(module):
+        return f"{type(module).__name__} has a forward of its own"
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is computed, not a parameter"
+    if name in structure.sees_1x1:
+        return "sees a 1x1 map, which has too few samples"
+    foreign = _foreign_norm(name, modules)
+    return f"its part of the network is normalised by {foreign}" if foreign else None
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether the layer computes what Conv2d or Linear do, if in its own way as some of timm's and smp's."""
-    known = ("timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame", _STATIC_PADDING)
-    return type(module) in _WEIGHTED or _qualified(module) in known
-
-
-def _qualified(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _foreign_norm(name: str, modules: dict[str, nn.Module]) -> str | None:
+def _foreign_norm(name: str, modules: dict[str, Any]) -> str | None:
     """The norm of the smallest part around a layer that has any, if it is not batch norm."""
     while name:
         name = name.rpartition(".")[0]
-        norms = [m for m in modules[name].modules() if isinstance(m, _NORMS) or _is_layer_norm(m)]
+        norms = [m for m in modules[name].modules() if isinstance(m, NORMS) or _is_layer_norm(m)]
         if norms:
             return None if any(isinstance(m, _BatchNorm) for m in norms) else type(norms[0]).__name__
     return None
@@ -583,34 +338,36 @@ def _is_layer_norm(module: nn.Module) -> bool:
 
 def _plan_batch_norm(
     name: str,
-    module: nn.Module,
-    modules: dict[str, nn.Module],
+    module: Any,
+    modules: dict[str, Any],
     structure: Structure,
     kept: dict[str, str],
-    folds: list[tuple[str, str]],
     warm_start: bool,
-) -> LayerReport:
-    kind = type(module).__name__
+) -> tuple[str, str]:
+    """Action and reason."""
     if name in kept:
-        return LayerReport(name, kind, "kept", kept[name])
+        return "kept", kept[name]
     layer = structure.norm_after.get(name)
-    if layer is not None:
-        if isinstance(modules[layer], TRANSPOSED):
-            return LayerReport(name, kind, "kept", f"follows the transposed convolution {layer}")
-        if layer in kept:
-            return LayerReport(name, kind, "kept", f"follows {layer}, which is kept")
-        folds.append((name, layer))
-        return LayerReport(name, kind, "removed", f"followed {layer}")
-    readers = structure.norm_before.get(name)
-    if readers:
-        not_whitened = [reader for reader in readers if reader in kept]
-        if not_whitened:
-            return LayerReport(name, kind, "kept", f"feeds {not_whitened[0]}, which is kept")
-        if warm_start and not isinstance(module, nn.BatchNorm2d):
-            return LayerReport(name, kind, "kept", "there is no layer before it to fold it into")
-        became = "; its affine stays as a 1x1 convolution" if warm_start else ""
-        return LayerReport(name, kind, "removed", f"fed {', '.join(readers)}{became}")
-    raise UserError(
-        f"batch norm {name!r} neither follows a convolution or linear layer of its own nor feeds only such "
-        "layers, so the network would change silently; to keep it, pass a filter that says no to it"
-    )
+    readers = structure.norm_before.get(name, [])
+    if layer is None and not readers:
+        raise UserError(
+            f"batch norm {name!r} neither follows a convolution or linear layer of its own nor feeds only "
+            "such layers, so the network would change silently; to keep it, pass a filter that says no to it"
+        )
+    if layer is not None and layer in kept:
+        return "kept", f"follows {layer}, which is kept: {kept[layer]}"
+    if any(reader in kept for reader in readers):
+        return "kept", f"feeds {next(reader for reader in readers if reader in kept)}, which is kept"
+    if not warm_start:
+        return "removed", f"followed {layer}" if layer else f"fed {', '.join(readers)}"
+    if module.running_mean is None:
+        raise UserError(
+            f"batch norm {name!r} keeps no running values, so it has no function to keep; convert without "
+            "warm_start, or pass a filter that says no to it"
+        )
+    if layer is not None and name not in structure.guessed:
+        return "removed", f"followed {layer}"
+    if not isinstance(module, nn.BatchNorm2d):
+        return "kept", "there is no layer before it to fold it into"
+    what = f"followed {layer} by module order" if layer else f"fed {', '.join(readers)}"
+    return "removed", f"{what}; its affine stays as a 1x1 convolution"

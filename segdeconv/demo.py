@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from segdeconv.checkpoint import load_checkpoint
 from segdeconv.config import load_recipe
 from segdeconv.data import open_samples
 from segdeconv.errors import UserError
-from segdeconv.evaluate import evaluate_run, table
+from segdeconv.evaluate import evaluate_run, table, write_scores
 from segdeconv.export import export_onnx
 from segdeconv.figures import triptych
+from segdeconv.files import make_folder
 from segdeconv.images import save_image
 from segdeconv.progress import console
 from segdeconv.runtime import Segmenter
@@ -31,16 +34,20 @@ def run_demo(out: Path, overrides: list[str] | None = None) -> None:
     """
     start = time.monotonic()
     recipe = load_recipe("demo", overrides)
-    if out.exists() and any(out.iterdir()):
-        if not (out / "demo.onnx").exists() and not (out / "recipe.yaml").exists():
-            raise UserError(f"{out}: is not empty and holds no earlier demo; choose another --out")
+    marker = out / ".segdeconv-demo"
+    if out.is_dir() and any(out.iterdir()):
+        if not marker.exists():
+            raise UserError(f"{out}: is not empty and was not made by the demo; choose another --out")
         shutil.rmtree(out)
+    make_folder(out)
+    marker.touch()
 
     console.rule("1. train a deconvolved U-Net on drawn street scenes")
     train(recipe, out)
     console.rule("2. evaluate the best checkpoint")
     scores = evaluate_run(out)
     console.print(table(scores, "segmentation"))
+    write_scores(out, scores)
 
     console.rule("3. fold into plain convolutions, export ONNX, compare with PyTorch")
     model, info = load_checkpoint(out)
@@ -50,6 +57,7 @@ def run_demo(out: Path, overrides: list[str] | None = None) -> None:
 
     console.rule("4. run the graph in onnxruntime on held-out pictures")
     onnx_scores = evaluate_run(out, onnx=onnx_path)
+    write_scores(out, onnx_scores)
     console.print(f"mIoU: PyTorch {scores['miou']:.4f}, onnxruntime {onnx_scores['miou']:.4f}")
     segmenter = Segmenter(onnx_path)
     held_out = open_samples(recipe.data, "val")
@@ -70,9 +78,14 @@ def run_demo(out: Path, overrides: list[str] | None = None) -> None:
         (out / "eval.json", "its scores"),
     ):
         console.print(f"  {path}  {what}")
+    command = (
+        "segdeconv"
+        if shutil.which("segdeconv")
+        else os.path.relpath(Path(sys.executable).parent / "segdeconv")
+    )
     console.print(
-        "\nnext, the same recipe with batch norm:  "
-        f"segdeconv train demo --norm bn --out {out.with_name(out.name + '_bn')}\n"
-        "or your own pictures:  segdeconv train my_images --set data.root=FOLDER "
-        "--set 'data.classes=[road, rest]'"
+        "\nnext, the same recipe with batch norm:\n"
+        f"  {command} train demo --norm bn --out {out.with_name(out.name + '_bn')}\n"
+        "or your own pictures:\n"
+        f"  {command} train my_images --set data.root=FOLDER --set 'data.classes=[road, rest]'"
     )

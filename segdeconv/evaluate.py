@@ -15,9 +15,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, write_text
+from segdeconv.checkpoint import CheckpointInfo, load_checkpoint
+from segdeconv.config import DataConfig
 from segdeconv.data import Samples, eval_loader, open_samples
 from segdeconv.errors import UserError
+from segdeconv.files import to_json, write_atomically
 from segdeconv.metrics import MAIN_METRIC, classification_scores, new_confusion, segmentation_scores
 from segdeconv.models import main_output, size_multiple
 from segdeconv.progress import Bar
@@ -38,16 +40,33 @@ def torch_predictor(model: nn.Module, amp: torch.dtype | None = None) -> Predict
     return predict
 
 
-def onnx_predictor(path: str | Path) -> Predict:
-    """The same from an exported graph, through `segdeconv.runtime`."""
+def onnx_predictor(path: str | Path, info: CheckpointInfo, multiple: int) -> Predict:
+    """The same from an exported graph, through `segdeconv.runtime`.
+
+    Raises:
+        UserError: the graph is not there, or was exported from a run with other classes or preparation.
+    """
+    from segdeconv.export import graph_metadata
     from segdeconv.runtime import Segmenter
 
     segmenter = Segmenter(path)
+    expected = json.loads(json.dumps(graph_metadata(info, multiple, "labels")))
+    for key in ("task", "classes", "mean", "std", "resize", "size_multiple"):
+        if segmenter.metadata[key] != expected[key]:
+            raise UserError(
+                f"{path}: was exported from another run: its {key} is {segmenter.metadata[key]}, the run's "
+                f"{expected[key]}"
+            )
 
     def predict(images: Tensor) -> Tensor:
         return torch.from_numpy(segmenter.run(images.cpu().numpy()).astype(np.int64)).to(images.device)
 
     return predict
+
+
+def ignore_index_of(samples: Samples, data: DataConfig) -> int:
+    """The target that does not count; for classification one that never occurs."""
+    return data.ignore_index if samples.task == "segmentation" else -100
 
 
 def score(
@@ -80,46 +99,39 @@ def evaluate_run(
     run: str | Path,
     device: torch.device | str = "cpu",
     onnx: str | Path | None = None,
-    batch_size: int | None = None,
     root: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run on its recipe's validation split, with PyTorch or, given ``onnx``, with onnxruntime.
 
-    The scores are also written to ``eval.json`` (``eval_onnx.json``) beside the checkpoint.
+    Args:
+        root: where the data lies, if not where the recipe says.
 
     Raises:
-        UserError: no such run, or its data is not there or has other classes.
+        UserError: no such run, its data is not there or has other classes, or the graph is another run's.
     """
     model, info = load_checkpoint(run, device)
     data = info.recipe.data if root is None else replace(info.recipe.data, root=root)
     samples = open_samples(data, "val")
     check_fit(info, samples)
-    loader = eval_loader(samples, data, batch_size or info.recipe.train.batch_size, size_multiple(model))
-    predict = torch_predictor(model) if onnx is None else onnx_predictor(onnx)
-    scores = score(predict, loader, samples, data.ignore_index, device)
-    result = {
+    multiple = size_multiple(model)
+    loader = eval_loader(samples, data, info.recipe.train.batch_size, multiple)
+    predict = torch_predictor(model) if onnx is None else onnx_predictor(onnx, info, multiple)
+    return {
         "recipe": info.recipe.name,
         "split": data.val,
         "samples": len(samples),
         "epoch": info.epoch,
         "engine": "pytorch" if onnx is None else "onnxruntime",
-        **scores,
+        **score(predict, loader, samples, ignore_index_of(samples, data), device),
     }
+
+
+def write_scores(run: str | Path, scores: dict[str, Any]) -> Path:
+    """Leave scores beside the checkpoint, in ``eval.json`` or ``eval_onnx.json``."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    write_text(
-        folder / ("eval.json" if onnx is None else "eval_onnx.json"),
-        json.dumps(_without_nan(result), indent=1),
-    )
-    return result
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: an absent class is null there."""
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return value
+    path = folder / ("eval.json" if scores["engine"] == "pytorch" else "eval_onnx.json")
+    write_atomically(path, lambda temporary: temporary.write_text(to_json(scores, indent=1)))
+    return path
 
 
 def table(scores: dict[str, Any], task: str) -> Table:

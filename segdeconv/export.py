@@ -18,8 +18,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from segdeconv.checkpoint import CheckpointInfo, write_atomically
+from segdeconv.checkpoint import CheckpointInfo
 from segdeconv.errors import UserError
+from segdeconv.files import write_atomically
 from segdeconv.fold import fold_network_deconv
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import main_output, size_multiple
@@ -89,14 +90,14 @@ def export_onnx(
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent} to write into")
     multiple = size_multiple(model)
-    folded = fold_network_deconv(model).cpu()
-    deployed = _Deployed(folded, output, len(info.classes)).eval()
+    model = copy.deepcopy(model).cpu().eval()
+    deployed = _Deployed(fold_network_deconv(model), output, len(info.classes)).eval()
     graph = _to_onnx(deployed, output, multiple)
     for key, value in graph_metadata(info, multiple, output).items():
         graph.metadata_props.add(key=key, value=json.dumps(value))
     onnx.checker.check_model(graph, full_check=True)
 
-    results = [compare(graph, deployed, shape, multiple) for shape in _CHECKED]
+    results = [compare(graph, model, output, shape, multiple) for shape in _CHECKED]
     failed = next((result for result in results if not result.passed), None)
     if failed is not None:
         raise UserError(
@@ -104,7 +105,7 @@ def export_onnx(
             f"{failed.max_diff:.1e} of the largest (allowed {failed.tolerance:.1e}), "
             f"{failed.labels_differ:.2%} of labels"
         )
-    write_atomically(path, lambda temporary: _save(graph, temporary))
+    write_atomically(path, lambda temporary: temporary.write_bytes(graph.SerializeToString()))
     return results
 
 
@@ -177,9 +178,10 @@ def _to_onnx(deployed: _Deployed, output: Output, multiple: int) -> onnx.ModelPr
 
 
 def compare(
-    graph: onnx.ModelProto, deployed: _Deployed, shape: tuple[int, int, int], multiple: int
+    graph: onnx.ModelProto, model: nn.Module, output: Output, shape: tuple[int, int, int], multiple: int
 ) -> Parity:
-    """Run graph and network on noise of ``shape`` (batch, height, width), rounded up to ``multiple``.
+    """Run the graph and the network it was made from, not yet folded and in evaluation mode, on noise of
+    ``shape`` (batch, height, width), rounded up to ``multiple``.
 
     The tolerance is `TOLERANCE`, or four times PyTorch's own float32 error against float64 where a network is
     so ill-conditioned that this is more.
@@ -192,14 +194,14 @@ def compare(
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"image": images.numpy()})
     with torch.inference_mode():
-        logits = main_output(deployed.model(images)).numpy()
-        exact = main_output(copy.deepcopy(deployed.model).double()(images.double())).numpy()
+        logits = main_output(model(images)).numpy()
+        exact = main_output(copy.deepcopy(model).double()(images.double())).numpy()
     largest = float(np.abs(logits).max())
     tolerance = max(TOLERANCE, 4 * float(np.abs(logits - exact).max()) / largest)
-    expected = logits if deployed.output == "logits" else logits.argmax(1)
+    expected = logits if output == "logits" else logits.argmax(1)
     if got.shape != expected.shape:
         return Parity(shape, float("inf"), 1.0, tolerance, False)
-    if deployed.output == "logits":
+    if output == "logits":
         max_diff = float(np.abs(got - logits).max()) / largest
         differ = float((got.argmax(1) != logits.argmax(1)).mean())
         return Parity(shape, max_diff, differ, tolerance, max_diff <= tolerance)
@@ -207,7 +209,3 @@ def compare(
     wrong = got != expected
     clear = (first - second) > 2 * tolerance * largest
     return Parity(shape, float("nan"), float(wrong.mean()), tolerance, not (wrong & clear).any())
-
-
-def _save(graph: onnx.ModelProto, path: Path) -> None:
-    path.write_bytes(graph.SerializeToString())

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from segdeconv.errors import UserError
+from segdeconv.files import write_atomically
 from segdeconv.images import Palette, Picture, overlay
 
 
@@ -16,27 +17,29 @@ def triptych(
     rows: list[tuple[Picture, Picture, Picture]], classes: tuple[str, ...], palette: Palette
 ) -> Image.Image:
     """Rows of image | truth | prediction with a legend. Each row is (image, label map, label map)."""
-    pad, bar = 4, 16
+    pad, bar, line = 6, 20, 20
     height, width = rows[0][0].shape[:2]
+    zoom = max(1, round(320 / width))  # small pictures are hard to look at
+    height, width = height * zoom, width * zoom
     total_width = 3 * width + 4 * pad
-    swatches = _legend_rows(classes, total_width)
-    canvas = Image.new(
-        "RGB", (total_width, bar + len(rows) * (height + pad) + 16 * len(swatches) + pad), "white"
-    )
+    legend = _legend_rows(classes, total_width)
+    total_height = bar + len(rows) * (height + pad) + line * len(legend) + pad
+    canvas = Image.new("RGB", (total_width, total_height), "white")
     pen = ImageDraw.Draw(canvas)
     for column, title in enumerate(("image", "truth", "prediction")):
-        pen.text((pad + column * (width + pad), 2), title, fill="black")
+        pen.text((pad + column * (width + pad), 4), title, fill="black")
     for i, (image, truth, predicted) in enumerate(rows):
         for column, tile in enumerate(
             (image, overlay(image, truth, palette), overlay(image, predicted, palette))
         ):
-            canvas.paste(Image.fromarray(tile), (pad + column * (width + pad), bar + i * (height + pad)))
+            large = Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(large, (pad + column * (width + pad), bar + i * (height + pad)))
     y = bar + len(rows) * (height + pad)
-    for row in swatches:
+    for row in legend:
         for x, index in row:
-            pen.rectangle((x, y + 2, x + 11, y + 13), fill=palette[index], outline="black")
-            pen.text((x + 15, y + 2), classes[index], fill="black")
-        y += 16
+            pen.rectangle((x, y + 3, x + 12, y + 15), fill=palette[index], outline="black")
+            pen.text((x + 17, y + 4), classes[index], fill="black")
+        y += line
     return canvas
 
 
@@ -87,5 +90,5 @@ def training_curves(runs: dict[str, Path], path: Path, metric: str) -> None:
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)

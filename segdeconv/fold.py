@@ -8,32 +8,39 @@ deploys the same way. Nothing is approximated, and nothing is exported here: see
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from segdeconv.convert import TRANSPOSED, fold_batch_norm, is_plain, leftover, read_structure, replace_modules
+from segdeconv.convert import fold_batch_norm, leftover, replace_modules
 from segdeconv.layers import WhitenedConv2d, WhitenedLinear
+from segdeconv.structure import TRANSPOSED, is_plain_layer, is_plain_norm, read_structure
 
 
 def fold_network_deconv(model: nn.Module) -> nn.Module:
     """A plain copy of a network, in evaluation mode, that computes what ``model.eval()`` does.
 
-    Whitened layers become Conv2d and Linear; a batch norm that follows a plain layer of its own is folded
-    into it, leaving its activation. Batch norms that precede their convolution stay, as plain operations.
+    Whitened layers become Conv2d and Linear. A batch norm that provably follows a plain layer of its own is
+    folded into it, leaving its activation; others stay, as plain operations.
     """
     model = copy.deepcopy(model).eval()
-    modules = dict(model.named_modules())
-    swaps: dict[nn.Module, nn.Module] = {}
-    for norm_name, layer_name in read_structure(model).norm_after.items():
-        norm, layer = modules[norm_name], modules[layer_name]
-        plain = is_plain(layer) or isinstance(layer, TRANSPOSED)
-        if plain and isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-            fold_batch_norm(layer, norm)
-            swaps[norm] = leftover(norm)
-    for module in modules.values():
+    plain: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
         if isinstance(module, WhitenedConv2d):
-            swaps[module] = module.to_conv()
+            plain[module] = module.to_conv()
         elif isinstance(module, WhitenedLinear):
-            swaps[module] = module.to_linear()
-    return replace_modules(model, swaps)
+            plain[module] = module.to_linear()
+    model = replace_modules(model, plain)
+
+    modules: dict[str, Any] = dict(model.named_modules())
+    structure = read_structure(model)
+    gone: dict[nn.Module, nn.Module] = {}
+    for norm_name, layer_name in structure.norm_after.items():
+        norm, layer = modules[norm_name], modules[layer_name]
+        foldable = is_plain_layer(layer) or isinstance(layer, TRANSPOSED)
+        if foldable and is_plain_norm(norm) and norm.running_mean is not None:
+            if norm_name in structure.guessed or not isinstance(layer.weight, nn.Parameter):
+                continue
+            fold_batch_norm(layer, norm)
+            gone[norm] = leftover(norm)
+    return replace_modules(model, gone)

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from segdeconv.errors import UserError
+from segdeconv.files import write_atomically
 
 Picture = NDArray[np.uint8]
 Color = tuple[int, int, int]
 Palette = tuple[Color, ...]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow would clip these to 8 bits
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -65,12 +68,15 @@ def load_pixels(image: Image.Image, path: Path) -> Image.Image:
 
 
 def read_rgb(path: Path) -> Picture:
-    """A picture file as RGB (H, W, 3) uint8.
+    """A picture file as RGB (H, W, 3) uint8, turned upright as its EXIF data says.
 
     Raises:
-        UserError: there is no such file, it is no picture, or it is damaged.
+        UserError: there is no such file, it is no 8-bit picture, or it is damaged.
     """
-    return np.asarray(load_pixels(open_image(path), path).convert("RGB"))
+    image = load_pixels(open_image(path), path)
+    if image.mode in _DEEP:
+        raise UserError(f"{path}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def resize_image(image: Picture, size: tuple[int, int] | None) -> Picture:
@@ -111,18 +117,12 @@ def label_png(labels: Picture, palette: Palette) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture under a temporary name and rename it, so that no half-written file is left.
+    """Write a picture whole or not at all.
 
     Raises:
         UserError: the place cannot be written.
     """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        image.save(temporary, quality=92)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({first_line(error)})") from None
+    write_atomically(path, lambda temporary: image.save(temporary, quality=92))
 
 
 def first_line(error: BaseException) -> str:

@@ -7,12 +7,14 @@ is one plain convolution with folded parameters, which `to_conv` and `to_linear`
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.whitening import (
@@ -24,6 +26,17 @@ from segdeconv.whitening import (
     sample_patches,
     to_blocks,
 )
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
 
 # With fewer, statistics are so noisy that gradients grow from layer to layer: in a U-Net on MobileNetV2 the
 # first layer's was 25 times as large without this rule (tools/gradient_by_sampling.py) and it hardly learned.
@@ -57,11 +70,17 @@ class Whitened(nn.Module):
         self.num_blocks = channels // block
         # The authors interleave (channel, tap) features over blocks in convolutions, not in linear layers.
         self.interleaved = reference and isinstance(self, nn.Conv2d)
-        features = taps * block
-        means = 1 if reference else self.num_blocks
-        self.register_buffer("running_mean", torch.zeros(groups, means, features))
-        self.register_buffer("running_whitening", torch.eye(features).repeat(groups, 1, 1))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self._shape = groups, 1 if reference else self.num_blocks, taps * block  # G, K of the mean, F
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Running values as before the first batch: mean zero, whitening identity."""
+        groups, means, features = self._shape
+        device, dtype = self.weight.device, _at_least_float32(self.weight.dtype)
+        identity = torch.eye(features, dtype=dtype, device=device)
+        self.register_buffer("running_mean", torch.zeros(groups, means, features, dtype=dtype, device=device))
+        self.register_buffer("running_whitening", identity.repeat(groups, 1, 1))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
 
     def _sample(self, x: Tensor) -> Tensor:
         """Rows of features to take statistics of, (N, G·K·F) in float32 or wider."""
@@ -69,7 +88,7 @@ class Whitened(nn.Module):
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean (G, K, F), covariance (G, F, F) and number of sampled rows N of one batch."""
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x):
             rows = self._sample(x)
             patches = to_blocks(
                 rows.unflatten(1, (len(self.running_mean), -1)), self.num_blocks, self.interleaved
@@ -79,7 +98,7 @@ class Whitened(nn.Module):
 
     def whitening_from(self, cov_GFF: Tensor) -> Tensor:
         """The whitening matrices (G, F, F) of covariances, by this layer's settings."""
-        with torch.autocast(cov_GFF.device.type, enabled=False):
+        with _no_autocast(cov_GFF):
             return inverse_sqrt(cov_GFF, self.config.eps, self.config.num_iters)
 
     def effective_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,21 +107,21 @@ class Whitened(nn.Module):
         In training from the statistics of ``x``, and the running values are updated. In evaluation, and for a
         batch with a single sampled position, which has no covariance, from the running values.
         """
-        if not self.training:
+        if not self.training or x.numel() == 0:
             return self.folded_parameters()
         mean, cov, rows = self.moments(x)
         if rows * self.num_blocks < 2:
             return self.folded_parameters()
         whitening = self.whitening_from(cov)
         self._update_running(mean.detach(), whitening.detach())
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x):
             return fold_whitening(
                 self.weight, self._bias(), whitening, mean, self.num_blocks, self.interleaved
             )
 
     def folded_parameters(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer this layer is in evaluation."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with _no_autocast(self.weight):
             return fold_whitening(
                 self.weight,
                 self._bias(),
@@ -142,9 +161,9 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
 
     plain_type: type[nn.Conv2d] = nn.Conv2d
     kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    padding: Any  # 'same', 'valid', or pixels (rows, columns)
+    stride: Any  # as on the torch layer: a number or (rows, columns)
+    dilation: Any
+    padding: Any  # likewise, or 'same' or 'valid'
 
     def __init__(self, *args: Any, config: NetworkDeconvConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -166,6 +185,7 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
             conv.groups,
             padding_mode=conv.padding_mode,
             config=config,
+            device="meta",
         )
         if type(conv).__name__ == "Conv2dSame":  # timm's: padded by the input's size, at any stride
             layer.plain_type = type(conv)
@@ -191,53 +211,58 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
         if self.padding == "valid":
             return 0, 0, 0, 0
         if self.padding == "same":  # the odd pixel goes to the right and to the bottom
-            top, bottom = self._same_padding(x.shape[-2], 0)
-            left, right = self._same_padding(x.shape[-1], 1)
+            top, bottom = self._same_padding(x, 0)
+            left, right = self._same_padding(x, 1)
             return left, right, top, bottom
-        py, px = self.padding
+        py, px = _pair(self.padding)
         return px, px, py, py
 
-    def _same_padding(self, size: int, axis: int) -> tuple[int, int]:
-        stride, reach = self.stride[axis], self.dilation[axis] * (self.kernel_size[axis] - 1)
+    def _same_padding(self, x: Tensor, axis: int) -> tuple[int, int]:
+        size, stride = x.shape[axis - 2], _pair(self.stride)[axis]
+        reach = _pair(self.dilation)[axis] * (self.kernel_size[axis] - 1)
         total = max((math.ceil(size / stride) - 1) * stride + reach + 1 - size, 0)
         return total // 2, total - total // 2
 
     def _sample(self, x: Tensor) -> Tensor:
-        every = self.config.sampling_stride
-        if self.config.mode == "reference" and self.kernel_size[0] == 1:
+        x = x if x.ndim == 4 else x[None]
+        every, (sy, sx) = self.sampling_stride(x), _pair(self.stride)
+        if self.config.mode == "reference" and self.kernel_size == (1, 1):
             # The authors skip along flattened rows here, over image borders.
-            rows = x.to(torch.promote_types(x.dtype, torch.float32)).permute(0, 2, 3, 1).flatten(0, 2)
-            return rows[:: (every * self.stride[0]) ** 2]
-        every = self.sampling_stride(x)
+            rows = x.to(_at_least_float32(x.dtype)).permute(0, 2, 3, 1).flatten(0, 2)
+            return rows[:: (every * sy) ** 2]
         return sample_patches(
             x,
             self.kernel_size,
-            self.dilation,
+            _pair(self.dilation),
             self._padding_lrtb(x),
             self.padding_mode,
-            (every * self.stride[0], every * self.stride[1]),
+            (every * sy, every * sx),
         )
 
     def sampling_stride(self, x: Tensor) -> int:
         """How many output positions apart patches are sampled: ``config.sampling_stride``, or less where that
-        would leave fewer than eight samples a feature and stride 1 has more to offer.
+        would leave fewer than eight samples a feature and a smaller stride has more to offer.
         """
         every = self.config.sampling_stride
         if self.config.mode == "reference":
             return every
+        left, right, top, bottom = self._padding_lrtb(x)
+        outputs = []
+        for axis, pad in enumerate((top + bottom, left + right)):
+            reach = _pair(self.dilation)[axis] * (self.kernel_size[axis] - 1)
+            outputs.append((x.shape[axis - 2] + pad - reach - 1) // _pair(self.stride)[axis] + 1)
         wanted = _SAMPLES_PER_FEATURE * self.running_mean.shape[-1] / (len(x) * self.num_blocks)
-        height, width = (math.ceil(x.shape[axis] / self.stride[axis]) for axis in (-2, -1))
-        while every > 1 and math.ceil(height / every) * math.ceil(width / every) < wanted:
+        while every > 1 and math.prod(math.ceil(size / every) for size in outputs) < wanted:
             every -= 1
         return every
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.effective_parameters(x)
+    def forward(self, input: Tensor) -> Tensor:  # named as on the torch layer
+        weight, bias = self.effective_parameters(input)
         padding = self.padding
-        if self.padding_mode != "zeros" or (padding == "same" and max(self.stride) > 1):
+        if self.padding_mode != "zeros" or (padding == "same" and max(_pair(self.stride)) > 1):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, padding = F.pad(x, self._padding_lrtb(x), mode=mode), 0
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+            input, padding = F.pad(input, self._padding_lrtb(input), mode=mode), 0
+        return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
 class WhitenedLinear(Whitened, nn.Linear):
@@ -255,30 +280,30 @@ class WhitenedLinear(Whitened, nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: NetworkDeconvConfig | None = None) -> WhitenedLinear:
         """Whiten an existing linear layer: its Parameters are reused, a missing bias is added as zeros."""
-        return _adopt(cls(linear.in_features, linear.out_features, config=config), linear)
+        return _adopt(cls(linear.in_features, linear.out_features, config=config, device="meta"), linear)
 
     def to_linear(self) -> nn.Linear:
         """The plain linear layer that computes what this layer does in evaluation."""
         return _give(self, nn.Linear(self.in_features, self.out_features, device="meta"))
 
     def _sample(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, self.in_features).to(torch.promote_types(x.dtype, torch.float32))
+        return x.reshape(-1, self.in_features).to(_at_least_float32(x.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.effective_parameters(x)
-        return F.linear(x, weight, bias)
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.effective_parameters(input)
+        return F.linear(input, weight, bias)
 
 
 def _adopt(layer: Any, plain: Any) -> Any:
     """Give the whitened ``layer`` the Parameters, place, precision and mode of the ``plain`` one."""
-    layer.to(device=plain.weight.device, dtype=plain.weight.dtype).train(plain.training)
     layer.weight = plain.weight
     if plain.bias is not None:
         layer.bias = plain.bias
     else:
-        nn.init.zeros_(layer.bias)
-        layer.bias.requires_grad_(plain.weight.requires_grad)
-    return layer
+        zeros = plain.weight.new_zeros(len(plain.weight))
+        layer.bias = nn.Parameter(zeros, requires_grad=plain.weight.requires_grad)
+    layer.reset_running_stats()
+    return layer.train(plain.training)
 
 
 def _give(layer: Any, plain: Any) -> Any:

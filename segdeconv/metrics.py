@@ -9,8 +9,8 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 
-def new_confusion(num_classes: int, ignore_index: int) -> MulticlassConfusionMatrix:
-    """Counts (true class, predicted class); pixels labelled ``ignore_index`` do not count."""
+def new_confusion(num_classes: int, ignore_index: int | None) -> MulticlassConfusionMatrix:
+    """Counts (true class, predicted class); pixels labelled ``ignore_index``, if given, do not count."""
     return MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index, validate_args=False)
 
 

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)  # names may hold square brackets
 T = TypeVar("T")
 _LINE_EVERY = 20.0  # seconds between plain lines
 

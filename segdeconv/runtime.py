@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segdeconv.errors import UserError
+from segdeconv.files import make_folder
 from segdeconv.images import (
     Palette,
     Picture,
@@ -119,18 +120,20 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
     Yields the label file of each picture when it is written.
 
     Raises:
-        UserError: a picture cannot be read, or ``out`` cannot be written.
+        UserError: a picture cannot be read or would be overwritten, or ``out`` cannot be written.
     """
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot make the folder ({error.strerror})") from None
+    out = make_folder(Path(out))
+    inputs = {path.resolve() for path in images}
     for path in images:
         image = read_rgb(path)
         labels = segmenter(image)
-        target = out / f"{path.stem}.png"
-        save_image(label_png(labels, segmenter.palette), target)
-        drawn = Image.fromarray(overlay(image, labels, segmenter.palette))
-        save_image(drawn, out / f"{path.stem}_overlay.jpg")
-        yield target
+        painted = Image.fromarray(overlay(image, labels, segmenter.palette))
+        made = {
+            out / f"{path.stem}.png": label_png(labels, segmenter.palette),
+            out / f"{path.stem}_overlay.jpg": painted,
+        }
+        for target, picture in made.items():
+            if target.resolve() in inputs:
+                raise UserError(f"{target}: is one of the pictures to predict; choose another --out")
+            save_image(picture, target)
+        yield next(iter(made))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -20,12 +19,13 @@ from torch.utils.tensorboard import SummaryWriter
 from segdeconv.checkpoint import CheckpointInfo, create_run_folder, save_checkpoint
 from segdeconv.config import Recipe, TrainConfig
 from segdeconv.convert import calibrate
-from segdeconv.data import eval_loader, open_samples, train_loader
+from segdeconv.data import Samples, eval_loader, open_samples, train_loader
 from segdeconv.errors import UserError
-from segdeconv.evaluate import score, torch_predictor
+from segdeconv.evaluate import ignore_index_of, score, torch_predictor
 from segdeconv.figures import training_curves
+from segdeconv.files import to_json
 from segdeconv.metrics import MAIN_METRIC
-from segdeconv.models import build_model, resolve, size_multiple
+from segdeconv.models import build_model, resolve, size_multiple, split_output
 from segdeconv.progress import Bar, console
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,17 +54,20 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def loss_of(output: Any, targets: Tensor, config: TrainConfig, ignore_index: int) -> Tensor:
-    """Cross-entropy, plus the auxiliary head's where the network has one."""
+    """Mean cross-entropy over labelled pixels, plus the auxiliary heads' where the network has some."""
+
+    # Summed and divided by hand: the mean over a batch without a single labelled pixel would be NaN.
+    counted = (targets != ignore_index).sum().clamp(min=1)
 
     def entropy(logits: Tensor) -> Tensor:
-        return F.cross_entropy(
-            logits.float(), targets, ignore_index=ignore_index, label_smoothing=config.label_smoothing
+        smoothing = config.label_smoothing
+        total = F.cross_entropy(
+            logits.float(), targets, ignore_index=ignore_index, label_smoothing=smoothing, reduction="sum"
         )
+        return total / counted
 
-    if isinstance(output, dict):
-        main = entropy(output["out"])
-        return main + config.aux_weight * entropy(output["aux"]) if "aux" in output else main
-    return entropy(output)
+    main, auxiliary = split_output(output)
+    return entropy(main) + config.aux_weight * sum(entropy(logits) for logits in auxiliary)
 
 
 def pick_device(name: str) -> torch.device:
@@ -77,7 +80,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not available here ({first}); use auto or cpu") from None
@@ -130,17 +133,25 @@ def train(recipe: Recipe, out: Path, device: torch.device | str = "cpu") -> dict
         f"{recipe.name}: {recipe.model.architecture}, {parameters / 1e6:.2f} M parameters, norm "
         f"{recipe.model.norm}, {len(samples)} training and {len(held_out)} validation pictures, on {device}"
     )
-    return _Run(recipe, out, device, model, loader).fit(held_out, val_loader, samples.task)
+    ignore_index = ignore_index_of(samples, recipe.data)
+    return _Run(recipe, out, device, model, loader, ignore_index).fit(held_out, val_loader)
 
 
 class _Run:
     """The state of one training run."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, device: torch.device, model: nn.Module, loader: DataLoader
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: torch.device,
+        model: nn.Module,
+        loader: DataLoader[Any],
+        ignore_index: int,
     ) -> None:
         self.recipe, self.out, self.device, self.model, self.loader = recipe, out, device, model, loader
         config = recipe.train
+        self.ignore_index = ignore_index
         self.optimizer = make_optimizer(model, config)
         steps = config.epochs * len(loader)
         warmup = round(config.warmup_epochs * len(loader))
@@ -150,8 +161,8 @@ class _Run:
         self.amp = AMP[config.amp]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
 
-    def fit(self, held_out: Any, val_loader: DataLoader, task: str) -> dict[str, Any]:
-        config, metric = self.recipe.train, MAIN_METRIC[task]
+    def fit(self, held_out: Samples, val_loader: DataLoader) -> dict[str, Any]:
+        config, task, metric = self.recipe.train, held_out.task, MAIN_METRIC[held_out.task]
         best, seconds, line = -1.0, 0.0, {}
         with SummaryWriter(str(self.out / "tensorboard")) as board:
             for epoch in range(1, config.epochs + 1):
@@ -170,7 +181,7 @@ class _Run:
                         torch_predictor(self.model, self.amp),
                         val_loader,
                         held_out,
-                        self.recipe.data.ignore_index,
+                        self.ignore_index,
                         self.device,
                         f"epoch {epoch} val",
                     )
@@ -197,7 +208,17 @@ class _Run:
         total = torch.zeros((), device=self.device)
         bar = Bar(self.loader, len(self.loader), f"epoch {epoch}/{self.recipe.train.epochs}")
         for step, (images, targets) in enumerate(bar, 1):
-            loss = self._step(images.to(self.device), targets.to(self.device))
+            try:
+                loss = self._step(images.to(self.device), targets.to(self.device))
+            except torch.OutOfMemoryError:
+                raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
+            except (RuntimeError, ValueError) as error:
+                if epoch > 1 or step > 1:
+                    raise
+                raise UserError(
+                    f"the network cannot train on batches of shape {tuple(images.shape)} "
+                    f"({str(error).splitlines()[0]}); check train.batch_size, data.crop and model.options"
+                ) from error
             total += loss
             if step % 10 == 0 or step == len(self.loader):
                 mean = (total / step).item()
@@ -213,7 +234,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
             output = self.model(images)
-        loss = loss_of(output, targets, self.recipe.train, self.recipe.data.ignore_index)
+        loss = loss_of(output, targets, self.recipe.train, self.ignore_index)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -221,8 +242,12 @@ class _Run:
         return loss.detach()
 
     def _write(self, board: SummaryWriter, line: dict[str, Any]) -> None:
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.out / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(to_json(line) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         for key, value in line.items():
             if key != "epoch":
                 board.add_scalar(key, value, line["epoch"])

@@ -130,13 +130,17 @@ def fold_whitening(
         blocks: K, the number of blocks in a group.
 
     Returns:
-        weight and bias of the shapes given.
+        weight and bias of the shapes and type given; the arithmetic is in float32 or wider.
     """
+    dtype = weight.dtype
+    weight, bias = (t.to(torch.promote_types(t.dtype, whitening_GFF.dtype)) for t in (weight, bias))
+    whitening_GFF, mean_GKF = whitening_GFF.to(weight.dtype), mean_GKF.to(weight.dtype)
     groups = whitening_GFF.shape[0]
     weight_GOKF = to_blocks(weight.reshape(groups, weight.shape[0] // groups, -1), blocks, interleaved)
     folded_GOKF = (weight_GOKF.flatten(1, 2) @ whitening_GFF).view_as(weight_GOKF)
     shift_GO = (folded_GOKF * mean_GKF[:, None]).sum((-1, -2))
-    return from_blocks(folded_GOKF, interleaved).reshape(weight.shape), bias - shift_GO.flatten()
+    folded = from_blocks(folded_GOKF, interleaved).reshape(weight.shape)
+    return folded.to(dtype), (bias - shift_GO.flatten()).to(dtype)
 
 
 def unfold_whitening(

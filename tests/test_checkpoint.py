@@ -16,10 +16,10 @@ from segdeconv.checkpoint import (
     load_weights_into,
     read_info,
     save_checkpoint,
-    write_atomically,
 )
 from segdeconv.config import load_recipe
 from segdeconv.errors import UserError
+from segdeconv.files import to_json, write_atomically
 from segdeconv.models import build_model
 
 RECIPE = load_recipe("demo", ["model.encoder=lcnet_050", "model.network_deconv.block_size=4"])
@@ -112,6 +112,10 @@ def test_nothing_half_written(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_json_has_no_nan() -> None:
+    assert to_json({"a": [float("nan"), 1.5], "b": float("inf")}) == '{"a": [null, 1.5], "b": null}'
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:

@@ -181,6 +181,13 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
         lambda r, t: ["eval", write(t / "c.safetensors", (r / "run/best.safetensors").read_bytes()[:999])], "damaged"),
     "hostile pickle": (
         lambda r, t: ["eval", write(t / "c.safetensors", pickle.dumps(Hostile()))], "not a safetensors file"),
+    "graph of another run": (lambda r, t: ["eval", r / "run", "--onnx", other_run(r, t)], "was exported from another run"),
+    "damaged picture in a loader process": (lambda r, t: ["train", own_images(t, "truncated", num_workers=1)], "a damaged picture"),
+    "joined name and encoder": (lambda r, t: ["train", "demo", *changes("model.architecture=unet_resnet18")], "names its encoder"),
+    "keep that matches nothing": (lambda r, t: ["train", "demo", *changes("model.keep=[no.such]")], "matches no layer"),
+    "palette out of range": (lambda r, t: ["train", bad_recipe(t, data={"palette": [[300, 0, 0]]})], "data.palette"),
+    "mean in 0 to 255": (lambda r, t: ["train", bad_recipe(t, data={"mean": [123.6, 116, 103]})], "data.mean"),
+    "ignored class": (lambda r, t: ["train", own_images(t, ignore_index=0)], "data.ignore_index = 0"),
     "evaluating on other classes": (
         lambda r, t: ["eval", write_other_classes(r, t)], "check data.dataset and data.classes"),
     "export to another suffix": (lambda r, t: ["export", r / "run", "--out", t / "m.pt"], "must end in .onnx"),
@@ -194,8 +201,15 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
         lambda r, t: ["predict", r / "model.onnx", write(t / "a.png", "x")], "not a readable picture"),
     "predictions cannot be written": (
         lambda r, t: ["predict", r / "model.onnx", picture(t), "--out", read_only(t)], "cannot make the folder"),
-    "demo over something else": (lambda r, t: ["demo", "--out", write(t / "precious", "x").parent], "no earlier demo"),
+    "demo over something else": (lambda r, t: ["demo", "--out", write(t / "precious", "x").parent], "was not made by the demo"),
 }  # fmt: skip
+
+
+def other_run(road: Path, folder: Path) -> Path:
+    graph = onnx.load(road / "model.onnx")
+    next(entry for entry in graph.metadata_props if entry.key == "mean").value = "[0.5, 0.5, 0.5]"
+    onnx.save(graph, folder / "other.onnx")
+    return folder / "other.onnx"
 
 
 def picture(folder: Path) -> Path:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +10,13 @@ from networks import NETWORKS, images, logits, scramble_batch_norms
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from segdeconv.config import NetworkDeconvConfig
-from segdeconv.convert import ConversionReport, calibrate, convert_to_network_deconv, read_structure
+from segdeconv.config import DataConfig, NetworkDeconvConfig
+from segdeconv.convert import ConversionReport, calibrate, convert_to_network_deconv
+from segdeconv.data import EvalSet, open_samples
 from segdeconv.errors import UserError
+from segdeconv.fold import fold_network_deconv
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
+from segdeconv.structure import read_structure
 
 SMALL = NetworkDeconvConfig(block_size=4, linear_block_size=32)  # the walker is under test, not the roots
 
@@ -63,10 +68,32 @@ def test_warm_start_keeps_the_function(name: str) -> None:
         converted = logits(model.eval()(x))
         calibrate(model, [images(name), images(name) + 0.5])
         calibrated = logits(model(x))
+    assert model.training is False
     scale = want.abs().max().item()
     torch.testing.assert_close(converted, want, rtol=0, atol=2e-5 * scale)
     torch.testing.assert_close(calibrated, want, rtol=0, atol=1e-4 * scale)
-    assert any(m.running_mean.any() for m in model.modules() if isinstance(m, Whitened))
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, Whitened):
+            identity = torch.eye(layer.running_whitening.shape[-1])
+            assert layer.running_mean.any(), layer_name
+            assert not torch.equal(layer.running_whitening[0], identity), layer_name
+
+
+@pytest.mark.parametrize("name", ["unet mobilenet_v2", "torchvision deeplabv3_resnet50"])
+def test_warm_start_on_photographs_with_default_settings(name: str, camvid: Path) -> None:
+    """Issue: the same function before and after, to 1e-4 relative in float32 on real images."""
+    config = DataConfig("camvid", root=str(camvid), size=(96, 128))
+    samples = open_samples(config, "train")
+    photographs = torch.stack([EvalSet(samples, config, 32)[i][0] for i in range(0, 60, 5)])
+    model = NETWORKS[name]()
+    with torch.no_grad():
+        for _ in range(3):  # running values that belong to photographs
+            model(photographs[:8])
+        want = logits(model.eval()(photographs[8:]))
+        model, _ = convert_to_network_deconv(model.train(), warm_start=True)
+        calibrate(model, [photographs[:4], photographs[4:8]])
+        got = logits(model.eval()(photographs[8:]))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * want.abs().max().item())
 
 
 def test_calibration_measures_what_training_sees() -> None:
@@ -75,6 +102,21 @@ def test_calibration_measures_what_training_sees() -> None:
     batches = [torch.randn(2, 8, 7, 7, dtype=torch.float64) + i for i in range(3)]
     calibrate(nn.Sequential(layer), batches)
     mean, cov, _ = layer.moments(torch.cat(batches))
+    torch.testing.assert_close(layer.running_mean, mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer.running_whitening, layer.whitening_from(cov), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["exact", "reference"])
+@pytest.mark.parametrize("options", [dict(groups=2), dict(groups=8), dict(stride=2), {}])
+def test_calibration_in_every_mode(mode: str, options: dict) -> None:
+    conv = nn.Conv2d(8, 8, 3, padding=1, **options).double()
+    x = torch.randn(4, 8, 9, 9, dtype=torch.float64)
+    want = conv(x)
+    config = NetworkDeconvConfig(mode=mode, block_size=4)  # type: ignore[arg-type]
+    layer = WhitenedConv2d.from_conv(conv, config)
+    calibrate(nn.Sequential(layer), [x])
+    torch.testing.assert_close(layer.eval()(x), want, rtol=0, atol=1e-10)
+    mean, cov, _ = layer.moments(x)
     torch.testing.assert_close(layer.running_mean, mean, rtol=0, atol=1e-12)
     torch.testing.assert_close(layer.running_whitening, layer.whitening_from(cov), rtol=0, atol=1e-10)
 
@@ -124,6 +166,179 @@ def test_activation_of_a_norm_with_activation_stays() -> None:
     assert isinstance(model[1], nn.SiLU)
 
 
+def pair(block: nn.Module) -> dict[str, str]:
+    return read_structure(block).norm_after
+
+
+class Block(nn.Module):
+    """Two layers and a norm, wired as each test says."""
+
+    def __init__(self, forward: Callable, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm = norm or nn.BatchNorm2d(4)
+        self.wiring = forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wiring(self, x)
+
+
+def same_after_warm_start(model: nn.Module, tolerance: float = 1e-5) -> ConversionReport:
+    """Convert with a warm start and compare, on the network and on its fold, in evaluation."""
+    scramble_batch_norms(model).eval()
+    x = torch.randn(4, 4, 6, 6)
+    with torch.no_grad():
+        want = model(x.clone())
+        torch.testing.assert_close(fold_network_deconv(model)(x.clone()), want, rtol=0, atol=tolerance)
+        model, report = convert_to_network_deconv(model, warm_start=True)
+        calibrate(model, [torch.randn(8, 4, 6, 6)])
+        torch.testing.assert_close(model.eval()(x.clone()), want, rtol=0, atol=1e-4 * want.abs().max().item())
+        torch.testing.assert_close(
+            fold_network_deconv(model)(x.clone()), want, rtol=0, atol=1e-4 * want.abs().max().item()
+        )
+    return report
+
+
+class NormReLU(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(x))
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_is_kept() -> None:
+    report = same_after_warm_start(Block(lambda m, x: m.b(m.norm(m.a(x))), NormReLU(4)))
+    assert reasons(report, "kept") == {"norm": "NormReLU has a forward of its own"}
+
+
+def test_dropout_of_a_norm_with_activation_stays() -> None:
+    from timm.layers import BatchNormAct2d
+
+    block = Block(lambda m, x: m.b(m.norm(m.a(x))), BatchNormAct2d(4, drop_layer=nn.Dropout2d))
+    model, _ = convert_to_network_deconv(block)
+    assert [type(m).__name__ for m in model.norm] == ["Dropout2d", "ReLU"]
+
+
+def moody(forward: Callable) -> Callable:
+    """The same wiring behind a branch on a value, which fx cannot trace."""
+    return lambda m, x: forward(m, x) if x.sum() < 1e9 else x
+
+
+@pytest.mark.parametrize(
+    "wiring",
+    [
+        moody(lambda m, x: m.b(torch.relu(m.norm(m.a(x))))),
+        moody(lambda m, x: m.a(torch.relu(m.b(m.norm(x))))),
+        moody(lambda m, x: (lambda y: m.a(y) + m.norm(y))(m.b(x))),
+    ],
+)
+def test_module_order_is_never_folded_on(wiring: Callable) -> None:
+    """Registered as a, b, norm: a guess that is right, and two that are wrong, all keep the function."""
+    report = same_after_warm_start(Block(wiring))
+    assert "by module order" in reasons(report, "removed")["norm"]
+
+
+def test_every_call_of_a_norm_counts() -> None:
+    twice = Block(lambda m, x: torch.cat([m.norm(m.a(x)), m.norm(m.a(2 * x))]))
+    assert pair(twice) == {"norm": "a"}  # a block called twice is still a pair
+    same_after_warm_start(twice)
+    both = Block(lambda m, x: m.norm(m.a(x)) + m.norm(m.b(x)))
+    with pytest.raises(UserError, match="'norm' neither follows"):
+        convert_to_network_deconv(both)
+    assert type(both.a) is nn.Conv2d
+
+
+def test_keyword_inputs() -> None:
+    same_after_warm_start(Block(lambda m, x: m.b(input=m.norm(input=m.a(input=x)))))
+
+
+def test_shapes_read_in_between_do_not_part_a_pair() -> None:
+    def wiring(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.a(x)
+        return m.norm(y).reshape(y.shape[0], 4, -1)
+
+    assert pair(Block(wiring)) == {"norm": "a"}
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(5), nn.BatchNorm1d(6)])
+def test_linear_then_norm_over_tokens_is_not_folded(norm: nn.BatchNorm1d) -> None:
+    """(n, L, C) is normalised along L, whatever C is."""
+    length = norm.num_features
+    model = scramble_batch_norms(nn.Sequential(nn.Linear(4, 6), norm)).eval()
+    x = torch.randn(3, length, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(fold_network_deconv(model)(x), model(x), rtol=0, atol=1e-6)
+
+
+def test_conversion_does_not_depend_on_the_mode() -> None:
+    """googlenet runs its auxiliary heads in training only; they are converted all the same."""
+    import torchvision
+
+    def keys(training: bool) -> set[str]:
+        model = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
+        model, _ = convert_to_network_deconv(model.train(training), SMALL)
+        assert model.training is training
+        return set(model.state_dict())
+
+    assert keys(True) == keys(False)
+
+
+def test_functions_in_place_do_not_reach_past_a_removed_norm() -> None:
+    model = Block(lambda m, x: x + m.a(torch.relu_(m.norm(x))))
+    model, report = convert_to_network_deconv(nn.Sequential(nn.Conv2d(4, 4, 1), model))
+    assert "overwritten" in reasons(report, "kept")["1.norm"]
+    alone = Block(
+        lambda m, x: m.b(torch.nn.functional.relu(m.norm(torch.cat([x[:, :2], x[:, 2:]], 1)), True))
+    )
+    _, report = convert_to_network_deconv(alone)
+    assert reasons(report, "removed") == {"norm": "fed b"}
+
+
+def test_shared_heads_without_a_trace() -> None:
+    """Two untraceable heads share a convolution: its second name means the same layer."""
+    shared = nn.Conv2d(4, 4, 1)
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = shared, nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x)) if x.sum() < 1e9 else x
+
+    with pytest.raises(UserError, match="neither follows"):
+        convert_to_network_deconv(nn.ModuleList([Head(), Head()]))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "hardswish", "leaky_relu", "silu", "relu", "tanh"])
+def test_squeeze_and_excite_is_seen_whatever_its_activation(activation: str) -> None:
+    function = getattr(torch.nn.functional, activation, None) or getattr(torch, activation)
+
+    def wiring(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return m.norm(x) * torch.sigmoid(m.b(function(m.a(x.mean((2, 3), keepdim=True)))))
+
+    structure = read_structure(Block(wiring))
+    assert structure.sees_1x1 == {"a", "b"}
+
+
+def test_an_error_leaves_the_network_as_it_was() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    )
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match="keeps no running values"):
+        convert_to_network_deconv(model, warm_start=True)
+    assert type(model[0]) is nn.Conv2d
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_computed_weights_are_kept() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), nn.Conv2d(4, 4, 1))
+    _, report = convert_to_network_deconv(model)
+    assert list(reasons(report, "kept")) == ["0"]
+
+
 @pytest.mark.parametrize("own_activation", [False, True])
 def test_in_place_activations_do_not_reach_past_a_removed_norm(own_activation: bool) -> None:
     """x goes on unchanged beside a pre-activation block, as it did with batch norm in between."""
@@ -153,9 +368,9 @@ def test_transposed_convolutions_and_1x1_maps_are_left_alone() -> None:
     _, report = convert_to_network_deconv(model, SMALL)
     kept = reasons(report, "kept")
     assert sum(reason == "transposed convolution" for reason in kept.values()) == 5
-    assert sum("follows the transposed convolution" in reason for reason in kept.values()) == 5
+    assert sum("which is kept: transposed convolution" in reason for reason in kept.values()) == 5
     _, report = convert_to_network_deconv(NETWORKS["deeplabv3plus"](), SMALL)
-    pooled = [name for name, reason in reasons(report, "kept").items() if "1x1 map" in reason]
+    pooled = [name for name, reason in reasons(report, "kept").items() if reason.startswith("sees a 1x1 map")]
     assert pooled == ["decoder.aspp.0.convs.4.1"]
     _, report = convert_to_network_deconv(NETWORKS["unet se_resnet50"](), SMALL)
     assert all(".se_module." in name for name in reasons(report, "kept"))
@@ -175,7 +390,7 @@ def test_filter_keeps_layer_and_its_batch_norm() -> None:
     )
     assert reasons(report, "kept") == {
         "encoder.conv1": "the filter said no",
-        "encoder.bn1": "follows encoder.conv1, which is kept",
+        "encoder.bn1": "follows encoder.conv1, which is kept: the filter said no",
     }
 
 
@@ -222,3 +437,22 @@ def test_calibrate_refuses(batches: list) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(UserError, match="no whitened layer"):
         calibrate(nn.Sequential(nn.ReLU()), [torch.zeros(1)])
+
+
+def test_calibrate_refuses_tied_weights() -> None:
+    model, _ = convert_to_network_deconv(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)))
+    model[1].weight = model[0].weight
+    with pytest.raises(UserError, match="0 and 1 share a weight"):
+        calibrate(model, [torch.randn(2, 4, 5, 5)])
+
+
+def test_calibrate_writes_all_or_nothing() -> None:
+    class Explode(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * float("inf")
+
+    model, _ = convert_to_network_deconv(nn.Sequential(nn.Conv2d(4, 4, 1), Explode(), nn.Conv2d(4, 4, 1)))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match="the statistics of 2 are not finite"):
+        calibrate(model, [torch.randn(2, 4, 5, 5)])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,21 +59,37 @@ def authors_state(prefix: str, keep: tuple[str, ...] = ()) -> tuple[dict[str, Te
     return state, plain
 
 
-def run(source: Path, out: Path, *settings: str) -> subprocess.CompletedProcess:
-    changes = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
-    command = [sys.executable, TOOL, source, "--recipe", "demo", *changes, "--out", out]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Call the tool's main as its command line would; returns exit code and standard error."""
+    tool = runpy.run_path(str(TOOL))
+
+    def call(source: Path, out: Path, *settings: str) -> tuple[int, str]:
+        changes = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
+        arguments = [TOOL, source, "--recipe", "demo", *changes, "--out", out]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        try:
+            tool["main"]()
+        except SystemExit as stop:
+            return int(stop.code or 0), capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return call
 
 
 @pytest.mark.parametrize(
     ("prefix", "keep"), [("", ()), ("module.", ()), ("module.body.", ()), ("", ("encoder.features.0.*",))]
 )
-def test_the_same_numbers(prefix: str, keep: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_same_numbers(prefix: str, keep: tuple[str, ...], tmp_path: Path, run: Callable) -> None:
     """By name, wrapped in DataParallel, under other names in the same order, and with batch norm kept."""
     state, plain = authors_state(prefix, keep)
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "authors.pth")
-    done = run(tmp_path / "authors.pth", tmp_path / "ours.safetensors", f"model.keep=[{', '.join(keep)}]")
-    assert done.returncode == 0, done.stderr
+    code, err = run(
+        tmp_path / "authors.pth", tmp_path / "ours.safetensors", f"model.keep=[{', '.join(keep)}]"
+    )
+    assert code == 0, err
     model, info = load_checkpoint(tmp_path / "ours.safetensors")
     assert info.recipe.model.network_deconv.mode == "reference"
     x = torch.randn(2, 3, 32, 48)
@@ -91,16 +108,16 @@ def test_the_same_numbers(prefix: str, keep: tuple[str, ...], tmp_path: Path) ->
         (["model.network_deconv.mode=exact"], "must be reference"),
     ],
 )
-def test_networks_that_differ(settings: list[str], says: str, tmp_path: Path) -> None:
+def test_networks_that_differ(settings: list[str], says: str, tmp_path: Path, run: Callable) -> None:
     torch.save(authors_state("")[0], tmp_path / "authors.pth")
-    done = run(tmp_path / "authors.pth", tmp_path / "ours.safetensors", *settings)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert says in done.stderr
+    code, err = run(tmp_path / "authors.pth", tmp_path / "ours.safetensors", *settings)
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err
     assert not (tmp_path / "ours.safetensors").exists()
 
 
 @pytest.mark.parametrize("what", ["hostile", "missing", "truncated", "no tensors"])
-def test_bad_files(what: str, tmp_path: Path) -> None:
+def test_bad_files(what: str, tmp_path: Path, run: Callable) -> None:
     path = tmp_path / "authors.pth"
     if what == "hostile":
         torch.save({"state_dict": Hostile()}, path)
@@ -109,7 +126,7 @@ def test_bad_files(what: str, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:500])
     elif what == "no tensors":
         torch.save({"x": 3}, path)
-    done = run(path, tmp_path / "ours.safetensors")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "authors.pth" in done.stderr
+    code, err = run(path, tmp_path / "ours.safetensors")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "authors.pth" in err
     assert not Path("hostile-was-run").exists()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from segdeconv.config import DataConfig
 from segdeconv.data import DATASETS, EvalSet, TrainSet, eval_loader, open_samples, train_loader
 from segdeconv.data.samples import even_palette
 from segdeconv.errors import UserError
+from segdeconv.images import read_rgb
 
 
 def write(path: Path, array: np.ndarray) -> Path:
@@ -84,11 +87,42 @@ def test_image_folder(tmp_path: Path) -> None:
     assert samples.task == "classification"
     assert samples.classes == ("cat", "dog")
     assert [samples.load(i)[1] for i in range(3)] == [0, 0, 1]
-    assert samples.name(2) == "dog_0"
     turned = DataConfig("image_folder", root=str(tmp_path), classes=("dog", "cat"))
     assert [open_samples(turned, "train").load(i)[1] for i in range(3)] == [0, 1, 1]
     with pytest.raises(UserError, match="'bird'"):
         open_samples(DataConfig("image_folder", root=str(tmp_path), classes=("bird", "cat", "dog")), "train")
+
+
+def test_photographs_are_turned_upright(tmp_path: Path) -> None:
+    """Cameras store how they were held beside the pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright: the stored rows are columns
+    picture = np.zeros((20, 30, 3), np.uint8)
+    picture[:, :15] = 255
+    Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
+    assert read_rgb(tmp_path / "a.png").shape == (30, 20, 3)
+    assert read_rgb(tmp_path / "a.png")[:15].min() == 255
+
+
+def test_other_photographs(tmp_path: Path) -> None:
+    """Grey, palette, transparent and CMYK pictures are RGB to the network."""
+    grey = np.full((4, 4), 77, np.uint8)
+    for mode, name in (("L", "l.png"), ("P", "p.png"), ("RGBA", "a.png"), ("CMYK", "c.tif"), ("1", "1.png")):
+        Image.fromarray(grey).convert(mode).save(tmp_path / name)
+        assert read_rgb(tmp_path / name).shape == (4, 4, 3)
+    Image.fromarray(np.full((4, 4), 7000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match=r"deep.png: has more than 8 bits"):
+        read_rgb(tmp_path / "deep.png")
+
+
+def four_bit_png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 4, 0, 0, 0, 0)
+    rows = (b"\0" + b"\x01" * ((width + 1) // 2)) * height
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
 
 
 def break_pair(root: Path, what: str) -> None:
@@ -101,6 +135,13 @@ def break_pair(root: Path, what: str) -> None:
         write(masks / "1.png", np.full_like(np.asarray(Image.open(masks / "1.png")), 7))
     elif what == "colour mask":
         write(masks / "1.png", np.zeros((20, 30, 3), np.uint8))
+    elif what == "lossy mask":
+        image = Image.open(masks / "1.png")
+        (masks / "1.png").unlink()
+        image.save(masks / "1.jpg")
+    elif what == "four bits":
+        # As PNG optimisers write small grey pictures; Pillow reads them back stretched to 0..255.
+        (masks / "1.png").write_bytes(four_bit_png(30, 20))
     elif what == "size":
         write(masks / "1.png", np.zeros((20, 31), np.uint8))
     elif what == "truncated":
@@ -124,6 +165,8 @@ def break_pair(root: Path, what: str) -> None:
         ("no picture", r"masks/1.png: has no picture of that name"),
         ("wrong label", r"masks/1.png: holds label 7, but there are 2 classes"),
         ("colour mask", r"masks/1.png: a mask must be an 8-bit grey or palette picture .* not RGB"),
+        ("lossy mask", r"masks/1.jpg: a mask must be lossless, not JPEG"),
+        ("four bits", r"masks/1.png: a mask must be an 8-bit .* not L;4"),
         ("size", r"masks/1.png: is 31x20, but its picture is 30x20"),
         ("truncated", r"images/1.png: a damaged picture"),
         ("not a picture", r"images/1.png: not a readable picture"),
@@ -153,6 +196,10 @@ def test_unknown_set_and_missing_keys(tmp_path: Path) -> None:
         open_samples(DataConfig("camvid"), "train")
     with pytest.raises(UserError, match=r"data.classes is missing"):
         open_samples(DataConfig("image_mask", root=str(tmp_path)), "train")
+    with pytest.raises(UserError, match="toy brings its own classes"):
+        open_samples(DataConfig("toy", classes=("a",)), "train")
+    with pytest.raises(UserError, match=r"data.ignore_index = 7 is the number of class 'car'"):
+        open_samples(DataConfig("toy", ignore_index=7), "train")
 
 
 def augmented(root: Path, **changes: object) -> DataConfig:

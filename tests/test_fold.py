@@ -7,9 +7,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from segdeconv.config import NetworkDeconvConfig
-from segdeconv.convert import convert_to_network_deconv, read_structure
+from segdeconv.convert import convert_to_network_deconv
 from segdeconv.fold import fold_network_deconv
 from segdeconv.layers import Whitened
+from segdeconv.structure import read_structure
 
 SMALL = NetworkDeconvConfig(block_size=4, linear_block_size=32)
 
@@ -19,7 +20,7 @@ SMALL = NetworkDeconvConfig(block_size=4, linear_block_size=32)
 def test_folded_network_is_the_network_in_evaluation(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """Layer by layer: every plain layer puts out what its whitened layer does on the same input."""
     torch.manual_seed(1)
-    model, _ = convert_to_network_deconv(NETWORKS[name](), SMALL)
+    model, _ = convert_to_network_deconv(scramble_batch_norms(NETWORKS[name]()), SMALL)
     model.to(dtype)
     with torch.no_grad():
         model(images(name, 4).to(dtype))
@@ -45,7 +46,11 @@ def test_folded_network_is_the_network_in_evaluation(name: str, dtype: torch.dty
             assert type(folded.get_submodule(layer_name)).__name__ in ("Conv2d", "Linear", "Conv2dSame")
             scale = want.abs().max().item()
             torch.testing.assert_close(got, want, rtol=0, atol=tolerance * scale, msg=layer_name)
-        assert logits(folded(images(name).to(dtype))).shape == whole.shape
+        if dtype is torch.float64:  # float32 noise grows through an untrained network; layers were compared
+            x = images(name).to(dtype)
+            torch.testing.assert_close(
+                logits(folded(x)), logits(model(x)), rtol=0, atol=1e-7 * whole.abs().max().item()
+            )
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -15,26 +15,30 @@ PACKAGE = Path(segdeconv.__file__).parent
 
 # What each room may import from the package, at any level of its code.
 LEAVES = {"errors"}
-PICTURES = LEAVES | {"images"}
+FILES = LEAVES | {"files"}
+PICTURES = FILES | {"images"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "whitening": set(),
-    "images": LEAVES,
+    "files": LEAVES,
+    "images": FILES,
     "config": LEAVES,
     "progress": set(),
     "runtime": PICTURES,
     "layers": {"whitening", "config"},
-    "convert": LEAVES | {"layers", "whitening", "config"},
-    "fold": {"convert", "layers"},
+    "structure": set(),
+    "convert": LEAVES | {"layers", "whitening", "config", "structure"},
+    "fold": {"convert", "layers", "structure"},
     "metrics": set(),
     "figures": PICTURES,
     "data": PICTURES | {"config"},
     "models": LEAVES | {"config", "convert", "checkpoint"},
-    "checkpoint": LEAVES | {"config", "models"},
-    "evaluate": LEAVES | {"checkpoint", "data", "metrics", "models", "progress", "runtime", "config"},
-    "train": LEAVES
+    "checkpoint": FILES | {"config", "models"},
+    "evaluate": FILES
+    | {"checkpoint", "config", "data", "export", "metrics", "models", "progress", "runtime"},
+    "train": FILES
     | {"checkpoint", "config", "convert", "data", "evaluate", "figures", "metrics", "models", "progress"},
-    "export": LEAVES | {"checkpoint", "fold", "metrics", "models"},
+    "export": FILES | {"checkpoint", "fold", "metrics", "models"},
     "demo": PICTURES
     | {"checkpoint", "config", "data", "evaluate", "export", "figures", "progress", "runtime", "train"},
 }

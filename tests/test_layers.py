@@ -135,6 +135,35 @@ def test_geometry_may_change_after_construction() -> None:
     assert layer.eval().to_conv()(torch.randn(2, 4, 16, 16)).shape == (2, 6, 8, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_in_half_precision_keeps_float32_arithmetic(dtype: torch.dtype) -> None:
+    layer = WhitenedConv2d(8, 4, 3, padding=1, dtype=dtype)
+    assert layer.running_whitening.dtype == torch.float32
+    x = torch.randn(2, 8, 9, 9, dtype=dtype)
+    out = layer(x)
+    out.float().sum().backward()
+    assert out.dtype == dtype
+    assert layer.weight.grad.isfinite().all()
+    assert layer.eval().to_conv()(x).dtype == dtype
+
+
+def test_unusual_inputs() -> None:
+    layer = WhitenedConv2d(4, 6, 3, padding=1)
+    assert layer(torch.randn(4, 9, 9)).shape == (6, 9, 9)  # an image without a batch
+    assert layer(torch.randn(0, 4, 9, 9)).shape == (0, 6, 9, 9)
+    layer.stride = 2  # a number, as on the torch layer
+    assert layer(torch.randn(2, 4, 9, 9)).shape == (2, 6, 5, 5)
+    assert WhitenedConv2d(4, 6, 3, device="meta")(torch.empty(2, 4, 9, 9, device="meta")).shape == (
+        2,
+        6,
+        7,
+        7,
+    )
+    assert WhitenedConv2d(4, 6, (1, 3), config=NetworkDeconvConfig(mode="reference"))(
+        torch.randn(2, 4, 9, 9)
+    ).shape == (2, 6, 9, 7)
+
+
 AWKWARD = {
     "batch of one": torch.randn(1, 8, 6, 6),
     "1x1 map": torch.randn(4, 8, 1, 1),
@@ -198,6 +227,9 @@ def test_running_values_are_bias_corrected() -> None:
     weights = torch.tensor([0.9**3, 0.9**2, 0.9, 1.0])
     expected = sum(w * b.mean(0) for w, b in zip(weights, batches, strict=True)) / weights.sum()
     torch.testing.assert_close(layer.running_mean[0, 0], expected, rtol=1e-6, atol=1e-6)
+    roots = [layer.whitening_from(layer.moments(batch)[1]) for batch in batches]
+    expected = sum(w * root for w, root in zip(weights, roots, strict=True)) / weights.sum()
+    torch.testing.assert_close(layer.running_whitening, expected, rtol=1e-5, atol=1e-6)
     assert layer.num_batches_tracked.item() == 4
 
 

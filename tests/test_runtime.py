@@ -79,6 +79,13 @@ def test_predict_images(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) 
     assert np.array_equal(np.asarray(labels), segmenter(picture(30, 50)))
 
 
+def test_pictures_are_never_overwritten(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
+    Image.fromarray(picture(30, 50)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.png: is one of the pictures to predict"):
+        list(predict_images(Segmenter(exported[0]), find_images(tmp_path), tmp_path))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture(30, 50))
+
+
 def test_painting() -> None:
     labels = np.array([[0, 1], [2, 255]], np.uint8)
     assert colored(labels, PALETTE).tolist() == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from segdeconv.checkpoint import load_checkpoint
 from segdeconv.config import Recipe, TrainConfig, load_recipe
 from segdeconv.errors import UserError
-from segdeconv.evaluate import evaluate_run, table
+from segdeconv.evaluate import evaluate_run, table, write_scores
 from segdeconv.layers import Whitened
 from segdeconv.train import loss_of, lr_factor, make_optimizer, pick_device, train
 
@@ -64,6 +64,7 @@ def test_a_seed_gives_the_same_run(run: Path, tmp_path: Path) -> None:
 
 def test_evaluation_repeats_what_training_logged(run: Path) -> None:
     scores = evaluate_run(run)
+    write_scores(run, scores)
     logged = max(json.loads(line)["miou"] for line in (run / "metrics.jsonl").read_text().splitlines())
     assert scores["miou"] == logged
     written = json.loads((run / "eval.json").read_text())
@@ -127,6 +128,11 @@ def test_warm_start_from_the_batch_norm_twin(tmp_path: Path) -> None:
     assert line["loss"] == pytest.approx(twin["loss"], rel=0.35)
 
 
+def test_a_network_that_cannot_take_the_batches_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot train on batches of shape \(4, 3, 32, 64\)"):
+        train(tiny("model.options={in_channels: 4}"), tmp_path / "run")
+
+
 def test_init_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run folder"):
         train(tiny("model.init=nowhere"), tmp_path / "run")
@@ -176,9 +182,16 @@ def test_loss() -> None:
     targets[0, 0] = 255
     config = TrainConfig(aux_weight=0.5)
     plain = torch.nn.functional.cross_entropy(logits, targets, ignore_index=255)
-    assert torch.equal(loss_of(logits, targets, config, 255), plain)
-    both = loss_of({"out": logits, "aux": logits}, targets, config, 255)
-    torch.testing.assert_close(both, 1.5 * plain)
+    torch.testing.assert_close(loss_of(logits, targets, config, 255), plain)
+    for both in ({"out": logits, "aux": logits}, (logits, None, logits)):
+        torch.testing.assert_close(loss_of(both, targets, config, 255), 1.5 * plain)
+    smooth = TrainConfig(label_smoothing=0.1)
+    expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=255, label_smoothing=0.1)
+    torch.testing.assert_close(loss_of(logits, targets, smooth, 255), expected)
+    nothing = loss_of(logits.requires_grad_(), torch.full_like(targets, 255), config, 255)
+    nothing.backward()
+    assert nothing.item() == 0
+    assert not logits.grad.any()
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:97", "mps:9"])

@@ -38,7 +38,18 @@ def open_samples(config: DataConfig, split: str) -> Samples:
         raise UserError(
             f"data.dataset = {config.dataset!r}: no such data set; known are {', '.join(DATASETS)}"
         )
-    return DATASETS[config.dataset](config, {"train": config.train, "val": config.val}[split])
+    samples = DATASETS[config.dataset](config, {"train": config.train, "val": config.val}[split])
+    if config.classes is not None and samples.classes != config.classes:
+        raise UserError(f"data.classes: {config.dataset} brings its own classes; remove the key")
+    if samples.task == "segmentation":
+        if len(samples.classes) > 256:
+            raise UserError(f"data.classes: {len(samples.classes)} classes do not fit 8-bit masks")
+        if config.ignore_index < len(samples.classes):
+            raise UserError(
+                f"data.ignore_index = {config.ignore_index} is the number of class "
+                f"{samples.classes[config.ignore_index]!r}; take one above the classes, such as 255"
+            )
+    return samples
 
 
 class _Cached:

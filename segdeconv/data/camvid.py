@@ -43,9 +43,6 @@ class CamVid(Samples):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def name(self, index: int) -> str:
-        return self.pairs[index][0].stem
-
     def load(self, index: int) -> tuple[Picture, Picture]:
         image, mask = read_pair(*self.pairs[index], self.config, len(CLASSES), VOID)
         return image, np.where(mask == VOID, np.uint8(self.config.ignore_index), mask)

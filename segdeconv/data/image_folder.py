@@ -32,10 +32,6 @@ class ImageFolder(Samples):
     def __len__(self) -> int:
         return len(self.items)
 
-    def name(self, index: int) -> str:
-        path, _ = self.items[index]
-        return f"{path.parent.name}_{path.stem}"
-
     def load(self, index: int) -> tuple[Picture, int]:
         path, label = self.items[index]
         return resize_image(read_rgb(path), self.config.size), label

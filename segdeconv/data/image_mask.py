@@ -46,8 +46,5 @@ class ImageMask(Samples):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def name(self, index: int) -> str:
-        return self.pairs[index][0].stem
-
     def load(self, index: int) -> tuple[Picture, Picture]:
         return read_pair(*self.pairs[index], self.config, len(self.classes), self.config.ignore_index)

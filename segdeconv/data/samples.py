@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package: named pictures with targets, and how they are read."""
+"""What a data set is to the rest of the package: pictures with targets, and how they are read."""
 
 from __future__ import annotations
 
@@ -38,10 +38,6 @@ class Samples(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def name(self, index: int) -> str:
-        """A short name of the sample, for files and messages."""
-
-    @abstractmethod
     def load(self, index: int) -> tuple[Picture, Picture | int]: ...
 
 
@@ -61,7 +57,10 @@ def folder(config: DataConfig, *parts: str) -> Path:
     """
     if config.root is None:
         raise UserError(f"data.root is missing: the folder of the {config.dataset} data")
-    path = Path(config.root).expanduser().joinpath(*parts)
+    try:
+        path = Path(config.root).expanduser().joinpath(*parts)
+    except RuntimeError as error:
+        raise UserError(f"data.root = {config.root!r}: {error}") from None
     if not path.is_dir():
         raise UserError(
             f"{path}: no such folder (data.root = {config.root!r}); a {config.dataset} set needs it"
@@ -69,36 +68,46 @@ def folder(config: DataConfig, *parts: str) -> Path:
     return path
 
 
-def read_mask(path: Path, size: tuple[int, int] | None, num_classes: int, ignore_index: int) -> Picture:
-    """A label map (H, W) from an 8-bit grey or palette PNG.
+def read_mask(path: Path) -> Picture:
+    """Class numbers (H, W) uint8 from an 8-bit grey or palette picture in a lossless format.
 
     Raises:
-        UserError: the file is damaged, has colour channels, or holds a label outside the class list.
+        UserError: the file is damaged, has colour channels or another depth, or is lossy.
     """
-    image = load_pixels(open_image(path), path)
-    if image.mode not in ("L", "P"):
+    image = open_image(path)
+    if image.format in ("JPEG", "WEBP"):
+        raise UserError(f"{path}: a mask must be lossless, not {image.format}; save it as PNG")
+    tile = getattr(image, "tile", None)  # how the file stores its pixels, before they are read
+    depth = str(tile[0][3]) if tile else ""
+    if image.mode not in ("L", "P") or (image.mode == "L" and "L;" in depth):
+        kind = (
+            depth if "L;" in depth else image.mode
+        )  # fewer than 8 bits: readers stretch the numbers to 0..255
         raise UserError(
-            f"{path}: a mask must be an 8-bit grey or palette picture of class numbers, not {image.mode}"
+            f"{path}: a mask must be an 8-bit grey or palette picture of class numbers, not {kind}"
         )
-    mask = resize_labels(np.asarray(image), size)
-    present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
-    wrong = [int(v) for v in present if v >= num_classes and v != ignore_index]
-    if wrong:
-        raise UserError(
-            f"{path}: holds label {wrong[0]}, but there are {num_classes} classes (0 to {num_classes - 1}) "
-            f"and ignore_index {ignore_index}; correct the mask or data.classes"
-        )
-    return mask
+    return np.asarray(load_pixels(image, path))
 
 
 def read_pair(
     image_path: Path, mask_path: Path, config: DataConfig, num_classes: int, ignore_index: int
 ) -> tuple[Picture, Picture]:
-    """A picture and its label map, which must be of one size before they are resized."""
-    sizes = [open_image(path).size for path in (image_path, mask_path)]
-    if sizes[0] != sizes[1]:
+    """A picture and its label map, both at ``config.size``.
+
+    Raises:
+        UserError: either cannot be read, their sizes differ, or the mask holds a label outside the classes.
+    """
+    image, mask = read_rgb(image_path), read_mask(mask_path)
+    if image.shape[:2] != mask.shape:
         raise UserError(
-            f"{mask_path}: is {sizes[1][0]}x{sizes[1][1]}, but its picture is {sizes[0][0]}x{sizes[0][1]}"
+            f"{mask_path}: is {mask.shape[1]}x{mask.shape[0]}, but its picture is "
+            f"{image.shape[1]}x{image.shape[0]}"
         )
-    image = resize_image(read_rgb(image_path), config.size)
-    return image, read_mask(mask_path, config.size, num_classes, ignore_index)
+    present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+    wrong = [int(v) for v in present if v >= num_classes and v != ignore_index]
+    if wrong:
+        raise UserError(
+            f"{mask_path}: holds label {wrong[0]}, but there are {num_classes} classes (0 to "
+            f"{num_classes - 1}) and ignore_index {ignore_index}; correct the mask or data.classes"
+        )
+    return resize_image(image, config.size), resize_labels(mask, config.size)

@@ -6,6 +6,10 @@ each sample, so results depend neither on the number of loader processes nor on 
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the package index at every import
+
 import albumentations as A
 import cv2
 import numpy as np

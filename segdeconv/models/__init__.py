@@ -41,7 +41,12 @@ def resolve(config: ModelConfig) -> tuple[Architecture, str | None]:
         # The longest architecture name first: unetplusplus before unet.
         heads = sorted((a for a in ARCHITECTURES if name.startswith(a + "_")), key=len, reverse=True)
         heads = [head for head in heads if ARCHITECTURES[head].takes_encoder]
-        if heads and config.encoder is None:
+        if heads and config.encoder is not None:
+            raise UserError(
+                f"model.architecture = {name!r} names its encoder, so model.encoder = {config.encoder!r} "
+                "must go (--set model.encoder=null)"
+            )
+        if heads:
             architecture, encoder = ARCHITECTURES[heads[0]], name[len(heads[0]) + 1 :]
         elif timm.is_model(name) and config.encoder is None:
             architecture, encoder = classification.timm_architecture(name), None
@@ -85,6 +90,11 @@ def build_model(
     if config.norm == "bn":
         return model, None
 
+    names = [name for name, _ in model.named_modules()]
+    for pattern in config.keep:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"model.keep: {pattern!r} matches no layer of {config.architecture}")
+
     def wanted(module: nn.Module, name: str) -> bool:
         return not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.keep)
 
@@ -98,7 +108,7 @@ def _call(
         return architecture.build(num_classes, encoder, options)
     except UserError:
         raise
-    except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         what = f"{name} with encoder {encoder}" if encoder else name
         raise UserError(f"{what} cannot be built with model.options = {options}: {first}") from None
@@ -112,5 +122,14 @@ def size_multiple(model: nn.Module) -> int:
 
 
 def main_output(output: Any) -> torch.Tensor:
-    """The logits of a network that may return them in a dictionary, as torchvision's segmenters do."""
-    return output["out"] if isinstance(output, dict) else output
+    """The logits of a network that may return auxiliary ones beside them."""
+    return split_output(output)[0]
+
+
+def split_output(output: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Main and auxiliary logits, of networks that return a tensor, a dictionary or a tuple (GoogLeNet)."""
+    if isinstance(output, dict):
+        return output["out"], [output["aux"]] if "aux" in output else []
+    if isinstance(output, tuple):
+        return output[0], [logits for logits in output[1:] if logits is not None]
+    return output, []

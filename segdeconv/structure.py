@@ -1,0 +1,399 @@
+"""Which batch norm belongs to which layer: read from `torch.fx` graphs, nothing is changed.
+
+The largest parts of a network that trace are traced. Where a module's own forward cannot be, its children
+are, and batch norms among its direct children are paired with the layer registered right before them: good
+enough to train from scratch, but marked as a guess, so that nobody folds on its word.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+NORMS = (
+    _BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Conv2d, nn.Linear)
+STATIC_PADDING = "segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding"
+
+_UNCHANGED = (nn.Identity, nn.modules.dropout._DropoutNd)  # a batch norm may sit behind one of these
+_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_BETWEEN = (  # what may stand between a batch norm and the layers it feeds, besides activations
+    *_UNCHANGED,
+    _BatchNorm,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.Flatten,
+    nn.Upsample,
+    nn.ZeroPad2d,
+)
+_POINTWISE = {
+    "relu", "relu_", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "mish",
+    "sigmoid", "tanh", "softplus", "dropout", "flatten", "view", "reshape", "reshape_as", "contiguous",
+}  # fmt: skip
+_FUNCTIONS_BETWEEN = _POINTWISE | {
+    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "interpolate", "pad",
+    "cat", "split", "chunk", "permute", "transpose", "add", "iadd", "add_", "sub", "mul", "getitem",
+    "getattr", "size",
+}  # fmt: skip
+_SHAPE_ONLY = ("size", "dim", "numel")
+
+
+@dataclass
+class Structure:
+    """What the graphs of a network say about its layers, by qualified name.
+
+    Attributes:
+        norm_after: batch norm -> the layer (convolution, linear, transposed) whose output alone it reads.
+        guessed: those of ``norm_after`` that rest on module order or on an unknown layout, not on proof.
+        norm_before: batch norm -> the layers that alone read what it puts out.
+        in_place: activation modules that write into what a ``norm_before`` batch norm puts out. Without the
+            norm they would write into its input, which others may read.
+        shared_in_place: batch norms whose output a function overwrites while others read their input.
+        sees_1x1: layers whose input is a globally pooled map, classifier heads excepted.
+        unused: layers and batch norms that no traced forward calls.
+        untraced: modules whose own forward could not be traced, with the reason.
+    """
+
+    norm_after: dict[str, str] = field(default_factory=dict)
+    guessed: set[str] = field(default_factory=set)
+    norm_before: dict[str, list[str]] = field(default_factory=dict)
+    in_place: set[str] = field(default_factory=set)
+    shared_in_place: set[str] = field(default_factory=set)
+    sees_1x1: set[str] = field(default_factory=set)
+    unused: set[str] = field(default_factory=set)
+    untraced: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_structure(model: nn.Module) -> Structure:
+    """Pair batch norms and layers, from fx graphs of the largest parts that trace.
+
+    Traced in training mode, whatever mode the network is in: auxiliary heads run only there.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        with _without_shape_checks(model):
+            return _Reader(model).read()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def qualified_class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """Whether the layer computes what Conv2d or Linear do, if in its own way as some of timm's and smp's."""
+    known = ("timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame", STATIC_PADDING)
+    return type(module) in WEIGHTED or qualified_class(module) in known
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether it computes what BatchNorm does, and at most the activation of timm's norm-with-activation."""
+    torch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    known = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
+    return type(module) in torch_norms or qualified_class(module) in known
+
+
+def out_channels(layer: Any) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+@contextlib.contextmanager
+def _without_shape_checks(model: nn.Module) -> Iterator[None]:
+    """smp compares the input's height with a number, which a traced value cannot answer."""
+    checked: list[Any] = [m for m in model.modules() if getattr(m, "requires_divisible_input_shape", False)]
+    for module in checked:
+        module.requires_divisible_input_shape = False
+    try:
+        yield
+    finally:
+        for module in checked:
+            del module.requires_divisible_input_shape  # the class attribute shows again
+
+
+class _Tracer(fx.Tracer):
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        self.registered = set(root.modules())
+        return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # Whitened layers are Conv2d and Linear too.
+        return isinstance(m, (*NORMS, *WEIGHTED, *TRANSPOSED)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(m, nn.Sequential) and m not in self.registered:
+            return forward(*args, **kwargs)  # a slice made on the fly, as in smp's DPN encoders
+        return super().call_module(m, forward, args, kwargs)
+
+
+@dataclass
+class _Use:
+    """One call of a batch norm: the layer it reads alone, and the layers that alone read it, if any."""
+
+    after: str | None
+    proven: bool
+    readers: list[str] | None
+    in_place: list[str]
+    overwritten: bool
+
+
+class _Reader:
+    """Collects what each traced graph says, then draws the conclusions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        first = {module: name for name, module in model.named_modules()}
+        self.canonical = {name: first[m] for name, m in model.named_modules(remove_duplicate=False)}
+        self.modules: dict[str, Any] = dict(model.named_modules())
+        self.structure = Structure()
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.uses: dict[str, list[_Use]] = collections.defaultdict(list)
+        self.by_order: dict[str, str] = {}
+        self.traced: set[str] = set()
+
+    def read(self) -> Structure:
+        self._visit(self.model, "")
+        structure = self.structure
+        structure.unused = {name for name in self.traced if not self.calls[name]}
+        for norm, uses in self.uses.items():
+            layers = {use.after for use in uses}
+            layer = layers.pop() if len(layers) == 1 else None
+            if layer is not None and self.calls[layer] == self.calls[norm]:
+                structure.norm_after[norm] = layer
+                if not all(use.proven for use in uses):
+                    structure.guessed.add(norm)
+            elif all(use.readers for use in uses):
+                structure.norm_before[norm] = list(
+                    dict.fromkeys(r for use in uses for r in use.readers or [])
+                )
+                structure.in_place.update(name for use in uses for name in use.in_place)
+                if any(use.overwritten for use in uses):
+                    structure.shared_in_place.add(norm)
+        for norm, layer in self.by_order.items():
+            if norm not in self.uses:
+                structure.norm_after[norm] = layer
+                structure.guessed.add(norm)
+        claims = collections.Counter(structure.norm_after.values())
+        for norm, layer in list(structure.norm_after.items()):
+            if claims[layer] > 1:  # one layer, several norms: none of them is its own
+                del structure.norm_after[norm]
+        return structure
+
+    def _visit(self, module: nn.Module, prefix: str) -> None:
+        if not any(module.children()):
+            return  # a layer on its own says nothing about pairs
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # those have no forward
+            try:
+                graph = _Tracer().trace(module)
+            except Exception as error:  # fx raises whatever the traced Python raises
+                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                self.structure.untraced.append((prefix[:-1], reason))
+                self._pair_by_order(module, prefix)
+            else:
+                self._read_graph(graph, module, prefix)
+                return
+        for name, child in module.named_children():
+            self._visit(child, f"{prefix}{name}.")
+
+    def _pair_by_order(self, module: nn.Module, prefix: str) -> None:
+        previous: tuple[str, nn.Module] | None = None
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm):
+                if previous and out_channels(previous[1]) == child.num_features:
+                    self.by_order[self.canonical[prefix + name]] = self.canonical[prefix + previous[0]]
+                previous = None
+            elif isinstance(child, (*WEIGHTED, *TRANSPOSED)):
+                previous = (name, child)
+            elif not isinstance(child, _UNCHANGED):
+                previous = None
+
+    def _read_graph(self, graph: fx.Graph, root: nn.Module, prefix: str) -> None:
+        def name_of(node: fx.Node) -> str:
+            return self.canonical[prefix + str(node.target)]
+
+        def module_of(node: fx.Node | None) -> Any:
+            return self.modules[name_of(node)] if node is not None and node.op == "call_module" else None
+
+        for name, module in root.named_modules():
+            if isinstance(module, (*WEIGHTED, _BatchNorm)):
+                self.traced.add(self.canonical[prefix + name])
+        for node in graph.nodes:
+            module = module_of(node)
+            if module is None:
+                continue
+            self.calls[name_of(node)] += 1
+            if isinstance(module, _BatchNorm):
+                after, proven = _layer_before(node, module, module_of)
+                readers = _readers(node, module_of)
+                self.uses[name_of(node)].append(
+                    _Use(
+                        after=None if after is None else name_of(after),
+                        proven=proven,
+                        readers=None if readers is None else [name_of(reader) for reader in readers],
+                        in_place=[name_of(user) for user in _writers(node, module_of) if module_of(user)],
+                        overwritten=_overwrites_shared_input(node, module_of),
+                    )
+                )
+            elif isinstance(module, WEIGHTED) and _is_pooled(node, module_of):
+                head = isinstance(module, nn.Linear) and not _gates(node)
+                if not head:
+                    self.structure.sees_1x1.add(name_of(node))
+
+
+_ModuleOf = Callable[[fx.Node | None], Any]
+
+
+def _input(node: fx.Node) -> fx.Node | None:
+    return node.all_input_nodes[0] if node.all_input_nodes else None
+
+
+def _function(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _value_users(node: fx.Node) -> list[fx.Node]:
+    """Who reads the values of a node, and not just its shape."""
+
+    def shape_only(user: fx.Node) -> bool:
+        if user.target is getattr:
+            return user.args[1] in ("shape", "dtype", "device", "ndim")
+        return user.target in _SHAPE_ONLY or (user.target == "reshape_as" and user.args[0] is not node)
+
+    return [user for user in node.users if not shape_only(user)]
+
+
+def _layer_before(node: fx.Node, norm: Any, module_of: _ModuleOf) -> tuple[fx.Node | None, bool]:
+    """The call of the layer that batch norm ``node`` alone reads, and whether its axes are certain."""
+    source, flattened = _input(node), False
+    while source is not None and len(_value_users(source)) == 1:
+        layer = module_of(source)
+        if isinstance(layer, (*WEIGHTED, *TRANSPOSED)):
+            if out_channels(layer) != norm.num_features:
+                return None, False
+            # Behind a linear layer, (n, C) is normalised along C, but (n, L, C) along L.
+            return source, flattened or not isinstance(layer, nn.Linear)
+        # levit flattens tokens between a linear layer and its norm: (n, L, C) to (n·L, C).
+        tokens = source.target == "flatten" and tuple(source.args[1:]) == (0, 1)
+        flattened = flattened or tokens
+        if not tokens and not isinstance(layer, _UNCHANGED):
+            break
+        source = _input(source)
+    return None, False
+
+
+def _readers(node: fx.Node, module_of: _ModuleOf) -> list[fx.Node] | None:
+    """The layers that read ``node`` through activations, pooling and sums; None if anything else reads it."""
+    readers: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    queue = list(node.users)
+    while queue:
+        user = queue.pop(0)
+        if user in seen:
+            continue
+        seen.add(user)
+        module = module_of(user)
+        if isinstance(module, WEIGHTED):
+            if _is_pooled(user, module_of) and _gates(user):
+                queue.extend(user.users)  # squeeze-and-excite: its gate joins the map again
+            else:
+                readers.append(user)
+        elif user.op == "output" or not _stands_between(user, module):
+            return None
+        else:
+            queue.extend(user.users)
+    return readers or None
+
+
+def _stands_between(node: fx.Node, module: Any) -> bool:
+    if module is not None:
+        return _is_activation(module) or isinstance(module, _BETWEEN)
+    return _function(node) in _FUNCTIONS_BETWEEN
+
+
+def _is_activation(module: Any) -> bool:
+    return type(module).__module__ == "torch.nn.modules.activation"
+
+
+def _writers(node: fx.Node, module_of: _ModuleOf) -> list[fx.Node]:
+    """The calls that would write into what ``node`` puts out."""
+    found = []
+    for user in node.users:
+        in_place_call = (
+            getattr(module_of(user), "inplace", False)
+            or user.kwargs.get("inplace") is True
+            or (len(user.args) > 1 and user.args[1] is True)  # F.relu(x, True)
+            or _function(user) in ("relu_", "add_", "mul_", "iadd", "imul")
+        )
+        if in_place_call and _input(user) is node:
+            found.append(user)
+        elif isinstance(module_of(user), _UNCHANGED):
+            found += _writers(user, module_of)
+    return found
+
+
+def _overwrites_shared_input(node: fx.Node, module_of: _ModuleOf) -> bool:
+    """Whether a function would write into the norm's input, were the norm gone, while others read it."""
+    source = _input(node)
+    by_function = [user for user in _writers(node, module_of) if module_of(user) is None]
+    return bool(by_function) and source is not None and len(_value_users(source)) > 1
+
+
+def _is_pooled(node: fx.Node, module_of: _ModuleOf) -> bool:
+    """Whether the layer's input comes from a global pool through pointwise modules and 1x1 layers."""
+    source = _input(node)
+    while source is not None:
+        module = module_of(source)
+        if isinstance(module, _POOLS):
+            return module.output_size in (1, (1, 1), [1, 1])
+        if source.target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
+            size = source.args[1] if len(source.args) > 1 else source.kwargs.get("output_size")
+            return size in (1, (1, 1), [1, 1])
+        if source.target in ("mean", "amax", torch.mean, torch.amax):
+            dims = source.args[1] if len(source.args) > 1 else source.kwargs.get("dim")
+            dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+            return all(isinstance(d, int) for d in dims) and sorted(d % 4 for d in dims) == [2, 3]
+        pointwise = (
+            isinstance(module, (*WEIGHTED, *NORMS, *_UNCHANGED, nn.Flatten))
+            or (module is not None and _is_activation(module))
+            or _function(source) in _POINTWISE
+        )
+        if not pointwise:
+            return False
+        source = _input(source)
+    return False
+
+
+def _gates(node: fx.Node) -> bool:
+    """Whether what the layer puts out ends up as a factor: squeeze-and-excite, not a classifier."""
+    seen, queue = set(), list(node.users)
+    while queue:
+        user = queue.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if user.target in (operator.mul, operator.imul, torch.mul, "mul", "mul_"):
+            return True
+        queue.extend(user.users)
+    return False
