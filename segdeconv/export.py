@@ -24,6 +24,7 @@ from segdeconv.files import write_atomically
 from segdeconv.fold import fold_network_deconv
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import main_output, size_multiple
+from segdeconv.runtime import import_onnxruntime
 
 OPSET = 18  # later opsets put Resize on the CPU in many CUDA builds of onnxruntime
 TOLERANCE = 1e-4  # of the largest logit; more only where float32 itself is less exact, see compare
@@ -184,10 +185,9 @@ def compare(
     ``shape`` (batch, height, width), rounded up to ``multiple``.
 
     The tolerance is `TOLERANCE`, or four times PyTorch's own float32 error against float64 where a network is
-    so ill-conditioned that this is more.
+    so ill-conditioned that this is more, up to a hundred times `TOLERANCE`.
     """
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     batch, height, width = shape[0], *(side + -side % multiple for side in shape[1:])
     shape = (batch, height, width)
     images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
@@ -197,9 +197,9 @@ def compare(
         logits = main_output(model(images)).numpy()
         exact = main_output(copy.deepcopy(model).double()(images.double())).numpy()
     largest = float(np.abs(logits).max())
-    tolerance = max(TOLERANCE, 4 * float(np.abs(logits - exact).max()) / largest)
+    tolerance = min(max(TOLERANCE, 4 * float(np.abs(logits - exact).max()) / largest), 100 * TOLERANCE)
     expected = logits if output == "logits" else logits.argmax(1)
-    if got.shape != expected.shape:
+    if got.shape != expected.shape or not np.isfinite(largest):
         return Parity(shape, float("inf"), 1.0, tolerance, False)
     if output == "logits":
         max_diff = float(np.abs(got - logits).max()) / largest

@@ -33,6 +33,19 @@ from segdeconv.images import (
 _REQUIRED = ("task", "classes", "palette", "mean", "std", "size_multiple", "resize", "output")
 
 
+def import_onnxruntime() -> Any:
+    """The module onnxruntime, which two extras of the package bring.
+
+    Raises:
+        UserError: neither is installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError("onnxruntime is not installed; pip install 'segdeconv[cpu]' (or '[gpu]')") from None
+    return onnxruntime
+
+
 class Segmenter:
     """A segmentation graph made by ``segdeconv export``.
 
@@ -48,10 +61,7 @@ class Segmenter:
     """
 
     def __init__(self, path: str | Path, providers: list[str] | None = None) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise UserError("onnxruntime is not installed; pip install 'segdeconv[cpu]' (or [gpu])") from None
+        onnxruntime = import_onnxruntime()
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file; make one with segdeconv export")
         if providers is None:

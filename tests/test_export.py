@@ -123,6 +123,14 @@ def test_a_graph_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_that_puts_out_nan_is_not_written(tmp_path: Path) -> None:
+    model, info = make("unet+lcnet_050")
+    with torch.no_grad():
+        model.segmentation_head[0].weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="disagrees with PyTorch"):
+        export_onnx(model, info, tmp_path / "nan.onnx")
+
+
 def test_labels_may_differ_only_at_ties() -> None:
     class Fixed(torch.nn.Module):
         def __init__(self, logits: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"checkpoint", "config", "data", "export", "metrics", "models", "progress", "runtime"},
     "train": FILES
     | {"checkpoint", "config", "convert", "data", "evaluate", "figures", "metrics", "models", "progress"},
-    "export": FILES | {"checkpoint", "fold", "metrics", "models"},
+    "export": FILES | {"checkpoint", "fold", "metrics", "models", "runtime"},
     "demo": PICTURES
     | {"checkpoint", "config", "data", "evaluate", "export", "figures", "progress", "runtime", "train"},
 }
