@@ -9,6 +9,7 @@ Source: Network Deconvolution, Ye et al., ICLR 2020 (arXiv 1905.11926), section 
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -57,15 +58,29 @@ class ConversionReport:
     def count(self, action: str) -> int:
         return sum(layer.action == action for layer in self.layers)
 
+    def summary(self) -> str:
+        """Counts, and how often each reason for keeping a layer was given, on a line each."""
+        reasons: collections.Counter[str] = collections.Counter()
+        for layer in self.layers:
+            if layer.action == "kept":
+                named = layer.reason.startswith(("follows ", "feeds "))
+                reasons[f"{layer.kind}: {'belongs to a kept layer' if named else layer.reason}"] += 1
+        kept = [f"  kept {count} x {reason}" for reason, count in reasons.items()]
+        return "\n".join([self._counts(), *kept, *self._untraced_lines()])
+
     def __str__(self) -> str:
-        head = ", ".join(f"{self.count(action)} {action}" for action in ("swapped", "removed", "kept"))
         width = max((len(layer.name) for layer in self.layers), default=0)
         lines = [f"  {x.action:7} {x.name:{width}} {x.kind}: {x.reason}" for x in self.layers]
-        untraced = [
+        return "\n".join([self._counts(), *lines, *self._untraced_lines()])
+
+    def _counts(self) -> str:
+        return ", ".join(f"{self.count(action)} {action}" for action in ("swapped", "removed", "kept"))
+
+    def _untraced_lines(self) -> list[str]:
+        return [
             f"  untraced {name or '(the network)'}: {reason}; its own layers are paired by module order"
             for name, reason in self.untraced
         ]
-        return "\n".join([head, *lines, *untraced])
 
 
 def convert_to_network_deconv(

@@ -23,7 +23,7 @@ from segdeconv.data import Samples, eval_loader, open_samples, train_loader
 from segdeconv.errors import UserError
 from segdeconv.evaluate import ignore_index_of, score, torch_predictor
 from segdeconv.figures import training_curves
-from segdeconv.files import to_json
+from segdeconv.files import to_json, write_atomically
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import build_model, resolve, size_multiple, split_output
 from segdeconv.progress import Bar, console
@@ -96,8 +96,8 @@ def seed_everything(seed: int) -> None:
 def train(recipe: Recipe, out: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Train one run and leave it in ``out``.
 
-    Writes ``recipe.yaml``, ``metrics.jsonl`` (a line an epoch), TensorBoard events, ``last.safetensors``,
-    ``best.safetensors`` and ``curves.png``.
+    Writes ``recipe.yaml``, ``conversion.txt`` (what became of every layer), ``metrics.jsonl`` (a line an
+    epoch), TensorBoard events, ``last.safetensors``, ``best.safetensors`` and ``curves.png``.
 
     Returns:
         The last line of metrics.jsonl.
@@ -125,7 +125,8 @@ def train(recipe: Recipe, out: Path, device: torch.device | str = "cpu") -> dict
 
     model.to(device)
     if report is not None:
-        console.print(f"network deconvolution: {str(report).splitlines()[0]} layers")
+        write_atomically(out / "conversion.txt", lambda temporary: temporary.write_text(f"{report}\n"))
+        console.print(f"network deconvolution: {report.summary()}\n  every layer: {out / 'conversion.txt'}")
         if recipe.model.warm_start:
             calibrate(model, (images.to(device) for images, _ in islice(loader, _CALIBRATION_BATCHES)))
     parameters = sum(p.numel() for p in model.parameters())

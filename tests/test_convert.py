@@ -154,6 +154,7 @@ def test_untraceable_modules_fall_back_to_module_order_with_a_reason() -> None:
     assert [name for name, _ in report.untraced] == ["", "0"]
     assert "control flow" in report.untraced[1][1]
     assert "control flow" in str(report)
+    assert "control flow" in report.summary()
     assert isinstance(model[0].conv, WhitenedConv2d)
 
 
@@ -370,6 +371,7 @@ def test_transposed_convolutions_and_1x1_maps_are_left_alone() -> None:
     assert sum(reason == "transposed convolution" for reason in kept.values()) == 5
     assert sum("which is kept: transposed convolution" in reason for reason in kept.values()) == 5
     _, report = convert_to_network_deconv(NETWORKS["deeplabv3plus"](), SMALL)
+    assert "kept 1 x Conv2d: sees a 1x1 map" in report.summary()
     pooled = [name for name, reason in reasons(report, "kept").items() if reason.startswith("sees a 1x1 map")]
     assert pooled == ["decoder.aspp.0.convs.4.1"]
     _, report = convert_to_network_deconv(NETWORKS["unet se_resnet50"](), SMALL)

@@ -43,15 +43,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_it_promises(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert names == {
-        "recipe.yaml", "metrics.jsonl", "last.safetensors", "best.safetensors", "curves.png", "tensorboard",
-    }  # fmt: skip
+    files = (
+        "recipe.yaml conversion.txt metrics.jsonl last.safetensors best.safetensors curves.png tensorboard"
+    )
+    assert names == set(files.split())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert all({"loss", "lr", "seconds", "miou", "pixel_acc"} <= set(line) for line in lines)
     assert Image.open(run / "curves.png").size[0] > 800
     assert list((run / "tensorboard").iterdir())
     assert load_recipe(run / "recipe.yaml") == tiny()
+    report = (run / "conversion.txt").read_text()
+    assert "swapped segmentation_head.0" in report
 
 
 def test_a_seed_gives_the_same_run(run: Path, tmp_path: Path) -> None:
@@ -79,7 +82,7 @@ def test_evaluation_repeats_what_training_logged(run: Path) -> None:
     [
         ["model.norm=bn"],
         ["train.optimizer=adamw", "train.lr=0.001", "train.schedule=poly", "train.amp=bf16"],
-        ["model.network_deconv.mode=reference"],
+        ["model.network_deconv.mode=reference", "train.amp=fp16"],
         ["model.architecture=lraspp_mobilenet_v3_large", "model.encoder=null", "model.options={}"],
     ],
 )
