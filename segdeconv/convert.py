@@ -326,6 +326,8 @@ def _reason_to_keep(
             return f"{type(module).__name__} has a forward of its own"
         if name in structure.shared_in_place:
             return "its output is overwritten while its input is read elsewhere"
+        if name in structure.escapes:
+            return "what reads it could not be traced"
         return None
     if not is_plain_layer(module):
         return f"{type(module).__name__} has a forward of its own"

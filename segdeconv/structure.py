@@ -35,7 +35,7 @@ _UNCHANGED = (nn.Identity, nn.modules.dropout._DropoutNd)  # a batch norm may si
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _BETWEEN = (  # what may stand between a batch norm and the layers it feeds, besides activations
     *_UNCHANGED,
-    _BatchNorm,
+    *NORMS,
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
@@ -51,7 +51,6 @@ _POINTWISE = {
 _FUNCTIONS_BETWEEN = _POINTWISE | {
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "interpolate", "pad",
     "cat", "split", "chunk", "permute", "transpose", "add", "iadd", "add_", "sub", "mul", "getitem",
-    "getattr", "size",
 }  # fmt: skip
 _SHAPE_ONLY = ("size", "dim", "numel")
 
@@ -66,6 +65,7 @@ class Structure:
         norm_before: batch norm -> the layers that alone read what it puts out.
         in_place: activation modules that write into what a ``norm_before`` batch norm puts out. Without the
             norm they would write into its input, which others may read.
+        escapes: batch norms whose output leaves the part of the network that could be traced.
         shared_in_place: batch norms whose output a function overwrites while others read their input.
         sees_1x1: layers whose input is a globally pooled map, classifier heads excepted.
         unused: layers and batch norms that no traced forward calls.
@@ -76,6 +76,7 @@ class Structure:
     guessed: set[str] = field(default_factory=set)
     norm_before: dict[str, list[str]] = field(default_factory=dict)
     in_place: set[str] = field(default_factory=set)
+    escapes: set[str] = field(default_factory=set)
     shared_in_place: set[str] = field(default_factory=set)
     sees_1x1: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
@@ -142,10 +143,29 @@ class _Tracer(fx.Tracer):
             m, module_qualified_name
         )
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        # smp's Linknet asks whether a skip connection has channels; tensors of networks have.
+        node = obj.node
+        if node.target is operator.ne and node.args[1] == 0 and _is_shape(_input(node), operator.getitem):
+            return True
+        return bool(super().to_bool(obj))
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        # smp's Segformer walks over the height and width of a map, shape[2:].
+        if obj.node.args[1:] == (slice(2, None, None),) and _is_shape(obj.node, operator.getitem):
+            return iter((obj[0], obj[1]))
+        return super().iter(obj)
+
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(m, nn.Sequential) and m not in self.registered:
             return forward(*args, **kwargs)  # a slice made on the fly, as in smp's DPN encoders
         return super().call_module(m, forward, args, kwargs)
+
+
+def _is_shape(node: fx.Node | None, function: Callable[..., Any]) -> bool:
+    """Whether a node is ``function`` of some tensor's shape."""
+    source = _input(node) if node is not None and node.target is function else None
+    return source is not None and source.target is getattr and bool(source.args[1] == "shape")
 
 
 @dataclass
@@ -247,6 +267,8 @@ class _Reader:
             if isinstance(module, _BatchNorm):
                 after, proven = _layer_before(node, module, module_of)
                 readers = _readers(node, module_of)
+                if prefix and after is None and readers is None:
+                    self.structure.escapes.add(name_of(node))
                 self.uses[name_of(node)].append(
                     _Use(
                         after=None if after is None else name_of(after),
@@ -307,7 +329,7 @@ def _readers(node: fx.Node, module_of: _ModuleOf) -> list[fx.Node] | None:
     """The layers that read ``node`` through activations, pooling and sums; None if anything else reads it."""
     readers: list[fx.Node] = []
     seen: set[fx.Node] = set()
-    queue = list(node.users)
+    queue = _value_users(node)
     while queue:
         user = queue.pop(0)
         if user in seen:
@@ -316,13 +338,13 @@ def _readers(node: fx.Node, module_of: _ModuleOf) -> list[fx.Node] | None:
         module = module_of(user)
         if isinstance(module, WEIGHTED):
             if _is_pooled(user, module_of) and _gates(user):
-                queue.extend(user.users)  # squeeze-and-excite: its gate joins the map again
+                queue.extend(_value_users(user))  # squeeze-and-excite: its gate joins the map again
             else:
                 readers.append(user)
         elif user.op == "output" or not _stands_between(user, module):
             return None
         else:
-            queue.extend(user.users)
+            queue.extend(_value_users(user))
     return readers or None
 
 

@@ -39,6 +39,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "segformer": _smp("segformer"),
     # encoders with habits of their own
     "unet mobilenet_v2": _smp("unet", "mobilenet_v2"),
+    "linknet densenet121 (pre-activation)": _smp("linknet", "densenet121"),
+    "segformer densenet121 (pre-activation)": _smp("segformer", "densenet121"),
+    "manet densenet121 (pre-activation)": _smp("manet", "densenet121"),
     "unet densenet121 (pre-activation)": _smp("unet", "densenet121"),
     "unet efficientnet-b0 (padding by image size)": _smp("unet", "efficientnet-b0"),
     "unet dpn68 (sliced Sequential)": _smp("unet", "dpn68"),

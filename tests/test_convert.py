@@ -158,6 +158,20 @@ def test_untraceable_modules_fall_back_to_module_order_with_a_reason() -> None:
     assert isinstance(model[0].conv, WhitenedConv2d)
 
 
+def test_a_norm_read_by_what_could_not_be_traced_is_kept() -> None:
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.part(x)) if x.sum() < 1e9 else x
+
+    _, report = convert_to_network_deconv(Moody())
+    assert reasons(report, "kept") == {"part.0": "what reads it could not be traced"}
+
+
 def test_activation_of_a_norm_with_activation_stays() -> None:
     from timm.layers import BatchNormAct2d
 
