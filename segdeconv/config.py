@@ -63,9 +63,10 @@ class ModelConfig:
         options: further keyword arguments of the builder, such as ``decoder_channels``.
         keep: names of layers and batch norms that stay as they are in the twin, with * and ? as wildcards.
         init: a run or checkpoint of the batch-norm twin to start from.
-        warm_start: a deconvolved network keeps the function of the weights it starts with (those of ``init``,
-            or pretrained ones asked for in ``options``): batch norms are folded, and the statistics are
-            calibrated on training images before the first step.
+
+    A deconvolved network keeps the function of the trained weights it starts from, be they those of ``init``
+    or pretrained ones asked for in ``options``: batch norms are folded, and the statistics are calibrated on
+    training images before the first step.
     """
 
     architecture: str
@@ -74,7 +75,6 @@ class ModelConfig:
     options: dict[str, Any] = Field(default_factory=dict)
     keep: tuple[str, ...] = ()
     init: str | None = None
-    warm_start: bool = False
     network_deconv: NetworkDeconvConfig = Field(default_factory=NetworkDeconvConfig)
 
 

@@ -39,7 +39,7 @@ def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 # With fewer, statistics are so noisy that gradients grow from layer to layer: in a U-Net on MobileNetV2 the
-# first layer's was 25 times as large without this rule (tools/gradient_by_sampling.py) and it hardly learned.
+# first layer's was 25 times as large without this rule (tools/gradient_by_sampling.py).
 _SAMPLES_PER_FEATURE = 8
 
 

@@ -25,7 +25,7 @@ from segdeconv.evaluate import ignore_index_of, score, torch_predictor
 from segdeconv.figures import training_curves
 from segdeconv.files import to_json, write_atomically
 from segdeconv.metrics import MAIN_METRIC
-from segdeconv.models import build_model, resolve, size_multiple, split_output
+from segdeconv.models import build_model, resolve, size_multiple, split_output, starts_trained
 from segdeconv.progress import Bar, console
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,7 +127,7 @@ def train(recipe: Recipe, out: Path, device: torch.device | str = "cpu") -> dict
     if report is not None:
         write_atomically(out / "conversion.txt", lambda temporary: temporary.write_text(f"{report}\n"))
         console.print(f"network deconvolution: {report.summary()}\n  every layer: {out / 'conversion.txt'}")
-        if recipe.model.warm_start:
+        if starts_trained(recipe.model):
             calibrate(model, (images.to(device) for images, _ in islice(loader, _CALIBRATION_BATCHES)))
     parameters = sum(p.numel() for p in model.parameters())
     console.print(

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from segdeconv.config import ModelConfig, NetworkDeconvConfig
 from segdeconv.errors import UserError
 from segdeconv.layers import Whitened
-from segdeconv.models import ARCHITECTURES, build_model, resolve, size_multiple
+from segdeconv.models import ARCHITECTURES, build_model, resolve, size_multiple, starts_trained
 from segdeconv.models.registry import merge
 
 
@@ -66,6 +66,15 @@ def test_twins_start_from_the_same_weights() -> None:
     for name, value in model.named_parameters():
         if name.endswith("weight"):
             assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "init", "expected"),
+    [({}, None, False), ({"encoder_weights": "imagenet"}, None, True), ({}, "runs/x", True),
+     ({"encoder_weights": None}, None, False), ({"pretrained": True}, None, True)],
+)  # fmt: skip
+def test_trained_weights_mean_a_warm_start(options: dict, init: str | None, expected: bool) -> None:
+    assert starts_trained(ModelConfig("unet_resnet18", options=options, init=init)) is expected
 
 
 def test_keep_patterns() -> None:

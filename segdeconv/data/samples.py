@@ -79,10 +79,9 @@ def read_mask(path: Path) -> Picture:
         raise UserError(f"{path}: a mask must be lossless, not {image.format}; save it as PNG")
     tile = getattr(image, "tile", None)  # how the file stores its pixels, before they are read
     depth = str(tile[0][3]) if tile else ""
-    if image.mode not in ("L", "P") or (image.mode == "L" and "L;" in depth):
-        kind = (
-            depth if "L;" in depth else image.mode
-        )  # fewer than 8 bits: readers stretch the numbers to 0..255
+    stretched = image.mode == "L" and "L;" in depth  # fewer than 8 bits, which Pillow spreads over 0..255
+    if image.mode not in ("L", "P") or stretched:
+        kind = depth if stretched else image.mode
         raise UserError(
             f"{path}: a mask must be an 8-bit grey or palette picture of class numbers, not {kind}"
         )

@@ -62,6 +62,11 @@ def resolve(config: ModelConfig) -> tuple[Architecture, str | None]:
     return architecture, encoder
 
 
+def starts_trained(config: ModelConfig) -> bool:
+    """Whether the network begins with trained weights, whose function a conversion must keep."""
+    return config.init is not None or any(config.options.get(key) for key in _PRETRAINED_OPTIONS)
+
+
 def build_model(
     config: ModelConfig, num_classes: int, pretrained: bool = True
 ) -> tuple[nn.Module, ConversionReport | None]:
@@ -98,7 +103,7 @@ def build_model(
     def wanted(module: nn.Module, name: str) -> bool:
         return not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.keep)
 
-    return convert_to_network_deconv(model, config.network_deconv, wanted, config.warm_start)
+    return convert_to_network_deconv(model, config.network_deconv, wanted, starts_trained(config))
 
 
 def _call(
