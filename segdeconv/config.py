@@ -28,26 +28,33 @@ Channel = Annotated[int, Field(ge=0, le=255)]
 
 @dataclass(frozen=True, config=_STRICT)
 class NetworkDeconvConfig:
-    """Settings of network deconvolution; the defaults are those of the paper's code.
+    """Settings of network deconvolution.
 
     Attributes:
-        mode: 'exact' is the method on blocks of whole channels with bias-corrected running values.
+        mode: 'fast' standardises every channel by the batch, with gradient, and whitens the correlation of
+            the standardised patches by a running average (docs/whitening.md).
+            'exact' is the published method on blocks of whole channels with bias-corrected running values:
+            batch statistics with full gradient, at several times the cost.
             'reference' is the authors' FastDeconv to the letter: interleaved blocks, one mean for all
             blocks, running values that start at zero and identity. It is there to load their checkpoints.
         block_size: most channels of a convolution that are whitened together.
         linear_block_size: the same for linear layers.
-        eps: ε in (Cov + εI)^(-1/2).
-        num_iters: coupled Newton-Schulz iterations.
+        eps: added to variances before their root: of each channel (fast) or of the features (otherwise).
         momentum: weight of a new batch in the running values.
-        sampling_stride: statistics use every n-th position, in units of the convolution's stride.
+        refresh_every: fast mode: training steps between two updates of the whitening matrix, once the first
+            20 steps have each made one.
+        num_iters: exact and reference mode: coupled Newton-Schulz iterations.
+        sampling_stride: exact and reference mode: statistics use every n-th position, in units of the
+            convolution's stride.
     """
 
-    mode: Literal["exact", "reference"] = "exact"
+    mode: Literal["fast", "exact", "reference"] = "fast"
     block_size: Positive = 64
     linear_block_size: Positive = 512
     eps: Annotated[float, Field(gt=0)] = 1e-5
-    num_iters: Positive = 5
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
+    refresh_every: Positive = 10
+    num_iters: Positive = 5
     sampling_stride: Positive = 3
 
 

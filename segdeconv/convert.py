@@ -10,6 +10,7 @@ Source: Network Deconvolution, Ye et al., ICLR 2020 (arXiv 1905.11926), section 
 from __future__ import annotations
 
 import collections
+import copy
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -33,7 +34,6 @@ from segdeconv.structure import (
     qualified_class,
     read_structure,
 )
-from segdeconv.whitening import unfold_whitening
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -102,8 +102,8 @@ def convert_to_network_deconv(
             norm; what it says no to is kept.
         warm_start: keep the function the network computes in evaluation: batch norms are folded into the
             layers before them, or stay as a depthwise 1x1 convolution where there is none. Follow with
-            `calibrate`. Without it the weights stay as they are and the network is to be trained from
-            scratch.
+            `calibrate`. Without it the network is to be trained from scratch: filters whose batch norm goes
+            are brought to unit norm, and the other weights stay as they are.
 
     Returns:
         The network (``model`` itself, unless it is a single layer) and the report.
@@ -148,16 +148,19 @@ def convert_to_network_deconv(
                 fold_batch_norm(modules[structure.norm_after[layer.name]], module)
             else:
                 swaps[module] = nn.Sequential(_as_affine(module), swaps[module])
-    for layer in report.layers:
+        elif layer.name in structure.norm_after:
+            _normalise_filters(modules[structure.norm_after[layer.name]])
+    for offset, layer in enumerate(report.layers):
         module = modules[layer.name]
         if layer.action != "swapped":
             continue
         if isinstance(module, nn.Linear):
-            swaps[module] = WhitenedLinear.from_linear(module, config)
-        elif qualified_class(module) == STATIC_PADDING:
-            swaps[module] = nn.Sequential(module.static_padding, WhitenedConv2d.from_conv(module, config))
+            whitened: Any = WhitenedLinear.from_linear(module, config)
         else:
-            swaps[module] = WhitenedConv2d.from_conv(module, config)
+            whitened = WhitenedConv2d.from_conv(module, config)
+        whitened.refresh_offset = offset
+        padded = qualified_class(module) == STATIC_PADDING
+        swaps[module] = nn.Sequential(module.static_padding, whitened) if padded else whitened
     for name in structure.in_place:
         modules[name].inplace = False
     return replace_modules(model, swaps), report
@@ -189,16 +192,17 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     for (one, a), (other, b) in itertools.combinations(layers.items(), 2):
         if a.weight is b.weight:
             raise UserError(f"calibrate: {one} and {other} share a weight but not their input's statistics")
-    # Sums over all rows of all batches: rows, x, and x x^T averaged over blocks.
-    totals: dict[str, tuple[int, Tensor, Tensor]] = {}
+    # Copies observe, so that the network computes what it did while its statistics are measured.
+    observers = {name: copy.deepcopy(layer) for name, layer in layers.items()}
+    for observer in observers.values():
+        observer.reset_running_stats()
 
     def observe(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            mean, cov, rows = layers[name].moments(x.double())
-            second = cov + _outer(mean, layers[name].num_blocks)
-            seen = totals.get(name, (0, torch.zeros_like(mean), torch.zeros_like(cov)))
-            totals[name] = seen[0] + rows, seen[1] + rows * mean, seen[2] + rows * second
+            if not x.isfinite().all():
+                raise UserError(f"calibrate: the statistics of {name} are not finite; check the input images")
+            observers[name].observe(x)
 
         return hook
 
@@ -219,32 +223,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
             module.training = mode
     if not count:
         raise UserError("calibrate: no batch was given; pass a few image batches")
-
-    measured = {}
-    for name, (rows, total, total_second) in totals.items():
-        mean = total / rows
-        cov = total_second / rows - _outer(mean, layers[name].num_blocks)
-        measured[name] = mean, layers[name].whitening_from(cov)
-        if not all(value.isfinite().all() for value in measured[name]):
-            raise UserError(f"calibrate: the statistics of {name} are not finite; check the input images")
-    for name, (mean, whitening) in measured.items():
-        layer = layers[name]
-        weight, bias = layer.folded_parameters()
-        layer.running_mean.copy_(mean)
-        layer.running_whitening.copy_(whitening)
-        layer.num_batches_tracked.fill_(count)
-        weight, bias = unfold_whitening(
-            weight, bias, layer.running_whitening, layer.running_mean, layer.num_blocks, layer.interleaved
-        )
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
+    for name, layer in layers.items():
+        layer.adopt_running_values(observers[name])
     return model
-
-
-def _outer(mean_GKF: Tensor, blocks: int) -> Tensor:
-    """μ μ^T averaged over the blocks of each group, (G, F, F)."""
-    mean_GKF = mean_GKF.expand(-1, blocks, -1)
-    return mean_GKF.transpose(1, 2) @ mean_GKF / blocks
 
 
 def fold_batch_norm(layer: Any, norm: Any) -> None:
@@ -282,6 +263,18 @@ def _as_affine(norm: Any) -> nn.Module:
         conv.weight.copy_(scale.view_as(conv.weight))
         conv.bias.copy_(shift)
     return conv
+
+
+@torch.no_grad()
+def _normalise_filters(layer: Any) -> None:
+    """Bring every filter to unit norm, in place.
+
+    A batch norm made the scale of the filters before it irrelevant, and common initialisations leave norms
+    from 0.04 to 3.5 in one network (depthwise and projecting layers of MobileNetV2). Without it their scale
+    is that of the layer's output, beside biases and skip connections, and sets how fast the filters turn.
+    """
+    norms = layer.weight.flatten(1).norm(dim=1)
+    layer.weight.div_(torch.where(norms > 0, norms, 1).view(-1, *(1,) * (layer.weight.ndim - 1)))
 
 
 def leftover(norm: Any) -> Any:

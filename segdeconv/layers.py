@@ -1,8 +1,9 @@
 """Convolution and linear layers that whiten what they read. They hold state; the mathematics is whitening.py.
 
-Network Deconvolution, Ye et al., ICLR 2020 (arXiv 1905.11926), algorithm 1. In training the whitening matrix
-and the mean come from the batch, with gradient; in evaluation they are running values. Either way the layer
-is one plain convolution with folded parameters, which `to_conv` and `to_linear` return.
+Network Deconvolution, Ye et al., ICLR 2020 (arXiv 1905.11926), algorithm 1. In training the mean and the
+whitening matrix (exact mode) or the mean and scale of every channel (fast mode) come from the batch, with
+gradient; in evaluation they are running values. Either way the layer is one plain convolution with folded
+parameters, which `to_conv` and `to_linear` return.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from torch.nn.modules.utils import _pair
 
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.whitening import (
+    channel_moments,
     channels_per_block,
     channels_per_block_reference,
     fold_whitening,
     inverse_sqrt,
     patch_moments,
     sample_patches,
+    shrunk_inverse_sqrt,
     to_blocks,
+    unfold_whitening,
 )
 
 
@@ -41,15 +45,24 @@ def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 # With fewer, statistics are so noisy that gradients grow from layer to layer: in a U-Net on MobileNetV2 the
 # first layer's was 25 times as large without this rule (tools/gradient_by_sampling.py).
 _SAMPLES_PER_FEATURE = 8
+_FEWEST_SAMPLES = 1024  # fast mode, for blocks of few features
+
+# Fast mode: statistics move quickly at first, so the whitening matrix is renewed in each of the first steps.
+_WARM_UP_STEPS = 20
 
 
 class Whitened(nn.Module):
     """Running values and the road from batch to folded parameters, shared by the layers below.
 
-    Buffers (G groups, K blocks, F features a block):
-        running_mean: (G, K, F), K is 1 in reference mode.
+    Buffers (G groups, K blocks of channels in a group, F features a block, C input channels):
+        running_mean: (G, K, F), K is 1 in reference mode; (C,) in fast mode.
         running_whitening: (G, F, F).
-        num_batches_tracked: how many finite batches the running values have seen.
+        num_batches_tracked: how many batches the running values have seen.
+    In fast mode also:
+        running_var: (C,).
+        running_cov: (G, F, F), of the standardised features; the whitening matrix is made from it.
+        cov_samples: how many patches ``running_cov`` rests on.
+        num_refreshes: how often it was updated.
     """
 
     weight: Tensor
@@ -57,6 +70,10 @@ class Whitened(nn.Module):
     running_mean: Tensor
     running_whitening: Tensor
     num_batches_tracked: Tensor
+    running_var: Tensor
+    running_cov: Tensor
+    cov_samples: Tensor
+    num_refreshes: Tensor
 
     def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:
         """``channels`` and ``taps`` are those of one group."""
@@ -70,84 +87,220 @@ class Whitened(nn.Module):
         self.num_blocks = channels // block
         # The authors interleave (channel, tap) features over blocks in convolutions, not in linear layers.
         self.interleaved = reference and isinstance(self, nn.Conv2d)
-        self._shape = groups, 1 if reference else self.num_blocks, taps * block  # G, K of the mean, F
+        self._shape = groups, self.num_blocks, block, taps
+        #: Fast mode: added to the step count, so that the layers of a network refresh on different steps.
+        self.refresh_offset = 0
         self.reset_running_stats()
 
     def reset_running_stats(self) -> None:
-        """Running values as before the first batch: mean zero, whitening identity."""
-        groups, means, features = self._shape
-        device, dtype = self.weight.device, _at_least_float32(self.weight.dtype)
-        identity = torch.eye(features, dtype=dtype, device=device)
-        self.register_buffer("running_mean", torch.zeros(groups, means, features, dtype=dtype, device=device))
-        self.register_buffer("running_whitening", identity.repeat(groups, 1, 1))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))
+        """Running values as before the first batch: mean zero, variance one, whitening identity."""
+        groups, blocks, block, taps = self._shape
+        features = block * taps
+        like = self.weight.new_empty((), dtype=_at_least_float32(self.weight.dtype))
+        identity = torch.eye(features, dtype=like.dtype, device=like.device).repeat(groups, 1, 1)
+        counter = torch.tensor(0, device=self.weight.device)
+        if self.config.mode == "fast":
+            channels = groups * blocks * block
+            self.register_buffer("running_mean", like.new_zeros(channels))
+            self.register_buffer("running_var", like.new_ones(channels))
+            self.register_buffer("running_cov", torch.zeros_like(identity))
+            self.register_buffer("cov_samples", like.new_ones(()))
+            self.register_buffer("num_refreshes", counter.clone())
+        else:
+            means = 1 if self.config.mode == "reference" else blocks
+            self.register_buffer("running_mean", like.new_zeros(groups, means, features))
+        self.register_buffer("running_whitening", identity)
+        self.register_buffer("num_batches_tracked", counter)
+        # The refresh schedule's own copy of num_batches_tracked: reading a tensor would wait for the device.
+        self._step: int | None = 0
 
-    def _sample(self, x: Tensor) -> Tensor:
-        """Rows of features to take statistics of, (N, G·K·F) in float32 or wider."""
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._step = None
+
+    def _sample(self, x: Tensor, every: int, first: tuple[int, int] = (0, 0)) -> Tensor:
+        """Rows of features at every ``every``-th output position from ``first`` on, (N, G·K·F) in float32 or
+        wider.
+        """
         raise NotImplementedError
+
+    def _positions(self, x: Tensor) -> tuple[int, int]:
+        """Output rows and columns for an input."""
+        raise NotImplementedError
+
+    def whiten(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The input, weight and bias of the plain layer this layer is for the batch ``x`` (n, C, ...).
+
+        In training from the statistics of ``x``, and the running values are updated. In evaluation, and for a
+        batch with a single sampled position, which has no covariance, from the running values. The input is
+        ``x``, made part of the gradient of its own statistics in fast mode.
+        """
+        if not self.training or x.numel() == 0:
+            return x, *self.folded_parameters()
+        if self.config.mode == "fast":
+            return self._whiten_fast(x)
+        mean, cov, rows = self.moments(x)
+        if rows * self.num_blocks < 2:
+            return x, *self.folded_parameters()
+        whitening = self.whitening_from(cov)
+        self._update_running(mean.detach(), whitening.detach(), self.config.momentum)
+        return x, *self._fold(whitening, mean, None)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Take the statistics of ``x`` into the running values, weighted as every batch before."""
+        x = x.to(self.running_mean.dtype)
+        if self.config.mode == "fast":
+            _, mean, var = channel_moments(x)
+            turn = int(self.num_batches_tracked)
+            self._refresh(x, mean, (var + self.config.eps).rsqrt(), turn, None)
+            self._update_moments(mean, var, None)
+        else:
+            mean, cov, _ = self.moments(x)
+            self._update_running(mean, self.whitening_from(cov), None)
+
+    @torch.no_grad()
+    def adopt_running_values(self, other: Whitened) -> None:
+        """Take over the running values of a layer of the same kind, and rewrite weight and bias so that this
+        layer computes in evaluation what it did before.
+        """
+        weight, bias = self.folded_parameters()
+        for name, buffer in other.named_buffers():
+            getattr(self, name).copy_(buffer)
+        self._step = None
+        mean, scale = self._running_mean_and_scale()
+        weight, bias = unfold_whitening(
+            weight, bias, self.running_whitening, mean, self.num_blocks, self.interleaved, scale
+        )
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+
+    def folded_parameters(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the plain layer this layer is in evaluation."""
+        return self._fold(self.running_whitening, *self._running_mean_and_scale())
+
+    def _running_mean_and_scale(self) -> tuple[Tensor, Tensor | None]:
+        """What evaluation subtracts from every feature and, in fast mode, multiplies it by, (G, K, F)."""
+        if self.config.mode != "fast":
+            return self.running_mean, None
+        scale = (self.running_var + self.config.eps).rsqrt()
+        return self._per_feature(self.running_mean), self._per_feature(scale)
+
+    def _per_feature(self, values_C: Tensor) -> Tensor:
+        groups, blocks, block, taps = self._shape
+        return values_C.view(groups, blocks, block, 1).expand(-1, -1, -1, taps).flatten(2)
+
+    def _fold(self, whitening: Tensor, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+        with _no_autocast(self.weight):
+            return fold_whitening(
+                self.weight, bias, whitening, mean, self.num_blocks, self.interleaved, scale
+            )
+
+    # Exact and reference mode: batch statistics of the patches, with gradient.
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean (G, K, F), covariance (G, F, F) and number of sampled rows N of one batch."""
         with _no_autocast(x):
-            rows = self._sample(x)
-            patches = to_blocks(
-                rows.unflatten(1, (len(self.running_mean), -1)), self.num_blocks, self.interleaved
-            )
+            rows = self._sample(x, self.sampling_stride(x))
+            patches = to_blocks(rows.unflatten(1, (self._shape[0], -1)), self.num_blocks, self.interleaved)
             mean, cov = patch_moments(patches.permute(1, 2, 0, 3), self.config.mode == "reference")
         return mean, cov, len(rows)
+
+    def sampling_stride(self, x: Tensor) -> int:
+        """How many output positions apart patches are sampled: ``config.sampling_stride``, or less where that
+        would leave fewer than eight samples a feature and a smaller stride has more to offer.
+        """
+        every = self.config.sampling_stride
+        if self.config.mode == "reference":
+            return every
+        wanted = _SAMPLES_PER_FEATURE * self.running_whitening.shape[-1] / self.num_blocks
+        while every > 1 and self._count(x, every) < wanted:
+            every -= 1
+        return every
+
+    def _count(self, x: Tensor, every: int) -> int:
+        return len(x) * math.prod(math.ceil(size / every) for size in self._positions(x))
 
     def whitening_from(self, cov_GFF: Tensor) -> Tensor:
         """The whitening matrices (G, F, F) of covariances, by this layer's settings."""
         with _no_autocast(cov_GFF):
             return inverse_sqrt(cov_GFF, self.config.eps, self.config.num_iters)
 
-    def effective_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the plain layer this layer is for the batch ``x``.
-
-        In training from the statistics of ``x``, and the running values are updated. In evaluation, and for a
-        batch with a single sampled position, which has no covariance, from the running values.
-        """
-        if not self.training or x.numel() == 0:
-            return self.folded_parameters()
-        mean, cov, rows = self.moments(x)
-        if rows * self.num_blocks < 2:
-            return self.folded_parameters()
-        whitening = self.whitening_from(cov)
-        self._update_running(mean.detach(), whitening.detach())
-        with _no_autocast(x):
-            return fold_whitening(
-                self.weight, self._bias(), whitening, mean, self.num_blocks, self.interleaved
-            )
-
-    def folded_parameters(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the plain layer this layer is in evaluation."""
-        with _no_autocast(self.weight):
-            return fold_whitening(
-                self.weight,
-                self._bias(),
-                self.running_whitening,
-                self.running_mean,
-                self.num_blocks,
-                self.interleaved,
-            )
-
-    def _bias(self) -> Tensor:
-        return self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
-
     @torch.no_grad()
-    def _update_running(self, mean: Tensor, whitening: Tensor) -> None:
+    def _update_running(self, mean: Tensor, whitening: Tensor, momentum: float | None) -> None:
         # Tensor arithmetic throughout: a Python branch on NaN would make every step wait for the device.
         finite = mean.isfinite().all() & whitening.isfinite().all()
         self.num_batches_tracked += finite
-        if self.config.mode == "reference":
-            step = torch.full_like(self.num_batches_tracked, self.config.momentum, dtype=mean.dtype)
+        if self.config.mode == "reference" and momentum is not None:
+            step = torch.full_like(self.num_batches_tracked, momentum, dtype=mean.dtype)
         else:
-            # Adam's bias correction, written as a step size: the first batch counts in full.
-            forgotten = (1 - self.config.momentum) ** self.num_batches_tracked.clamp(min=1).to(mean.dtype)
-            step = self.config.momentum / (1 - forgotten)
-        for running, batch in ((self.running_mean, mean), (self.running_whitening, whitening)):
-            batch = torch.where(finite, batch.to(running.dtype), running)
-            running.lerp_(batch, step.to(running.dtype))
+            step = _step_size(momentum, self.num_batches_tracked, mean.dtype)
+        _lerp_(self.running_mean, mean, step, finite)
+        _lerp_(self.running_whitening, whitening, step, finite)
+
+    # Fast mode: channel statistics of the batch, with gradient; correlation from running values, without.
+
+    def _whiten_fast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if x.numel() == x.shape[1]:
+            return x, *self.folded_parameters()
+        with _no_autocast(x):
+            x, mean, var = channel_moments(x)
+            scale = (var + self.config.eps).rsqrt()
+            step = int(self.num_batches_tracked) if self._step is None else self._step
+            self._step = step + 1
+            turn = step + self.refresh_offset
+            if step < _WARM_UP_STEPS or turn % self.config.refresh_every == 0:
+                self._refresh(x.detach(), mean.detach(), scale.detach(), turn, self.config.momentum)
+            self._update_moments(mean.detach(), var.detach(), self.config.momentum)
+            mean_GKF, scale_GKF = self._per_feature(mean), self._per_feature(scale)
+        return x, *self._fold(self.running_whitening, mean_GKF, scale_GKF)
+
+    @torch.no_grad()
+    def _update_moments(self, mean: Tensor, var: Tensor, momentum: float | None) -> None:
+        finite = mean.isfinite().all() & var.isfinite().all()
+        self.num_batches_tracked += 1  # finite or not: the schedule counts steps
+        step = _step_size(momentum, self.num_batches_tracked, mean.dtype)
+        _lerp_(self.running_mean, mean, step, finite)
+        _lerp_(self.running_var, var, step, finite)
+
+    @torch.no_grad()
+    def _refresh(self, x: Tensor, mean: Tensor, scale: Tensor, turn: int, momentum: float | None) -> None:
+        """Take second moments of standardised patches into ``running_cov`` and renew the whitening."""
+        groups, blocks, block, taps = self._shape
+        wanted = max(_SAMPLES_PER_FEATURE * block * taps, _FEWEST_SAMPLES) / blocks
+        every = 1
+        while self._count(x, every + 1) >= wanted:
+            every += 1
+        # A grid that always starts in the corner sees too much padding. Fractions of a two-dimensional
+        # golden ratio spread its start evenly, and depend on nothing but the step.
+        height, width = self._positions(x)
+        down, right = turn * 0.7548777 % 1, turn * 0.5698403 % 1
+        first = int(down * min(every, height)), int(right * min(every, width))
+        rows = self._sample(x, every, first).unflatten(1, (groups, blocks, -1))
+        rows = (rows - self._per_feature(mean)) * self._per_feature(scale)
+        patches_GNF = rows.transpose(0, 1).flatten(1, 2)
+        cov = patches_GNF.transpose(1, 2) @ patches_GNF / patches_GNF.shape[1]
+        finite = cov.isfinite().all()
+        self.num_refreshes += finite
+        step = _step_size(momentum, self.num_refreshes, cov.dtype)
+        _lerp_(self.running_cov, cov, step, finite)
+        # The variance of a weighted mean of independent samples, as a number of equally weighted ones.
+        samples = 1 / ((1 - step).square() / self.cov_samples + step.square() / patches_GNF.shape[1])
+        self.cov_samples.copy_(torch.where(finite, samples, self.cov_samples))
+        self.running_whitening.copy_(shrunk_inverse_sqrt(self.running_cov, self.cov_samples))
+
+
+def _step_size(momentum: float | None, count: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight of batch number ``count``: Adam's bias correction as a step size, so that the first counts in
+    full; without a momentum, equal weights.
+    """
+    count = count.clamp(min=1).to(dtype)
+    return 1 / count if momentum is None else momentum / (1 - (1 - momentum) ** count)
+
+
+def _lerp_(running: Tensor, batch: Tensor, step: Tensor, finite: Tensor) -> None:
+    running.lerp_(torch.where(finite, batch.to(running.dtype), running), step.to(running.dtype))
 
 
 class WhitenedConv2d(Whitened, nn.Conv2d):
@@ -223,9 +376,8 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
         total = max((math.ceil(size / stride) - 1) * stride + reach + 1 - size, 0)
         return total // 2, total - total // 2
 
-    def _sample(self, x: Tensor) -> Tensor:
-        x = x if x.ndim == 4 else x[None]
-        every, (sy, sx) = self.sampling_stride(x), _pair(self.stride)
+    def _sample(self, x: Tensor, every: int, first: tuple[int, int] = (0, 0)) -> Tensor:
+        sy, sx = _pair(self.stride)
         if self.config.mode == "reference" and self.kernel_size == (1, 1):
             # The authors skip along flattened rows here, over image borders.
             rows = x.to(_at_least_float32(x.dtype)).permute(0, 2, 3, 1).flatten(0, 2)
@@ -237,27 +389,21 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
             self._padding_lrtb(x),
             self.padding_mode,
             (every * sy, every * sx),
+            (first[0] * sy, first[1] * sx),
         )
 
-    def sampling_stride(self, x: Tensor) -> int:
-        """How many output positions apart patches are sampled: ``config.sampling_stride``, or less where that
-        would leave fewer than eight samples a feature and a smaller stride has more to offer.
-        """
-        every = self.config.sampling_stride
-        if self.config.mode == "reference":
-            return every
+    def _positions(self, x: Tensor) -> tuple[int, int]:
         left, right, top, bottom = self._padding_lrtb(x)
         outputs = []
         for axis, pad in enumerate((top + bottom, left + right)):
             reach = _pair(self.dilation)[axis] * (self.kernel_size[axis] - 1)
             outputs.append((x.shape[axis - 2] + pad - reach - 1) // _pair(self.stride)[axis] + 1)
-        wanted = _SAMPLES_PER_FEATURE * self.running_mean.shape[-1] / (len(x) * self.num_blocks)
-        while every > 1 and math.prod(math.ceil(size / every) for size in outputs) < wanted:
-            every -= 1
-        return every
+        return outputs[0], outputs[1]
 
     def forward(self, input: Tensor) -> Tensor:  # named as on the torch layer
-        weight, bias = self.effective_parameters(input)
+        if input.ndim == 3:
+            return self.forward(input[None])[0]
+        input, weight, bias = self.whiten(input)
         padding = self.padding
         if self.padding_mode != "zeros" or (padding == "same" and max(_pair(self.stride)) > 1):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -286,12 +432,15 @@ class WhitenedLinear(Whitened, nn.Linear):
         """The plain linear layer that computes what this layer does in evaluation."""
         return _give(self, nn.Linear(self.in_features, self.out_features, device="meta"))
 
-    def _sample(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, self.in_features).to(_at_least_float32(x.dtype))
+    def _sample(self, x: Tensor, every: int, first: tuple[int, int] = (0, 0)) -> Tensor:
+        return x.to(_at_least_float32(x.dtype))
+
+    def _positions(self, x: Tensor) -> tuple[int, int]:
+        return 1, 1
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.effective_parameters(input)
-        return F.linear(input, weight, bias)
+        rows, weight, bias = self.whiten(input.reshape(-1, self.in_features))
+        return F.linear(rows, weight, bias).view(*input.shape[:-1], self.out_features)
 
 
 def _adopt(layer: Any, plain: Any) -> Any:

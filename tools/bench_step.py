@@ -1,0 +1,185 @@
+"""What a training step costs: network deconvolution beside batch norm, interleaved in one run.
+
+    python tools/bench_step.py                                   # the three target networks
+    python tools/bench_step.py resnet18_cifar --batch 128 --arms bn fast exact
+    python tools/bench_step.py unet_resnet18 --batch 8 --size 160 224
+
+A step is forward, loss, backward and optimiser, on the GPU where there is one. The arms take turns step by
+step, so that a slow minute of the machine meets all of them. A cycle is ten steps, in which the fast mode
+renews every layer's whitening matrix once. Printed are the median cycle's time over batch norm's (lowest and
+highest cycle in brackets), floating-point operations counted a step, and peak memory: of the GPU, or of a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from segdeconv.config import ModelConfig, NetworkDeconvConfig, TrainConfig
+from segdeconv.layers import Whitened
+from segdeconv.models import build_model, resolve
+from segdeconv.train import loss_of, make_optimizer
+
+
+@dataclass(frozen=True)
+class Network:
+    architecture: str
+    batch: int
+    size: tuple[int, int]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+TARGETS = {
+    "resnet18_cifar": Network("cifar_resnet18", 64, (32, 32)),
+    "unet_mobilenet_v2_camvid": Network(
+        "unet_mobilenet_v2", 8, (160, 224), {"decoder_channels": [128, 64, 48, 32, 16]}
+    ),
+    "deeplabv3_resnet50_cityscapes": Network("deeplabv3_resnet50", 2, (512, 1024)),
+}
+ARMS = ("bn", "fast", "exact", "reference")
+CLASSES = 19
+CYCLE = NetworkDeconvConfig().refresh_every
+
+
+def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Callable[[], None]:
+    """One training step on random images, past the warm-up of the fast mode's schedule."""
+    config = ModelConfig(network.architecture, norm="bn", options=network.options)
+    if arm != "bn":
+        config = replace(config, norm="nd", network_deconv=NetworkDeconvConfig(mode=arm))  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model = build_model(config, CLASSES)[0].to(device).train()
+    recipe = TrainConfig()
+    optimizer = make_optimizer(model, recipe)
+    images = torch.randn(network.batch, 3, *network.size, device=device)
+    labels = (network.batch, *(network.size if resolve(config)[0].task == "segmentation" else ()))
+    targets = torch.randint(CLASSES, labels, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            output = model(images)
+        loss_of(output, targets, recipe, 255).backward()
+        optimizer.step()
+
+    step()
+    for layer in model.modules():
+        if isinstance(layer, Whitened):
+            layer.load_state_dict(layer.state_dict() | {"num_batches_tracked": torch.tensor(100)})
+    step()
+    return step
+
+
+def seconds(step: Callable[[], None], device: torch.device) -> float:
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_mib(name: str, network: Network, arm: str, device: torch.device, amp: bool) -> float:
+    """Peak memory of the training steps, MiB; on the CPU, beyond what the imports take."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step = stepper(network, arm, device, amp)
+        for _ in range(CYCLE):
+            step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    command = [sys.executable, __file__, name, "--arms", arm, "--memory-of-this-process"]
+    command += ["--batch", str(network.batch), "--size", *map(str, network.size)]
+    command += ["--amp"] if amp else []
+    # glibc would keep freed activations: without a threshold every large block goes back at once.
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}:\n{done.stderr}")
+    return float(done.stdout.split()[-1])
+
+
+def memory_of_this_process(network: Network, arm: str, amp: bool) -> float:
+    def status(key: str) -> float:
+        with open("/proc/self/status") as file:
+            return next(float(line.split()[1]) / 1024 for line in file if line.startswith(key))
+
+    before = status("VmRSS")
+    step = stepper(network, arm, torch.device("cpu"), amp)
+    for _ in range(CYCLE):
+        step()
+    return status("VmHWM") - before
+
+
+def bench(name: str, network: Network, arms: list[str], cycles: int, device: torch.device, amp: bool) -> None:
+    height, width = network.size
+    print(f"\n{name}: batch {network.batch}, {height}x{width}", flush=True)
+    steps = {arm: stepper(network, arm, device, amp) for arm in arms}
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(cycles):
+        cycle = dict.fromkeys(arms, 0.0)
+        for turn in range(CYCLE):
+            for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
+                cycle[arm] += seconds(steps[arm], device) / CYCLE
+        for arm in arms:
+            times[arm].append(cycle[arm])
+    gflop = {}
+    for arm in arms:
+        with FlopCounterMode(display=False) as counter:
+            for _ in range(CYCLE if arm == "fast" else 1):
+                steps[arm]()
+        gflop[arm] = counter.get_total_flops() / (CYCLE if arm == "fast" else 1) / 1e9
+    steps.clear()
+    peaks = {arm: peak_mib(name, network, arm, device, amp) for arm in arms}
+    base = arms[0]
+    print(f"  {'':10} {'s a step':>9} {f'over {base}':>22} {'GFLOP':>9} {'':>7} {'MiB':>7}")
+    for arm in arms:
+        ratios = [t / b for t, b in zip(times[arm], times[base], strict=True)]
+        spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        print(
+            f"  {arm:10} {statistics.median(times[arm]):9.3f} {spread:>22} {gflop[arm]:9.1f} "
+            f"{gflop[arm] / gflop[base]:6.2f}x {peaks[arm]:7.0f} {peaks[arm] / peaks[base]:5.2f}x",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("networks", nargs="*", help=f"{', '.join(TARGETS)} or any architecture of a recipe")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["bn", "fast"])
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--cycles", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--amp", action="store_true", help="bf16 autocast")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-of-this-process", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    for name in arguments.networks or TARGETS:
+        network = TARGETS.get(name) or Network(name, 8, (160, 224))
+        network = replace(
+            network,
+            batch=arguments.batch or network.batch,
+            size=tuple(arguments.size) if arguments.size else network.size,
+        )
+        if arguments.memory_of_this_process:
+            print(memory_of_this_process(network, arguments.arms[0], arguments.amp))
+        else:
+            bench(name, network, arguments.arms, arguments.cycles, device, arguments.amp)
+
+
+if __name__ == "__main__":
+    main()
