@@ -93,7 +93,7 @@ class Whitened(nn.Module):
         self.reset_running_stats()
 
     def reset_running_stats(self) -> None:
-        """Running values as before the first batch: mean zero, variance one, whitening identity."""
+        """Running values as before the first batch: mean zero, scale one, whitening identity."""
         groups, blocks, block, taps = self._shape
         features = block * taps
         like = self.weight.new_empty((), dtype=_at_least_float32(self.weight.dtype))
@@ -102,7 +102,8 @@ class Whitened(nn.Module):
         if self.config.mode == "fast":
             channels = groups * blocks * block
             self.register_buffer("running_mean", like.new_zeros(channels))
-            self.register_buffer("running_var", like.new_ones(channels))
+            scale_one = like.new_full((channels,), 1 - self.config.eps)
+            self.register_buffer("running_var", scale_one)
             self.register_buffer("running_cov", torch.zeros_like(identity))
             self.register_buffer("cov_samples", like.new_ones(()))
             self.register_buffer("num_refreshes", counter.clone())
@@ -128,6 +129,10 @@ class Whitened(nn.Module):
         """Output rows and columns for an input."""
         raise NotImplementedError
 
+    def _batched(self, x: Tensor) -> Tensor:
+        """The input as (n, C, ...)."""
+        raise NotImplementedError
+
     def whiten(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The input, weight and bias of the plain layer this layer is for the batch ``x`` (n, C, ...).
 
@@ -149,7 +154,7 @@ class Whitened(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Take the statistics of ``x`` into the running values, weighted as every batch before."""
-        x = x.to(self.running_mean.dtype)
+        x = self._batched(x).to(self.running_mean.dtype)
         if self.config.mode == "fast":
             _, mean, var = channel_moments(x)
             turn = int(self.num_batches_tracked)
@@ -269,12 +274,12 @@ class Whitened(nn.Module):
         """Take second moments of standardised patches into ``running_cov`` and renew the whitening."""
         groups, blocks, block, taps = self._shape
         wanted = max(_SAMPLES_PER_FEATURE * block * taps, _FEWEST_SAMPLES) / blocks
+        height, width = self._positions(x)
         every = 1
-        while self._count(x, every + 1) >= wanted:
+        while every < max(height, width) and self._count(x, every + 1) >= wanted:
             every += 1
         # A grid that always starts in the corner sees too much padding. Fractions of a two-dimensional
         # golden ratio spread its start evenly, and depend on nothing but the step.
-        height, width = self._positions(x)
         down, right = turn * 0.7548777 % 1, turn * 0.5698403 % 1
         first = int(down * min(every, height)), int(right * min(every, width))
         rows = self._sample(x, every, first).unflatten(1, (groups, blocks, -1))
@@ -292,8 +297,8 @@ class Whitened(nn.Module):
 
 
 def _step_size(momentum: float | None, count: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight of batch number ``count``: Adam's bias correction as a step size, so that the first counts in
-    full; without a momentum, equal weights.
+    """The weight of batch number ``count``: the first counts in full, as with Adam's bias correction, or all
+    equally, without a momentum.
     """
     count = count.clamp(min=1).to(dtype)
     return 1 / count if momentum is None else momentum / (1 - (1 - momentum) ** count)
@@ -376,6 +381,9 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
         total = max((math.ceil(size / stride) - 1) * stride + reach + 1 - size, 0)
         return total // 2, total - total // 2
 
+    def _batched(self, x: Tensor) -> Tensor:
+        return x if x.ndim == 4 else x[None]
+
     def _sample(self, x: Tensor, every: int, first: tuple[int, int] = (0, 0)) -> Tensor:
         sy, sx = _pair(self.stride)
         if self.config.mode == "reference" and self.kernel_size == (1, 1):
@@ -401,14 +409,13 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
         return outputs[0], outputs[1]
 
     def forward(self, input: Tensor) -> Tensor:  # named as on the torch layer
-        if input.ndim == 3:
-            return self.forward(input[None])[0]
-        input, weight, bias = self.whiten(input)
+        batched, weight, bias = self.whiten(self._batched(input))
         padding = self.padding
         if self.padding_mode != "zeros" or (padding == "same" and max(_pair(self.stride)) > 1):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input, padding = F.pad(input, self._padding_lrtb(input), mode=mode), 0
-        return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+            batched, padding = F.pad(batched, self._padding_lrtb(batched), mode=mode), 0
+        out = F.conv2d(batched, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return out if input.ndim == 4 else out[0]
 
 
 class WhitenedLinear(Whitened, nn.Linear):
@@ -432,6 +439,9 @@ class WhitenedLinear(Whitened, nn.Linear):
         """The plain linear layer that computes what this layer does in evaluation."""
         return _give(self, nn.Linear(self.in_features, self.out_features, device="meta"))
 
+    def _batched(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.in_features)
+
     def _sample(self, x: Tensor, every: int, first: tuple[int, int] = (0, 0)) -> Tensor:
         return x.to(_at_least_float32(x.dtype))
 
@@ -439,7 +449,7 @@ class WhitenedLinear(Whitened, nn.Linear):
         return 1, 1
 
     def forward(self, input: Tensor) -> Tensor:
-        rows, weight, bias = self.whiten(input.reshape(-1, self.in_features))
+        rows, weight, bias = self.whiten(self._batched(input))
         return F.linear(rows, weight, bias).view(*input.shape[:-1], self.out_features)
 
 

@@ -125,7 +125,9 @@ class _ChannelMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.device.type in ("cpu", "cuda"):  # batch norm's own kernel, several times faster than var_mean
-            mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+            # It gives statistics in the precision of the running values it is handed; these are thrown away.
+            unused = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+            mean, var = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
         else:
             over = [axis for axis in range(x.ndim) if axis != 1]
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -186,7 +188,7 @@ def shrunk_inverse_sqrt(cov_GFF: Tensor, samples: Tensor) -> Tensor:
         samples: how many patches the estimate rests on, a scalar.
 
     Returns:
-        ``whitening_GFF``, within 2e-5 of the definition.
+        ``whitening_GFF``, within 2.5e-5 of the definition in spectral norm.
     """
     features = cov_GFF.shape[-1]
     identity = torch.eye(features, dtype=cov_GFF.dtype, device=cov_GFF.device)

@@ -87,6 +87,17 @@ def whitened_conv(
     return out.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
+def shrunk_root_by_eigenvalues(cov: Tensor, samples: float) -> Tensor:
+    """The fast mode's whitening matrix of one (F, F) covariance."""
+    features = len(cov)
+    alpha = 4 * features / (4 * features + samples)
+    identity = torch.eye(features, dtype=cov.dtype)
+    shrunk = (1 - alpha) * cov + alpha * cov.trace() / features * identity
+    values, vectors = torch.linalg.eigh(shrunk)
+    ridge = 1.5**-10 * max(values.square().sum().sqrt().item(), 1.0)
+    return vectors @ torch.diag((values + ridge).rsqrt()) @ vectors.T
+
+
 def authors_fold(
     weight: Tensor, bias: Tensor, running_mean: Tensor, running_deconv: Tensor, block: int, groups: int
 ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,13 @@ import math
 
 import pytest
 import torch
-from reference import authors_fold, whitened_conv, whitening_by_eigenvalues
+from reference import (
+    authors_fold,
+    patches_by_loops,
+    shrunk_root_by_eigenvalues,
+    whitened_conv,
+    whitening_by_eigenvalues,
+)
 from torch import nn
 
 from segdeconv.config import NetworkDeconvConfig
@@ -30,7 +36,7 @@ CONVS = {
 
 
 def config(**changes: object) -> NetworkDeconvConfig:
-    return NetworkDeconvConfig(**{"block_size": 2, "sampling_stride": 2, **changes})  # type: ignore[arg-type]
+    return NetworkDeconvConfig(**{"mode": "exact", "block_size": 2, "sampling_stride": 2, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", CONVS)
@@ -66,9 +72,72 @@ def test_conv_against_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONVS)
+def test_fast_conv_against_reference(name: str) -> None:
+    """Output, every gradient and running values of a step, against whitening the standardised data itself.
+
+    Few positions, so every one is sampled, and the whitening matrix is that of the batch.
+    """
+    conv = nn.Conv2d(8, 8, **CONVS[name]).double()  # type: ignore[arg-type]
+    layer = WhitenedConv2d.from_conv(conv, config(mode="fast"))
+    x = (
+        torch.randn(2, 8, 9, 10, dtype=torch.float64) * torch.arange(1, 9)[:, None, None] + 1
+    ).requires_grad_()
+    kernel, groups, eps = layer.kernel_size, layer.groups, layer.config.eps
+    block = min(2, 8 // groups)
+    same = [d * (k - 1) for d, k in zip(layer.dilation, kernel, strict=True)]
+    py, px = (0, 0) if isinstance(layer.padding, str) else layer.padding
+    lrtb = (px, px, py, py)
+    if layer.padding == "same":
+        lrtb = (same[1] // 2, same[1] - same[1] // 2, same[0] // 2, same[0] - same[0] // 2)
+
+    def windows(x: torch.Tensor) -> torch.Tensor:
+        """Standardised patches, (G, N, K, F): zeros of the padding are standardised as data are."""
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = nn.functional.pad(x, lrtb, mode=mode)
+        mean = x.mean((0, 2, 3))[:, None, None]
+        scale = (x.var((0, 2, 3), correction=0) + eps).rsqrt()[:, None, None]
+        rows = patches_by_loops(
+            (padded - mean) * scale, kernel, layer.stride, layer.dilation, (0,) * 4, "zeros"
+        )
+        return rows.view(len(rows), groups, 8 // groups // block, -1).movedim(1, 0)
+
+    with torch.no_grad():
+        rows = windows(x).flatten(1, 2)
+        covs = torch.stack([group.T @ group / len(group) for group in rows])
+        roots = torch.stack([shrunk_root_by_eigenvalues(cov, rows.shape[1]) for cov in covs])
+
+    def reference(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        whitened = torch.einsum("gnkf,gfh->gnkh", windows(x), roots).flatten(2)
+        out = (
+            torch.einsum("gnc,goc->ngo", whitened, weight.reshape(groups, 8 // groups, -1)).flatten(1) + bias
+        )
+        return out.view(2, *got.shape[2:], 8).movedim(3, 1)
+
+    got = layer(x)
+    want = reference(layer.weight, layer.bias, x)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * want.abs().max().item())  # the quintics' error
+    torch.testing.assert_close(layer.running_cov, covs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer.running_whitening, roots, rtol=2e-5, atol=2e-5)
+    roots = layer.running_whitening.clone()
+    want = reference(layer.weight, layer.bias, x)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    probe = torch.randn_like(got)
+    leaves = (layer.weight, layer.bias, x)
+    for mine, theirs in zip(
+        torch.autograd.grad((got * probe).sum(), leaves),
+        torch.autograd.grad((want * probe).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12 * theirs.abs().max().item() + 1e-13)
+
+
+@pytest.mark.parametrize("name", CONVS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_folded_conv_is_the_layer_in_evaluation(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    layer = WhitenedConv2d.from_conv(nn.Conv2d(8, 8, **CONVS[name]), config()).to(dtype)
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_folded_conv_is_the_layer_in_evaluation(
+    name: str, mode: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    layer = WhitenedConv2d.from_conv(nn.Conv2d(8, 8, **CONVS[name]), config(mode=mode)).to(dtype)
     for _ in range(3):
         layer(torch.randn(2, 8, 9, 10, dtype=dtype) * 3 - 1)
     layer.eval()
@@ -105,10 +174,11 @@ def test_small_maps_are_sampled_densely(shape: tuple, mode: str, expected: int) 
 def test_linear_against_conv() -> None:
     """A linear layer is a 1x1 convolution over positions, sampled everywhere."""
     linear = nn.Linear(12, 5).double()
-    layer = WhitenedLinear.from_linear(copy.deepcopy(linear), NetworkDeconvConfig(linear_block_size=4))
+    exact = NetworkDeconvConfig(mode="exact", block_size=4, linear_block_size=4, sampling_stride=1)
+    layer = WhitenedLinear.from_linear(copy.deepcopy(linear), exact)
     conv = nn.Conv2d(12, 5, 1).double()
     conv.weight.data, conv.bias.data = linear.weight.data[..., None, None], linear.bias.data
-    twin = WhitenedConv2d.from_conv(conv, NetworkDeconvConfig(block_size=4, sampling_stride=1))
+    twin = WhitenedConv2d.from_conv(conv, exact)
     x = torch.randn(6, 7, 12, dtype=torch.float64)
     torch.testing.assert_close(
         layer(x), twin(x.movedim(2, 1)[..., None])[..., 0].movedim(1, 2), rtol=0, atol=1e-12
@@ -203,24 +273,27 @@ def test_statistics_are_float32_under_autocast() -> None:
     plain(x.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert mixed(x).dtype == torch.bfloat16
-    torch.testing.assert_close(mixed.running_whitening, plain.running_whitening, rtol=0, atol=1e-6)
+    for name, value in plain.named_buffers():
+        torch.testing.assert_close(mixed.get_buffer(name), value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_never_enters_running_values(bad: float) -> None:
-    layer = WhitenedConv2d(4, 4, 3)
+@pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
+def test_nan_never_enters_running_values(mode: str, bad: float) -> None:
+    layer = WhitenedConv2d(4, 4, 3, config=NetworkDeconvConfig(mode=mode))  # type: ignore[arg-type]
     layer(torch.randn(2, 4, 8, 8))
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     x = torch.randn(2, 4, 8, 8)
     x[0, 0, 0, 0] = bad
     layer(x)
     for key, value in layer.state_dict().items():
-        assert torch.equal(value, before[key]), key
+        if (mode, key) != ("fast", "num_batches_tracked"):  # the schedule counts every step
+            assert torch.equal(value, before[key]), key
 
 
 def test_running_values_are_bias_corrected() -> None:
     """After t batches the running mean is the average with weights 0.9^(t-i), normalised."""
-    layer = WhitenedLinear(6, 3)
+    layer = WhitenedLinear(6, 3, config=config())
     batches = [torch.randn(20, 6) + i for i in range(4)]
     for batch in batches:
         layer(batch)
@@ -248,6 +321,76 @@ def test_output_is_centred() -> None:
     layer = WhitenedConv2d.from_conv(nn.Conv2d(16, 8, 3).double(), config(sampling_stride=1, block_size=4))
     out = layer(torch.randn(4, 16, 9, 9, dtype=torch.float64) * 5 + torch.arange(16.0)[:, None, None])
     torch.testing.assert_close(out.mean((0, 2, 3)), layer.bias, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fast_mode_does_not_see_the_scale_of_its_input(training: bool) -> None:
+    """Channels scaled and shifted, with the zeros that pad them: the same output, as behind a batch norm."""
+    layer = WhitenedConv2d.from_conv(nn.Conv2d(8, 4, 3).double(), NetworkDeconvConfig(eps=1e-12))
+    other = copy.deepcopy(layer)
+    scale, shift = torch.logspace(-2, 2, 8, dtype=torch.float64)[:, None, None], torch.randn(8, 1, 1).double()
+    for _ in range(3):
+        x = torch.randn(4, 8, 12, 12, dtype=torch.float64)
+        got, want = other(x * scale + shift), layer(x)
+    if not training:
+        got, want = other.eval()(x * scale + shift), layer.eval()(x)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7 * want.abs().max().item())
+
+
+def test_refresh_schedule() -> None:
+    """Every one of the first twenty steps, then every tenth, on another step for another offset."""
+    layers = [WhitenedConv2d(4, 4, 1) for _ in range(2)]
+    layers[1].refresh_offset = 3
+    steps = []
+    for layer in layers:
+        refreshed = []
+        for step in range(45):
+            before = layer.num_refreshes.item()
+            layer(torch.randn(2, 4, 5, 5))
+            if layer.num_refreshes.item() > before:
+                refreshed.append(step)
+        steps.append(refreshed)
+    assert steps == [[*range(20), 20, 30, 40], [*range(20), 27, 37]]
+
+
+def test_fast_mode_resumes_bit_for_bit() -> None:
+    """The schedule, the sampling grid and every average go on from a state dict."""
+    batches = [torch.randn(2, 4, 9, 9) for _ in range(30)]
+    straight = WhitenedConv2d(4, 4, 3, padding=1)
+    stopped = copy.deepcopy(straight)
+    for batch in batches[:24]:
+        straight(batch)
+        stopped(batch)
+    resumed = WhitenedConv2d(4, 4, 3, padding=1)
+    resumed.load_state_dict(stopped.state_dict())
+    for batch in batches[24:]:
+        assert torch.equal(straight(batch), resumed(batch))
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_fast_mode_whitens_correlated_channels() -> None:
+    """Outputs of orthonormal filters are nearly uncorrelated for inputs with a strong common part."""
+    layer = WhitenedConv2d.from_conv(nn.Conv2d(8, 8, 1).double())
+    with torch.no_grad():
+        layer.weight.copy_(torch.linalg.qr(torch.randn(8, 8))[0][..., None, None])
+    mixed = torch.randn(1, 8, 1, 1, dtype=torch.float64) * 3
+    for _ in range(30):
+        x = torch.randn(4, 8, 24, 24, dtype=torch.float64)
+        x = x + mixed * torch.randn(4, 1, 24, 24, dtype=torch.float64)
+        out = layer(x)
+    before = torch.corrcoef(x.movedim(1, 0).flatten(1)) - torch.eye(8)
+    after = torch.corrcoef(out.movedim(1, 0).flatten(1)) - torch.eye(8)
+    assert before.norm() > 4
+    assert after.norm() < 0.2 * before.norm()
+
+
+def test_few_samples_leave_little_whitening() -> None:
+    """A single 2x3 map cannot estimate 64 features: the matrix stays near a multiple of the identity."""
+    layer = WhitenedConv2d(64, 8, 1)
+    layer(torch.randn(1, 64, 2, 3))
+    values = torch.linalg.eigvalsh(layer.running_whitening[0])
+    assert values.max() / values.min() < 1.2
 
 
 # ---- the authors' layer, as the issue and the paper describe it, in loops (reference.authors_fold) ----

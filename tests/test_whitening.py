@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import patches_by_loops, whitening_by_eigenvalues
+from reference import patches_by_loops, shrunk_root_by_eigenvalues, whitening_by_eigenvalues
 from torch.nn.functional import conv2d
 
 from segdeconv.whitening import (
+    RIDGE,
+    channel_moments,
     channels_per_block,
     channels_per_block_reference,
     fold_whitening,
@@ -13,6 +15,7 @@ from segdeconv.whitening import (
     inverse_sqrt,
     patch_moments,
     sample_patches,
+    shrunk_inverse_sqrt,
     to_blocks,
     unfold_whitening,
 )
@@ -133,3 +136,43 @@ def test_fold_covers_borders() -> None:
     patches = patches_by_loops(x, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), "zeros")
     want = ((patches - mean[0]) @ weight.flatten(1).T).T.view(1, 3, 5, 5)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("features", [1, 9, 64, 288])
+@pytest.mark.parametrize("samples", [5.0, 1e3, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shrunk_inverse_sqrt(features: int, samples: float, dtype: torch.dtype) -> None:
+    """Against eigenvalues, on correlation matrices with a strong common part and a long tail."""
+    data = torch.randn(3, 2 * features, features, dtype=torch.float64)
+    data = data * torch.logspace(0, -3, 2 * features, dtype=torch.float64)[:, None] + data[:, :1]
+    cov = data.transpose(1, 2) @ data
+    spread = cov.diagonal(dim1=-2, dim2=-1).sqrt()
+    cov = cov / spread[:, :, None] / spread[:, None]
+    got = shrunk_inverse_sqrt(cov.to(dtype), torch.tensor(samples, dtype=dtype))
+    assert got.dtype == dtype
+    for mine, one in zip(got, cov, strict=True):
+        want = shrunk_root_by_eigenvalues(one, samples)
+        error = torch.linalg.matrix_norm(mine.double() - want, 2) / torch.linalg.matrix_norm(want, 2)
+        assert error < 2.5e-5
+
+
+def test_shrunk_inverse_sqrt_of_nothing_is_finite() -> None:
+    got = shrunk_inverse_sqrt(torch.zeros(1, 9, 9), torch.tensor(1e9))
+    torch.testing.assert_close(got[0], torch.eye(9) * RIDGE**-0.5, rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5, 6)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_channel_moments(shape: tuple, channels_last: bool) -> None:
+    """Values and gradient, through a layer that reads x as well, against plain tensor arithmetic."""
+    x = (torch.randn(shape, dtype=torch.float64) * 3 + 5).requires_grad_()
+    probe, a, b = torch.randn_like(x), torch.randn(4).double(), torch.randn(4).double()
+    y = x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
+    y, mean, var = channel_moments(y)
+    over = [axis for axis in range(x.ndim) if axis != 1]
+    torch.testing.assert_close(mean, x.mean(over), rtol=0, atol=1e-14)
+    torch.testing.assert_close(var, x.var(over, correction=0), rtol=0, atol=1e-13)
+    (got,) = torch.autograd.grad((y * 2 * probe).sum() + (mean * a).sum() + (var * b).sum(), x)
+    plain = (x * 2 * probe).sum() + (x.mean(over) * a).sum() + (x.var(over, correction=0) * b).sum()
+    (want,) = torch.autograd.grad(plain, x)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-14)

@@ -1,4 +1,4 @@
-"""How the gradient grows when whitening statistics see too few samples.
+"""How the gradient grows when the exact mode's whitening statistics see too few samples.
 
     python tools/gradient_by_sampling.py [--encoder mobilenet_v2] [--size 80 112]
 
@@ -37,7 +37,12 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = load_recipe(
         "toy_unet_resnet18",
-        [f"model.encoder={arguments.encoder}", f"data.size={list(arguments.size)}", "data.count=[8, 1]"],
+        [
+            "model.network_deconv.mode=exact",
+            f"model.encoder={arguments.encoder}",
+            f"data.size={list(arguments.size)}",
+            "data.count=[8, 1]",
+        ],
     )
     samples = open_samples(recipe.data, "train")
     batch = next(iter(train_loader(samples, recipe.data, 8, seed=0, multiple=1)))

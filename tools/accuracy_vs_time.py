@@ -1,0 +1,335 @@
+"""Accuracy of batch norm, exact and fast network deconvolution by steps and by wall time.
+
+    python tools/accuracy_vs_time.py six_conv resnet18_narrow camvid --seeds 0 1 2      # hours on a CPU
+    python tools/accuracy_vs_time.py six_conv --arms bn fast fast:refresh_every=1 identity --lrs 0.1 0.3
+    python tools/accuracy_vs_time.py --table                                            # what is there so far
+
+Every run is one line of runs/accuracy_vs_time.jsonl, with its curve; runs that are there are not done again,
+so a stopped comparison goes on where it was. Batch norm's learning rate is searched as the others' is: give
+several to --lrs, and table and figure take each arm's best by its mean over the seeds. A run has one thread
+and its time is that of its core, so that several runs side by side do not slow each other in the figures.
+
+Tasks: `six_conv`, the six-convolution network of docs/whitening.md, and `resnet18_narrow`, ResNet-18 with a
+quarter of the width, on CIFAR-10 (JPEG, an image folder in data/cifar10); `camvid`, the U-Net of the recipe
+camvid_unet_mobilenet_v2 at 120x90 in crops of 96x64, on data/camvid.
+
+Arms: `bn`, `exact`, `fast`, any of the two with settings as in `fast:refresh_every=5,block_size=32`, and what
+the fast mode is taken apart into:
+    identity    the channel statistics only, no whitening: D = I
+    own         a whitening matrix for every block instead of one for all blocks of a layer
+    unscaled    live mean, but the covariance of the raw patches: no live channel scale
+    unshrunk    no shrinkage of covariances that rest on few samples
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import matplotlib
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from segdeconv import convert_to_network_deconv, layers
+from segdeconv.config import NetworkDeconvConfig, load_recipe
+from segdeconv.data import eval_loader, open_samples, train_loader
+from segdeconv.evaluate import ignore_index_of, score, torch_predictor
+from segdeconv.models import build_model, size_multiple
+from segdeconv.train import loss_of, lr_factor, seed_everything
+from segdeconv.whitening import from_blocks, shrunk_inverse_sqrt, to_blocks
+
+RESULTS = Path("runs/accuracy_vs_time.jsonl")
+BATCH, WEIGHT_DECAY = {"camvid": 8}, 5e-4
+
+
+def six_conv(width: int = 32) -> nn.Module:
+    parts: list[nn.Module] = []
+    channels = 3
+    for out, pool in ((1, False), (1, True), (2, False), (2, True), (4, False), (4, False)):
+        parts += [nn.Conv2d(channels, out * width, 3, padding=1, bias=False), nn.BatchNorm2d(out * width)]
+        parts += [nn.ReLU(), nn.MaxPool2d(2)] if pool else [nn.ReLU()]
+        channels = out * width
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def resnet18_narrow() -> nn.Module:
+    model = timm.create_model("resnet18", num_classes=10, channels=(16, 32, 64, 128), stem_width=16)
+    width = model.layer1[0].conv1.in_channels
+    model.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+class OwnBlocks(layers.Whitened):
+    """One whitening matrix a block: (G·K, F, F) running values instead of (G, F, F)."""
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        for name in ("running_cov", "running_whitening"):
+            setattr(self, name, getattr(self, name).repeat_interleave(self.num_blocks, 0))
+
+    def _refresh(self, x: Tensor, mean: Tensor, scale: Tensor, turn: int, momentum: float | None) -> None:
+        groups, blocks, block, taps = self._shape
+        self._shape = groups * blocks, 1, block, taps
+        super()._refresh(x, mean, scale, turn, momentum)
+        self._shape = groups, blocks, block, taps
+
+    def _fold(self, whitening: Tensor, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert scale is not None
+        groups = self._shape[0]
+        weight = to_blocks(self.weight.reshape(groups, -1, self.weight[0].numel()), self.num_blocks, False)
+        whitening = whitening.view(groups, self.num_blocks, *whitening.shape[1:])
+        folded = (weight.transpose(1, 2) @ whitening).transpose(1, 2) * scale[:, None]
+        bias = self.bias - (folded * mean[:, None]).sum((-1, -2)).flatten()
+        return from_blocks(folded, False).reshape(self.weight.shape), bias
+
+
+def convert(model: nn.Module, arm: str) -> nn.Module:
+    mode, _, settings = arm.partition(":")
+    values = {
+        key: json.loads(value) for key, _, value in (s.partition("=") for s in settings.split(",") if s)
+    }
+    config = NetworkDeconvConfig(mode="exact" if mode == "exact" else "fast", **values)  # type: ignore[arg-type]
+    model, _ = convert_to_network_deconv(model, config)
+    if mode == "own":
+        for layer in model.modules():
+            if isinstance(layer, layers.Whitened):
+                layer.__class__ = type("Own", (OwnBlocks, type(layer)), {})
+                layer.reset_running_stats()
+    return model
+
+
+def ablation(arm: str) -> Any:
+    """What to patch into segdeconv.layers while an arm trains."""
+
+    def identity(cov: Tensor, samples: Tensor) -> Tensor:
+        return torch.eye(cov.shape[-1]).expand_as(cov)
+
+    def unscaled(cov: Tensor, samples: Tensor) -> Tensor:
+        variance = cov.diagonal(dim1=-2, dim2=-1).mean((-1, -2)).clamp(min=1e-12)
+        return shrunk_inverse_sqrt(cov / variance, samples) / variance.sqrt()
+
+    def unshrunk(cov: Tensor, samples: Tensor) -> Tensor:
+        return shrunk_inverse_sqrt(cov, samples * math.inf)
+
+    mode = arm.partition(":")[0]
+    functions = {"identity": identity, "unscaled": unscaled, "unshrunk": unshrunk}
+    return mock.patch.object(layers, "shrunk_inverse_sqrt", functions.get(mode, shrunk_inverse_sqrt))
+
+
+def cifar(split: str, count: int) -> tuple[Tensor, Tensor]:
+    files = sorted(Path("data/cifar10", split).glob("*/*.jpg"))
+    if not files:
+        raise SystemExit(f"data/cifar10/{split}: holds no CLASS/NAME.jpg; unpack CIFAR-10 there")
+    classes = sorted({file.parent.name for file in files})
+    chosen = [files[i] for i in np.random.default_rng(0).permutation(len(files))[:count]]
+    images = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in chosen])
+    mean, std = torch.tensor([125.3, 123.0, 113.9]), torch.tensor([63.0, 62.1, 66.7])
+    images = ((images - mean) / std).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor([classes.index(file.parent.name) for file in chosen])
+
+
+class Cifar:
+    """12,800 pictures, mirrored and shifted by up to four pixels; top-1 on 4,000 test pictures."""
+
+    def __init__(self, seed: int) -> None:
+        self.train, self.test = cifar("train", 12_800), cifar("test", 4_000)
+        self.steps, self.ignore_index = len(self.train[0]) // 128, 255
+        self.seed = seed
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
+        order = torch.randperm(len(self.train[0]), generator=generator)
+        for chosen in order.split(128):
+            images = F.pad(self.train[0][chosen], (4, 4, 4, 4))
+            dy, dx = torch.randint(9, (2,), generator=generator).tolist()
+            images = images[:, :, dy : dy + 32, dx : dx + 32]
+            mirrored = torch.rand(len(chosen), 1, 1, 1, generator=generator) < 0.5
+            yield torch.where(mirrored, images.flip(3), images), self.train[1][chosen]
+
+    @torch.no_grad()
+    def score(self, model: nn.Module) -> float:
+        model.eval()
+        right = [
+            (model(images).argmax(1) == labels).float().mean().item()
+            for images, labels in zip(self.test[0].split(500), self.test[1].split(500), strict=True)
+        ]
+        return statistics.mean(right)
+
+
+class CamVid:
+    def __init__(self, seed: int) -> None:
+        self.recipe = load_recipe(
+            "camvid_unet_mobilenet_v2",
+            ["data.size=[90, 120]", "data.crop=[64, 96]", "data.color=0", "model.norm=bn"],
+        )
+        data = self.recipe.data
+        self.samples, self.held_out = open_samples(data, "train"), open_samples(data, "val")
+        multiple = size_multiple(self.build())
+        self.loader = train_loader(self.samples, data, BATCH["camvid"], seed, multiple)
+        self.val = eval_loader(self.held_out, data, BATCH["camvid"], multiple)
+        self.steps, self.ignore_index = len(self.loader), ignore_index_of(self.samples, data)
+
+    def build(self) -> nn.Module:
+        return build_model(self.recipe.model, len(self.samples.classes))[0]
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self.loader.sampler.epoch = epoch  # type: ignore[attr-defined]
+        yield from self.loader
+
+    def score(self, model: nn.Module) -> float:
+        scores = score(
+            torch_predictor(model, None), self.val, self.held_out, self.ignore_index, torch.device("cpu"), ""
+        )
+        return float(scores["miou"])
+
+
+# name: (data, network, epochs)
+TASKS: dict[str, tuple[Callable[[int], Any], Callable[[Any], nn.Module], int]] = {
+    "six_conv": (Cifar, lambda data: six_conv(), 4),
+    "resnet18_narrow": (Cifar, lambda data: resnet18_narrow(), 6),
+    "camvid": (CamVid, lambda data: data.build(), 20),
+}
+
+
+def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any]:
+    make_data, build, _ = TASKS[task]
+    data = make_data(seed)
+    seed_everything(seed)
+    model = build(data)
+    if arm != "bn":
+        model = convert(model, arm)
+    config = load_recipe("camvid_unet_mobilenet_v2").train
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
+    total, warmup = epochs * data.steps, data.steps // 4
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, total, warmup, "cosine", 1)
+    )
+    curve, seconds, loss = [], 0.0, torch.zeros(())
+    with ablation(arm):
+        for epoch in range(epochs):
+            model.train()
+            losses = []
+            for images, targets in data.epoch(epoch):
+                start = time.process_time()
+                optimizer.zero_grad(set_to_none=True)
+                loss = loss_of(model(images), targets, config, data.ignore_index)
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                seconds += time.process_time() - start
+                losses.append(loss.item())
+            mean = statistics.mean(losses)
+            if not math.isfinite(mean):
+                break
+            accuracy = data.score(model)
+            curve.append([(epoch + 1) * data.steps, round(seconds, 2), round(accuracy, 4), round(mean, 4)])
+    final = curve[-1][2] if len(curve) == epochs else 0.0
+    return {
+        "task": task,
+        "arm": arm,
+        "lr": lr,
+        "seed": seed,
+        "epochs": epochs,
+        "final": final,
+        "curve": curve,
+    }
+
+
+def results() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def best(lines: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Of every task and arm the runs at the learning rate with the best mean, most seeds first."""
+    groups: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+    for line in lines:
+        groups.setdefault((line["task"], line["arm"]), {}).setdefault(line["lr"], []).append(line)
+    chosen = {}
+    for key, by_lr in groups.items():
+        seeds = max(len(runs) for runs in by_lr.values())
+        full = [runs for runs in by_lr.values() if len(runs) == seeds]
+        chosen[key] = max(full, key=lambda runs: statistics.mean(r["final"] for r in runs))
+    return chosen
+
+
+def table() -> None:
+    lines = results()
+    print("| task | arm | lr | seeds | final | standard error | seconds |\n|---|---|---|---|---|---|---|")
+    for (task, arm), runs in sorted(best(lines).items()):
+        finals = [r["final"] for r in runs]
+        error = f"{statistics.stdev(finals) / len(finals) ** 0.5:.4f}" if len(finals) > 1 else ""
+        took = statistics.mean(r["curve"][-1][1] for r in runs if r["curve"]) if runs[0]["curve"] else 0
+        print(
+            f"| {task} | {arm} | {runs[0]['lr']:g} | {len(runs)} | {statistics.mean(finals):.4f} | {error} "
+            f"| {took:.0f} |"
+        )
+
+
+def figure(path: Path) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chosen = {key: runs for key, runs in best(results()).items() if key[1] in ("bn", "exact", "fast")}
+    tasks = sorted({task for task, _ in chosen})
+    fig, axes = plt.subplots(len(tasks), 2, figsize=(9, 3 * len(tasks)), squeeze=False)
+    colours = {"bn": "tab:grey", "exact": "tab:orange", "fast": "tab:blue"}
+    for (task, arm), runs in chosen.items():
+        for column, label in ((0, "training steps"), (1, "training time, s (one core)")):
+            ax = axes[tasks.index(task)][column]
+            points = np.mean([r["curve"] for r in runs], 0)
+            for r in runs:
+                ax.plot(*np.array(r["curve"])[:, [column, 2]].T, color=colours[arm], alpha=0.25, lw=0.8)
+            ax.plot(points[:, column], points[:, 2], color=colours[arm], label=f"{arm}, lr {runs[0]['lr']:g}")
+            ax.set_xlabel(label)
+            ax.set_ylabel("mIoU" if task == "camvid" else "top-1")
+            ax.set_title(task)
+            ax.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", nargs="*", choices=[*TASKS, []])
+    parser.add_argument("--arms", nargs="+", default=["bn", "exact", "fast"])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument("--figure", type=Path, help="draw the curves of what is there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    RESULTS.parent.mkdir(exist_ok=True)
+    for seed in arguments.seeds:
+        for task in arguments.tasks:
+            for arm in arguments.arms:
+                for lr in arguments.lrs:
+                    epochs = arguments.epochs or TASKS[task][2]
+                    key = {"task": task, "arm": arm, "lr": lr, "seed": seed, "epochs": epochs}
+                    if any(key.items() <= line.items() for line in results()):
+                        continue
+                    line = run(task, arm, lr, seed, epochs)
+                    with RESULTS.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    print(f"{task} {arm} lr {lr:g} seed {seed}: {line['final']:.4f}", flush=True)
+    if arguments.table:
+        table()
+    if arguments.figure:
+        figure(arguments.figure)
+
+
+if __name__ == "__main__":
+    main()
