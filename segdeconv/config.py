@@ -37,7 +37,8 @@ class NetworkDeconvConfig:
             batch statistics with full gradient, at several times the cost.
             'reference' is the authors' FastDeconv to the letter: interleaved blocks, one mean for all
             blocks, running values that start at zero and identity. It is there to load their checkpoints.
-        block_size: most channels of a convolution that are whitened together.
+        block_size: most channels of a convolution that are whitened together; None is 32 in fast mode and, as
+            published, 64 in the others.
         linear_block_size: the same for linear layers.
         eps: added to variances before their root: of each channel (fast) or of the features (otherwise).
         momentum: weight of a new batch in the running values.
@@ -49,13 +50,17 @@ class NetworkDeconvConfig:
     """
 
     mode: Literal["fast", "exact", "reference"] = "fast"
-    block_size: Positive = 64
+    block_size: Positive | None = None
     linear_block_size: Positive = 512
     eps: Annotated[float, Field(gt=0)] = 1e-5
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
     refresh_every: Positive = 10
     num_iters: Positive = 5
     sampling_stride: Positive = 3
+
+    @property
+    def conv_block_size(self) -> int:
+        return self.block_size or (32 if self.mode == "fast" else 64)
 
 
 @dataclass(frozen=True, config=_STRICT)

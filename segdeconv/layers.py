@@ -9,6 +9,7 @@ parameters, which `to_conv` and `to_linear` return.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any
 
@@ -47,6 +48,10 @@ def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 _SAMPLES_PER_FEATURE = 8
 _FEWEST_SAMPLES = 1024  # fast mode, for blocks of few features
 
+# Fast mode: the running values count as so many samples in the statistics of a batch. That is next to nothing
+# on a map; but of a batch of two a linear layer sees two values a channel, which alone would become +-1.
+_PRIOR_SAMPLES = 16
+
 # Fast mode: statistics move quickly at first, so the whitening matrix is renewed in each of the first steps.
 _WARM_UP_STEPS = 20
 
@@ -78,7 +83,7 @@ class Whitened(nn.Module):
     def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:
         """``channels`` and ``taps`` are those of one group."""
         self.config = config
-        limit = config.block_size if isinstance(self, nn.Conv2d) else config.linear_block_size
+        limit = config.conv_block_size if isinstance(self, nn.Conv2d) else config.linear_block_size
         reference = config.mode == "reference"
         if reference and groups > 1:
             block = channels  # the authors keep one matrix a group, whatever the block size
@@ -133,6 +138,10 @@ class Whitened(nn.Module):
         """The input as (n, C, ...)."""
         raise NotImplementedError
 
+    def _share_of_zeros(self, x: Tensor) -> float:
+        """The share of padding zeros among all values that patches of ``x`` hold."""
+        raise NotImplementedError
+
     def whiten(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The input, weight and bias of the plain layer this layer is for the batch ``x`` (n, C, ...).
 
@@ -156,7 +165,7 @@ class Whitened(nn.Module):
         """Take the statistics of ``x`` into the running values, weighted as every batch before."""
         x = self._batched(x).to(self.running_mean.dtype)
         if self.config.mode == "fast":
-            _, mean, var = channel_moments(x)
+            _, mean, var = self._channel_moments(x)
             turn = int(self.num_batches_tracked)
             self._refresh(x, mean, (var + self.config.eps).rsqrt(), turn, None)
             self._update_moments(mean, var, None)
@@ -250,16 +259,27 @@ class Whitened(nn.Module):
         if x.numel() == x.shape[1]:
             return x, *self.folded_parameters()
         with _no_autocast(x):
-            x, mean, var = channel_moments(x)
-            scale = (var + self.config.eps).rsqrt()
-            step = int(self.num_batches_tracked) if self._step is None else self._step
+            x, mean, var = self._channel_moments(x)
+            self._update_moments(mean.detach(), var.detach(), self.config.momentum)
+            certainty = 1 / (1 + _PRIOR_SAMPLES * x.shape[1] / x.numel())
+            mean = torch.lerp(self.running_mean, mean, certainty)
+            scale = (torch.lerp(self.running_var, var, certainty) + self.config.eps).rsqrt()
+            # num_batches_tracked counts this batch already.
+            step = int(self.num_batches_tracked) - 1 if self._step is None else self._step
             self._step = step + 1
             turn = step + self.refresh_offset
             if step < _WARM_UP_STEPS or turn % self.config.refresh_every == 0:
                 self._refresh(x.detach(), mean.detach(), scale.detach(), turn, self.config.momentum)
-            self._update_moments(mean.detach(), var.detach(), self.config.momentum)
             mean_GKF, scale_GKF = self._per_feature(mean), self._per_feature(scale)
         return x, *self._fold(self.running_whitening, mean_GKF, scale_GKF)
+
+    def _channel_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the function, but the variance is of what the layer reads, zeros of the padding included: without
+        them a constant channel would be scaled beyond all bounds, and so would the zeros beside it.
+        """
+        x, mean, var = channel_moments(x)
+        zeros = self._share_of_zeros(x)
+        return x, mean, (1 - zeros) * var + zeros * mean.square() if zeros else var
 
     @torch.no_grad()
     def _update_moments(self, mean: Tensor, var: Tensor, momentum: float | None) -> None:
@@ -408,6 +428,18 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
             outputs.append((x.shape[axis - 2] + pad - reach - 1) // _pair(self.stride)[axis] + 1)
         return outputs[0], outputs[1]
 
+    def _share_of_zeros(self, x: Tensor) -> float:
+        if self.padding_mode != "zeros":
+            return 0.0
+        left, right, top, bottom = self._padding_lrtb(x)
+        inside = 1.0
+        for axis, before, after in ((0, top, bottom), (1, left, right)):
+            size, kernel = x.shape[axis - 2], self.kernel_size[axis]
+            inside *= _share_inside(
+                size, before, after, kernel, _pair(self.dilation)[axis], _pair(self.stride)[axis]
+            )
+        return 1 - inside
+
     def forward(self, input: Tensor) -> Tensor:  # named as on the torch layer
         batched, weight, bias = self.whiten(self._batched(input))
         padding = self.padding
@@ -448,9 +480,20 @@ class WhitenedLinear(Whitened, nn.Linear):
     def _positions(self, x: Tensor) -> tuple[int, int]:
         return 1, 1
 
+    def _share_of_zeros(self, x: Tensor) -> float:
+        return 0.0
+
     def forward(self, input: Tensor) -> Tensor:
         rows, weight, bias = self.whiten(self._batched(input))
         return F.linear(rows, weight, bias).view(*input.shape[:-1], self.out_features)
+
+
+@functools.lru_cache(maxsize=4096)
+def _share_inside(size: int, before: int, after: int, kernel: int, dilation: int, stride: int) -> float:
+    """Along one axis, the share of the taps of all windows that fall on data, not on padding."""
+    starts = range(-before, size + after - dilation * (kernel - 1), stride)
+    inside = sum(0 <= start + tap * dilation < size for start in starts for tap in range(kernel))
+    return inside / max(len(starts) * kernel, 1)
 
 
 def _adopt(layer: Any, plain: Any) -> Any:

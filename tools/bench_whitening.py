@@ -1,0 +1,161 @@
+"""What whitening costs in one 3x3 layer, part by part, and against width and resolution.
+
+    python tools/bench_whitening.py --channels 256 --size 16 16 --batch 64
+    python tools/bench_whitening.py --figure docs/step_time.png
+
+The parts are those of the fast mode: the channel moments and their gradient, the weight product and its
+gradient, and, a tenth of it a step, the renewal of the whitening matrix: sampling patches, their second
+moments, the root. Beside them the layer's own convolution, a batch norm, and the exact mode. The figure is of
+whole layers, convolution and ReLU with batch norm or with whitening, forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import nn
+
+from segdeconv.config import NetworkDeconvConfig
+from segdeconv.layers import WhitenedConv2d
+from segdeconv.whitening import (
+    channel_moments,
+    fold_whitening,
+    inverse_sqrt,
+    sample_patches,
+    shrunk_inverse_sqrt,
+)
+
+CYCLE = NetworkDeconvConfig().refresh_every
+
+
+def milliseconds(*functions: Callable[[], object], rounds: int = 7) -> list[float]:
+    """Median time of each function, taking turns."""
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(rounds):
+        for function, mine in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            mine.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(mine) for mine in times]
+
+
+def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device) -> None:
+    x = torch.randn(batch, channels, *size, device=device, requires_grad=True)
+    conv = nn.Conv2d(channels, channels, 3, padding=1, device=device)
+    norm = nn.BatchNorm2d(channels, device=device)
+    fast = WhitenedConv2d.from_conv(nn.Conv2d(channels, channels, 3, padding=1, device=device))
+    exact = WhitenedConv2d.from_conv(conv, NetworkDeconvConfig(mode="exact"))
+    fast(x)
+    grad = torch.randn_like(x)
+    features, blocks = fast.running_whitening.shape[-1], fast.num_blocks
+    mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+    rows = sample_patches(x.detach(), (3, 3), (1, 1), (1, 1, 1, 1), "zeros", (3, 3)).view(-1, features)
+    rows = rows[: max(8 * features, 1024)]
+    per_feature = fast._per_feature(var)
+
+    def backward(output: torch.Tensor) -> Callable[[], object]:
+        ones = torch.randn_like(output)
+        return lambda: torch.autograd.backward(output, ones, retain_graph=True)
+
+    def moments_backward() -> None:
+        y, m, v = channel_moments(x)
+        torch.autograd.backward((y, m, v), (grad, mean, var))
+
+    def product() -> torch.Tensor:
+        whitening = fast.running_whitening
+        return fold_whitening(fast.weight, fast.bias, whitening, per_feature, blocks, False, per_feature)[0]
+
+    rows_and_functions = {
+        "convolution, forward": lambda: conv(x),
+        "convolution, backward": backward(conv(x)),
+        "batch norm, forward": lambda: norm(x),
+        "batch norm, backward": backward(norm(x)),
+        "channel moments, forward": lambda: channel_moments(x.detach()),
+        "channel moments, forward and backward": moments_backward,
+        "weight product, forward": product,
+        "weight product, backward": backward(product()),
+        f"covariance of {len(rows)} patches": lambda: rows.T @ rows,
+        f"root of {features} features": lambda: shrunk_inverse_sqrt(fast.running_cov, fast.cov_samples),
+        "five Newton-Schulz iterations": lambda: inverse_sqrt(fast.running_cov, 1e-5, 5),
+        "fast layer, refresh": lambda: fast._refresh(x.detach(), mean, var, 0, 0.1),
+        "exact layer, forward": lambda: exact(x),
+        "exact layer, backward": backward(exact(x)),
+    }
+    print(
+        f"{channels} channels, {blocks} blocks of {features} features, batch {batch}, {size[0]}x{size[1]}: ms"
+    )
+    for name, took in zip(rows_and_functions, milliseconds(*rows_and_functions.values()), strict=True):
+        print(f"  {name:40} {took:9.2f}")
+
+
+def ratio(width: int, side: int, batch: int, device: torch.device) -> float:
+    """A step of convolution and ReLU, whitened over batch-normalised."""
+    x = torch.randn(batch, width, side, side, device=device, requires_grad=True)
+    norm = nn.Sequential(
+        nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+    ).to(device)
+    conv = nn.Conv2d(width, width, 3, padding=1).to(device)
+    whitened = nn.Sequential(WhitenedConv2d.from_conv(conv), nn.ReLU(inplace=True))
+    grad = torch.randn_like(norm(x))
+    for _ in range(20 - 7):  # warm-up: with the timed steps below, every tenth step refreshes
+        whitened(x)
+
+    def cycle(model: nn.Module) -> Callable[[], object]:
+        def steps() -> None:
+            for _ in range(CYCLE):
+                model(x).backward(grad)
+
+        return steps
+
+    base, mine = milliseconds(cycle(norm), cycle(whitened), rounds=3)
+    return mine / base
+
+
+def figure(path: Path, batch: int, device: torch.device) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sides = (8, 16, 32, 64)
+    fig, ax = plt.subplots(figsize=(6, 4))
+    for width in (32, 64, 128, 256):
+        ratios = [ratio(width, side, batch, device) for side in sides]
+        print(f"width {width}: " + ", ".join(f"{s}x{s} {r:.2f}" for s, r in zip(sides, ratios, strict=True)))
+        ax.plot(sides, ratios, marker="o", label=f"{width} channels")
+    ax.axhline(1, color="grey", lw=0.8)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sides, [f"{side}x{side}" for side in sides])
+    ax.set_xlabel(f"map, batch {batch}")
+    ax.set_ylabel("step of a 3x3 layer over batch norm's")
+    ax.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--size", type=int, nargs=2, default=(16, 16), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--figure", type=Path, help="draw step time against width and resolution instead")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if arguments.figure:
+        figure(arguments.figure, arguments.batch, device)
+    else:
+        parts(arguments.channels, tuple(arguments.size), arguments.batch, device)
+
+
+if __name__ == "__main__":
+    main()
