@@ -274,8 +274,8 @@ class Whitened(nn.Module):
         return x, *self._fold(self.running_whitening, mean_GKF, scale_GKF)
 
     def _channel_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As the function, but the variance is of what the layer reads, zeros of the padding included: without
-        them a constant channel would be scaled beyond all bounds, and so would the zeros beside it.
+        """As the function, but the variance is of what the layer reads, zeros of the padding included: a
+        constant channel would be scaled beyond all bounds without, and the zeros beside it too.
         """
         x, mean, var = channel_moments(x)
         zeros = self._share_of_zeros(x)
