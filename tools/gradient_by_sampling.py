@@ -1,33 +1,36 @@
-"""How the gradient grows when the exact mode's whitening statistics see too few samples.
+"""How the gradient grows when whitening statistics see too few samples, and what keeps it in bounds.
 
     python tools/gradient_by_sampling.py [--encoder mobilenet_v2] [--size 80 112]
 
 Prints, for a freshly converted U-Net on one batch of drawn street scenes, the first layer's gradient norm
-over its weight norm, with statistics of at least 0, 1, 2, 4, ... samples a feature, beside the batch-norm
-twin's.
+times its weight norm (which does not depend on the scale of filters), beside the batch-norm twin's: for the
+fast mode with and without shrinkage, and for the exact mode with at least 0, 1, 2, 4, ... samples a feature.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from segdeconv import layers
-from segdeconv.config import load_recipe
+from segdeconv.config import NetworkDeconvConfig, load_recipe
 from segdeconv.data import open_samples, train_loader
 from segdeconv.models import build_model
+from segdeconv.whitening import shrunk_inverse_sqrt
 
 
-def first_layer_gradient(recipe, batch) -> float:  # type: ignore[no-untyped-def]
+def first_layer_gradient(model_config, batch) -> float:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    model, _ = build_model(recipe.model, 8)
+    model, _ = build_model(model_config, 8)
     images, targets = batch
     F.cross_entropy(model(images), targets).backward()
     weight = next(p for p in model.parameters() if p.ndim == 4)
-    return float(weight.grad.norm() / weight.detach().norm())
+    return float(weight.grad.norm() * weight.detach().norm())
 
 
 def main() -> None:
@@ -37,20 +40,19 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = load_recipe(
         "toy_unet_resnet18",
-        [
-            "model.network_deconv.mode=exact",
-            f"model.encoder={arguments.encoder}",
-            f"data.size={list(arguments.size)}",
-            "data.count=[8, 1]",
-        ],
+        [f"model.encoder={arguments.encoder}", f"data.size={list(arguments.size)}", "data.count=[8, 1]"],
     )
     samples = open_samples(recipe.data, "train")
     batch = next(iter(train_loader(samples, recipe.data, 8, seed=0, multiple=1)))
-    twin = replace(recipe, model=replace(recipe.model, norm="bn"))
-    print(f"batch norm: {first_layer_gradient(twin, batch):.2f}")
+    print(f"batch norm: {first_layer_gradient(replace(recipe.model, norm='bn'), batch):.2f}")
+    print(f"fast mode: {first_layer_gradient(recipe.model, batch):.2f}")
+    unshrunk = lambda cov, samples: shrunk_inverse_sqrt(cov, samples * math.inf)  # noqa: E731
+    with mock.patch.object(layers, "shrunk_inverse_sqrt", unshrunk):
+        print(f"fast mode without shrinkage: {first_layer_gradient(recipe.model, batch):.2f}")
+    exact = replace(recipe.model, network_deconv=NetworkDeconvConfig(mode="exact"))
     for minimum in (0, 1, 2, 4, 8, 16, 32):
         layers._SAMPLES_PER_FEATURE = minimum
-        print(f"at least {minimum:2} samples a feature: {first_layer_gradient(recipe, batch):.2f}")
+        print(f"exact mode, at least {minimum:2} samples a feature: {first_layer_gradient(exact, batch):.2f}")
 
 
 if __name__ == "__main__":
