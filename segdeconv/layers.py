@@ -264,14 +264,18 @@ class Whitened(nn.Module):
             certainty = 1 / (1 + _PRIOR_SAMPLES * x.shape[1] / x.numel())
             mean = torch.lerp(self.running_mean, mean, certainty)
             scale = (torch.lerp(self.running_var, var, certainty) + self.config.eps).rsqrt()
-            # num_batches_tracked counts this batch already.
-            step = int(self.num_batches_tracked) - 1 if self._step is None else self._step
-            self._step = step + 1
-            turn = step + self.refresh_offset
-            if step < _WARM_UP_STEPS or turn % self.config.refresh_every == 0:
-                self._refresh(x.detach(), mean.detach(), scale.detach(), turn, self.config.momentum)
+            self._refresh_if_due(x.detach(), mean.detach(), scale.detach())
             mean_GKF, scale_GKF = self._per_feature(mean), self._per_feature(scale)
         return x, *self._fold(self.running_whitening, mean_GKF, scale_GKF)
+
+    @torch.compiler.disable  # a graph of its own for every step count would be compiled otherwise
+    def _refresh_if_due(self, x: Tensor, mean: Tensor, scale: Tensor) -> None:
+        # num_batches_tracked counts this batch already.
+        step = int(self.num_batches_tracked) - 1 if self._step is None else self._step
+        self._step = step + 1
+        turn = step + self.refresh_offset
+        if step < _WARM_UP_STEPS or turn % self.config.refresh_every == 0:
+            self._refresh(x, mean, scale, turn, self.config.momentum)
 
     def _channel_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the function, but the variance is of what the layer reads, zeros of the padding included: a
