@@ -34,8 +34,8 @@ def test_own_recipes(name: str) -> None:
 
 
 def test_defaults_are_those_of_the_authors_code() -> None:
-    config = NetworkDeconvConfig()
-    assert (config.block_size, config.linear_block_size, config.eps) == (64, 512, 1e-5)
+    config = NetworkDeconvConfig(mode="reference")
+    assert (config.conv_block_size, config.linear_block_size, config.eps) == (64, 512, 1e-5)
     assert (config.num_iters, config.momentum, config.sampling_stride) == (5, 0.1, 3)
 
 
