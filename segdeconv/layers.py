@@ -266,7 +266,8 @@ class Whitened(nn.Module):
             scale = (torch.lerp(self.running_var, var, certainty) + self.config.eps).rsqrt()
             self._refresh_if_due(x.detach(), mean.detach(), scale.detach())
             mean_GKF, scale_GKF = self._per_feature(mean), self._per_feature(scale)
-        return x, *self._fold(self.running_whitening, mean_GKF, scale_GKF)
+        # A copy, because a refresh in a second forward pass may come before the backward pass of this one.
+        return x, *self._fold(self.running_whitening.clone(), mean_GKF, scale_GKF)
 
     @torch.compiler.disable  # a graph of its own for every step count would be compiled otherwise
     def _refresh_if_due(self, x: Tensor, mean: Tensor, scale: Tensor) -> None:

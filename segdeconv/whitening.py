@@ -144,7 +144,7 @@ class _ChannelMoments(torch.autograd.Function):
         offset = per_value * grad_mean - slope * mean
         shape = (-1, *(1,) * (x.ndim - 2))
         # In place: the gradient was just made by the one layer that reads x, and nobody else holds it.
-        return grad_x.addcmul_(x, slope.view(shape).to(x.dtype)).add_(offset.view(shape))
+        return grad_x.addcmul_(x, slope.view(shape)).add_(offset.view(shape))
 
 
 def channel_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

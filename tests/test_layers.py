@@ -359,6 +359,21 @@ def test_refresh_schedule() -> None:
     assert steps == [[*range(20), 20, 30, 40], [*range(20), 27, 37]]
 
 
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_two_forward_passes_before_one_backward_pass(mode: str) -> None:
+    """Layers shared in a network, losses summed over batches: each pass keeps its own statistics."""
+    layer = WhitenedConv2d.from_conv(nn.Conv2d(4, 4, 3, padding=1).double(), config(mode=mode))
+    one, other = torch.randn(2, 2, 4, 9, 9, dtype=torch.float64)
+    alone = copy.deepcopy(layer)
+    (alone(one).square().sum()).backward()
+    apart = copy.deepcopy(layer)
+    apart(one)
+    (apart(other).square().sum()).backward()
+    (layer(one).square().sum() + layer(other).square().sum()).backward()
+    want = alone.weight.grad + apart.weight.grad
+    torch.testing.assert_close(layer.weight.grad, want, rtol=0, atol=1e-12 * want.abs().max().item())
+
+
 def test_fast_mode_resumes_bit_for_bit() -> None:
     """The schedule, the sampling grid and every average go on from a state dict."""
     batches = [torch.randn(2, 4, 9, 9) for _ in range(30)]
