@@ -95,6 +95,14 @@ class OwnBlocks(layers.Whitened):
         return from_blocks(folded, False).reshape(self.weight.shape), bias
 
 
+class Unscaled(layers.Whitened):
+    """Channels are centred by the batch but not scaled; the running covariance is that of raw patches."""
+
+    def _channel_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, mean, var = super()._channel_moments(x)
+        return x, mean, torch.full_like(var, 1 - self.config.eps)
+
+
 def convert(model: nn.Module, arm: str) -> nn.Module:
     mode, _, settings = arm.partition(":")
     values = {
@@ -102,11 +110,11 @@ def convert(model: nn.Module, arm: str) -> nn.Module:
     }
     config = NetworkDeconvConfig(mode="exact" if mode == "exact" else "fast", **values)  # type: ignore[arg-type]
     model, _ = convert_to_network_deconv(model, config)
-    if mode == "own":
-        for layer in model.modules():
-            if isinstance(layer, layers.Whitened):
-                layer.__class__ = type("Own", (OwnBlocks, type(layer)), {})
-                layer.reset_running_stats()
+    variant = {"own": OwnBlocks, "unscaled": Unscaled}.get(mode)
+    for layer in model.modules():
+        if variant and isinstance(layer, layers.Whitened):
+            layer.__class__ = type(mode, (variant, type(layer)), {})
+            layer.reset_running_stats()
     return model
 
 
