@@ -72,7 +72,7 @@ def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device
         torch.autograd.backward((y, m, v), (grad, mean, var))
 
     def product() -> torch.Tensor:
-        whitening = fast.running_whitening
+        whitening = fast.running_whitening.clone()
         return fold_whitening(fast.weight, fast.bias, whitening, per_feature, blocks, False, per_feature)[0]
 
     rows_and_functions = {
