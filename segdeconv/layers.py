@@ -26,8 +26,10 @@ from segdeconv.whitening import (
     fold_whitening,
     inverse_sqrt,
     patch_moments,
+    per_feature,
     sample_patches,
     shrunk_inverse_sqrt,
+    standardise_and_fold,
     to_blocks,
     unfold_whitening,
 )
@@ -46,7 +48,7 @@ def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 # With fewer, statistics are so noisy that gradients grow from layer to layer: in a U-Net on MobileNetV2 the
 # first layer's was 25 times as large without this rule (tools/gradient_by_sampling.py).
 _SAMPLES_PER_FEATURE = 8
-_FEWEST_SAMPLES = 1024  # fast mode, for blocks of few features
+_FEWEST_SAMPLES = 256  # fast mode, for blocks of few features
 
 # Fast mode: the running values count as so many samples in the statistics of a batch. That is next to nothing
 # on a map; but of a batch of two a linear layer sees two values a channel, which alone would become +-1.
@@ -60,11 +62,11 @@ class Whitened(nn.Module):
     """Running values and the road from batch to folded parameters, shared by the layers below.
 
     Buffers (G groups, K blocks of channels in a group, F features a block, C input channels):
-        running_mean: (G, K, F), K is 1 in reference mode; (C,) in fast mode.
+        running_mean: (G, K, F), K is 1 in reference mode; not in fast mode.
         running_whitening: (G, F, F).
         num_batches_tracked: how many batches the running values have seen.
     In fast mode also:
-        running_var: (C,).
+        running_moments: (2, C), mean and variance of every channel.
         running_cov: (G, F, F), of the standardised features; the whitening matrix is made from it.
         cov_samples: how many patches ``running_cov`` rests on.
         num_refreshes: how often it was updated.
@@ -75,7 +77,7 @@ class Whitened(nn.Module):
     running_mean: Tensor
     running_whitening: Tensor
     num_batches_tracked: Tensor
-    running_var: Tensor
+    running_moments: Tensor
     running_cov: Tensor
     cov_samples: Tensor
     num_refreshes: Tensor
@@ -106,9 +108,8 @@ class Whitened(nn.Module):
         counter = torch.tensor(0, device=self.weight.device)
         if self.config.mode == "fast":
             channels = groups * blocks * block
-            self.register_buffer("running_mean", like.new_zeros(channels))
-            scale_one = like.new_full((channels,), 1 - self.config.eps)
-            self.register_buffer("running_var", scale_one)
+            mean, var = like.new_zeros(channels), like.new_full((channels,), 1 - self.config.eps)
+            self.register_buffer("running_moments", torch.stack((mean, var)))
             self.register_buffer("running_cov", torch.zeros_like(identity))
             self.register_buffer("cov_samples", like.new_ones(()))
             self.register_buffer("num_refreshes", counter.clone())
@@ -117,7 +118,7 @@ class Whitened(nn.Module):
             self.register_buffer("running_mean", like.new_zeros(groups, means, features))
         self.register_buffer("running_whitening", identity)
         self.register_buffer("num_batches_tracked", counter)
-        # The refresh schedule's own copy of num_batches_tracked: reading a tensor would wait for the device.
+        # The fast mode's own copy of num_batches_tracked: reading a tensor would wait for the device.
         self._step: int | None = 0
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -163,12 +164,11 @@ class Whitened(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Take the statistics of ``x`` into the running values, weighted as every batch before."""
-        x = self._batched(x).to(self.running_mean.dtype)
+        x = self._batched(x).to(self.running_whitening.dtype)
         if self.config.mode == "fast":
-            _, mean, var = self._channel_moments(x)
-            turn = int(self.num_batches_tracked)
-            self._refresh(x, mean, (var + self.config.eps).rsqrt(), turn, None)
-            self._update_moments(mean, var, None)
+            _, moments = channel_moments(x, self._share_of_zeros(x))
+            self._refresh(x, moments, int(self.num_batches_tracked), None)
+            self._update_moments(moments, None)
         else:
             mean, cov, _ = self.moments(x)
             self._update_running(mean, self.whitening_from(cov), None)
@@ -197,12 +197,12 @@ class Whitened(nn.Module):
         """What evaluation subtracts from every feature and, in fast mode, multiplies it by, (G, K, F)."""
         if self.config.mode != "fast":
             return self.running_mean, None
-        scale = (self.running_var + self.config.eps).rsqrt()
-        return self._per_feature(self.running_mean), self._per_feature(scale)
+        return self._mean_and_scale(self.running_moments)
 
-    def _per_feature(self, values_C: Tensor) -> Tensor:
+    def _mean_and_scale(self, moments_2C: Tensor) -> tuple[Tensor, Tensor]:
         groups, blocks, block, taps = self._shape
-        return values_C.view(groups, blocks, block, 1).expand(-1, -1, -1, taps).flatten(2)
+        mean, var = per_feature(moments_2C, groups, blocks, block * taps)
+        return mean, (var + self.config.eps).rsqrt()
 
     def _fold(self, whitening: Tensor, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
@@ -247,9 +247,9 @@ class Whitened(nn.Module):
         finite = mean.isfinite().all() & whitening.isfinite().all()
         self.num_batches_tracked += finite
         if self.config.mode == "reference" and momentum is not None:
-            step = torch.full_like(self.num_batches_tracked, momentum, dtype=mean.dtype)
+            step = torch.full_like(self.num_batches_tracked, momentum, dtype=self.running_mean.dtype)
         else:
-            step = _step_size(momentum, self.num_batches_tracked, mean.dtype)
+            step = _step_size(momentum, self.num_batches_tracked.clamp(min=1).to(self.running_mean.dtype))
         _lerp_(self.running_mean, mean, step, finite)
         _lerp_(self.running_whitening, whitening, step, finite)
 
@@ -259,43 +259,42 @@ class Whitened(nn.Module):
         if x.numel() == x.shape[1]:
             return x, *self.folded_parameters()
         with _no_autocast(x):
-            x, mean, var = self._channel_moments(x)
-            self._update_moments(mean.detach(), var.detach(), self.config.momentum)
-            certainty = 1 / (1 + _PRIOR_SAMPLES * x.shape[1] / x.numel())
-            mean = torch.lerp(self.running_mean, mean, certainty)
-            scale = (torch.lerp(self.running_var, var, certainty) + self.config.eps).rsqrt()
-            self._refresh_if_due(x.detach(), mean.detach(), scale.detach())
-            mean_GKF, scale_GKF = self._per_feature(mean), self._per_feature(scale)
-        # A copy, because a refresh in a second forward pass may come before the backward pass of this one.
-        return x, *self._fold(self.running_whitening.clone(), mean_GKF, scale_GKF)
+            x, moments = channel_moments(x, self._share_of_zeros(x))
+            self._follow(x.detach(), moments.detach())
+            moments = self._steadied(moments, x)
+            bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+            # A copy, because a refresh in a second forward pass may come before this one's backward pass.
+            whitening = self.running_whitening.clone()
+            weight, bias = standardise_and_fold(
+                self.weight, bias, moments, whitening, self.num_blocks, self.config.eps
+            )
+        return x, weight, bias
+
+    def _steadied(self, moments: Tensor, x: Tensor) -> Tensor:
+        """The moments of the batch ``x`` with the running ones counted in as ``_PRIOR_SAMPLES`` samples."""
+        return torch.lerp(self.running_moments, moments, 1 / (1 + _PRIOR_SAMPLES * x.shape[1] / x.numel()))
 
     @torch.compiler.disable  # a graph of its own for every step count would be compiled otherwise
-    def _refresh_if_due(self, x: Tensor, mean: Tensor, scale: Tensor) -> None:
-        # num_batches_tracked counts this batch already.
-        step = int(self.num_batches_tracked) - 1 if self._step is None else self._step
-        self._step = step + 1
+    def _follow(self, x: Tensor, moments: Tensor) -> None:
+        """Take a batch into the running moments and, when it is its turn, renew the whitening."""
+        self._update_moments(moments, self.config.momentum)
+        step = self._steps_taken() - 1
         turn = step + self.refresh_offset
         if step < _WARM_UP_STEPS or turn % self.config.refresh_every == 0:
-            self._refresh(x, mean, scale, turn, self.config.momentum)
-
-    def _channel_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As the function, but the variance is of what the layer reads, zeros of the padding included: a
-        constant channel would be scaled beyond all bounds without, and the zeros beside it too.
-        """
-        x, mean, var = channel_moments(x)
-        zeros = self._share_of_zeros(x)
-        return x, mean, (1 - zeros) * var + zeros * mean.square() if zeros else var
+            self._refresh(x, self._steadied(moments, x), turn, self.config.momentum)
 
     @torch.no_grad()
-    def _update_moments(self, mean: Tensor, var: Tensor, momentum: float | None) -> None:
-        finite = mean.isfinite().all() & var.isfinite().all()
+    def _update_moments(self, moments: Tensor, momentum: float | None) -> None:
+        self._step = self._steps_taken() + 1
         self.num_batches_tracked += 1  # finite or not: the schedule counts steps
-        step = _step_size(momentum, self.num_batches_tracked, mean.dtype)
-        _lerp_(self.running_mean, mean, step, finite)
-        _lerp_(self.running_var, var, step, finite)
+        finite = (moments.abs() < math.inf).all()  # false where one is NaN
+        _lerp_(self.running_moments, moments, _step_size(momentum, self._step), finite)
+
+    def _steps_taken(self) -> int:
+        return int(self.num_batches_tracked) if self._step is None else self._step
 
     @torch.no_grad()
-    def _refresh(self, x: Tensor, mean: Tensor, scale: Tensor, turn: int, momentum: float | None) -> None:
+    def _refresh(self, x: Tensor, moments: Tensor, turn: int, momentum: float | None) -> None:
         """Take second moments of standardised patches into ``running_cov`` and renew the whitening."""
         groups, blocks, block, taps = self._shape
         wanted = max(_SAMPLES_PER_FEATURE * block * taps, _FEWEST_SAMPLES) / blocks
@@ -308,12 +307,12 @@ class Whitened(nn.Module):
         down, right = turn * 0.7548777 % 1, turn * 0.5698403 % 1
         first = int(down * min(every, height)), int(right * min(every, width))
         rows = self._sample(x, every, first).unflatten(1, (groups, blocks, -1))
-        rows = (rows - self._per_feature(mean)) * self._per_feature(scale)
-        patches_GNF = rows.transpose(0, 1).flatten(1, 2)
+        mean, scale = self._mean_and_scale(moments)
+        patches_GNF = ((rows - mean) * scale).transpose(0, 1).flatten(1, 2)
         cov = patches_GNF.transpose(1, 2) @ patches_GNF / patches_GNF.shape[1]
         finite = cov.isfinite().all()
         self.num_refreshes += finite
-        step = _step_size(momentum, self.num_refreshes, cov.dtype)
+        step = _step_size(momentum, self.num_refreshes.clamp(min=1).to(self.running_cov.dtype))
         _lerp_(self.running_cov, cov, step, finite)
         # The variance of a weighted mean of independent samples, as a number of equally weighted ones.
         samples = 1 / ((1 - step).square() / self.cov_samples + step.square() / patches_GNF.shape[1])
@@ -321,16 +320,15 @@ class Whitened(nn.Module):
         self.running_whitening.copy_(shrunk_inverse_sqrt(self.running_cov, self.cov_samples))
 
 
-def _step_size(momentum: float | None, count: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight of batch number ``count``: the first counts in full, as with Adam's bias correction, or all
-    equally, without a momentum.
+def _step_size(momentum: float | None, count: Any) -> Any:
+    """The weight of batch number ``count``, a number or tensor: the first counts in full, as with Adam's bias
+    correction, or all equally, without a momentum.
     """
-    count = count.clamp(min=1).to(dtype)
     return 1 / count if momentum is None else momentum / (1 - (1 - momentum) ** count)
 
 
-def _lerp_(running: Tensor, batch: Tensor, step: Tensor, finite: Tensor) -> None:
-    running.lerp_(torch.where(finite, batch.to(running.dtype), running), step.to(running.dtype))
+def _lerp_(running: Tensor, batch: Tensor, step: Tensor | float, finite: Tensor) -> None:
+    running.lerp_(torch.where(finite, batch.to(running.dtype), running), step)
 
 
 class WhitenedConv2d(Whitened, nn.Conv2d):

@@ -74,12 +74,13 @@ def sample_patches(
     Returns:
         (N, C·kh·kw), features channel-major, in float32 or wider.
     """
-    x_NCHW = x_NCHW.to(torch.promote_types(x_NCHW.dtype, torch.float32))
     if any(padding_lrtb):
         x_NCHW = F.pad(x_NCHW, padding_lrtb, mode="constant" if padding_mode == "zeros" else padding_mode)
-    x_NCHW = x_NCHW[:, :, first[0] :, first[1] :]
-    patches = F.unfold(x_NCHW, kernel_size, dilation=dilation, stride=stride)
-    return patches.transpose(1, 2).flatten(0, 1)
+    windows = x_NCHW[:, :, first[0] :, first[1] :]
+    for axis in (0, 1):  # views: only the sampled patches are copied, once
+        windows = windows.unfold(2 + axis, dilation[axis] * (kernel_size[axis] - 1) + 1, stride[axis])
+    taps = windows[..., :: dilation[0], :: dilation[1]].permute(0, 2, 3, 1, 4, 5)
+    return taps.to(torch.promote_types(x_NCHW.dtype, torch.float32)).flatten(3).flatten(0, 2)
 
 
 def patch_moments(patches_GKNF: Tensor, shared_mean: bool) -> tuple[Tensor, Tensor]:
@@ -123,43 +124,49 @@ class _ChannelMoments(torch.autograd.Function):
     """x and its moments; their gradient is added into that of x as it passes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, zeros: float) -> tuple[Tensor, Tensor]:
         if x.device.type in ("cpu", "cuda"):  # batch norm's own kernel, several times faster than var_mean
             # It gives statistics in the precision of the running values it is handed; these are thrown away.
-            unused = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+            unused = x.new_empty(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
             mean, var = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
         else:
             over = [axis for axis in range(x.ndim) if axis != 1]
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             var, mean = torch.var_mean(wide, over, correction=0)
+        if zeros:
+            var = torch.addcmul(var * (1 - zeros), mean, mean, value=zeros)
         ctx.save_for_backward(x, mean)
-        return x.view_as(x), mean, var
+        ctx.zeros = zeros
+        return x.view_as(x), torch.stack((mean, var))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_x: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_x: Tensor, grad_moments: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
-        per_value = x.shape[1] / x.numel()
-        slope = 2 * per_value * grad_var
-        offset = per_value * grad_mean - slope * mean
+        grad_mean, grad_var = grad_moments * (x.shape[1] / x.numel())  # of every value's share
+        slope = grad_var * (2 * (1 - ctx.zeros))
+        offset = torch.addcmul(grad_mean, grad_var, mean, value=4 * ctx.zeros - 2)
         shape = (-1, *(1,) * (x.ndim - 2))
         # In place: the gradient was just made by the one layer that reads x, and nobody else holds it.
-        return grad_x.addcmul_(x, slope.view(shape)).add_(offset.view(shape))
+        return grad_x.addcmul_(x, slope.view(shape)).add_(offset.view(shape)), None
 
 
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def channel_moments(x: Tensor, zeros: float = 0.0) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel over batch and positions, with gradient.
 
     Nothing but ``x`` is kept for the backward pass, which the layer that reads it keeps anyway.
 
     Args:
         x: (n, C, ...).
+        zeros: the share of padding zeros among the values the layer reads. They count in the variance (about
+            the mean of ``x``): a constant channel would be scaled beyond all bounds without, and the zeros
+            beside it too.
 
     Returns:
         ``x`` for the one layer that reads it (its gradient is completed in place, so it must go nowhere
-        else), mean (C,) and variance (C,) in float32 or wider.
+        else) and ``moments_2C``, means and variances, in float32 or wider.
     """
-    return _ChannelMoments.apply(x)
+    return _ChannelMoments.apply(x, zeros)
 
 
 # Five unconverged Newton-Schulz iterations multiply by 1.5 each where an eigenvalue is small, so they are, to
@@ -239,9 +246,68 @@ def fold_whitening(
     folded_GOKF = (weight_GOKF.flatten(1, 2) @ whitening_GFF).view_as(weight_GOKF)
     if scale_GKF is not None:
         folded_GOKF = folded_GOKF * scale_GKF[:, None]
-    shift_GO = (folded_GOKF * mean_GKF[:, None]).sum((-1, -2))
+    mean_GP1 = mean_GKF.expand(groups, *folded_GOKF.shape[2:]).reshape(groups, -1, 1)
+    shift_GO = folded_GOKF.flatten(2) @ mean_GP1
     folded = from_blocks(folded_GOKF, interleaved).reshape(weight.shape)
     return folded.to(dtype), (bias - shift_GO.flatten()).to(dtype)
+
+
+class _StandardiseAndFold(torch.autograd.Function):
+    # With a backward pass of its own: autograd's has some thirty small operations, which cost more than the
+    # arithmetic does.
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor,
+        moments_2C: Tensor,
+        whitening_GFF: Tensor,
+        blocks: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        mean_GKF, var_GKF = per_feature(moments_2C, len(whitening_GFF), blocks, whitening_GFF.shape[-1])
+        scale_GKF = (var_GKF + eps).rsqrt()
+        folded, shifted = fold_whitening(weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF)
+        ctx.save_for_backward(folded, mean_GKF, scale_GKF, whitening_GFF)
+        return folded, shifted
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
+        folded, mean_GKF, scale_GKF, whitening_GFF = ctx.saved_tensors
+        groups, _, features = mean_GKF.shape
+        mean_G1P, scale_G1P = (t.reshape(groups, 1, -1) for t in (mean_GKF, scale_GKF))
+        rows = groups, len(folded) // groups
+        folded_GOP, grad_GOP = (t.reshape(*rows, -1).to(mean_GKF.dtype) for t in (folded, grad_folded))
+        grad_GO1 = grad_shifted.view(*rows, 1).to(mean_GKF.dtype)
+        grad_GOP = torch.addcmul(grad_GOP, grad_GO1, mean_G1P, value=-1)  # b' = b - w'·μ
+        grad_weight = grad_moments = None
+        if ctx.needs_input_grad[0]:  # w' = w D s
+            grad_weight = (grad_GOP * scale_G1P).view(groups, -1, features) @ whitening_GFF.mT
+            grad_weight = grad_weight.view_as(folded).to(folded.dtype)
+        if ctx.needs_input_grad[2]:  # s = (var + ε)^(-1/2), so ds/dvar = -s³/2
+            grad_mean = -(grad_GO1.mT @ folded_GOP)
+            grad_var = (grad_GOP * folded_GOP).sum(1, keepdim=True) * (-0.5 * scale_G1P.square())
+            taps = folded[0].numel() // folded.shape[1]
+            grad_moments = torch.stack((grad_mean, grad_var)).view(2, -1, taps).sum(-1)
+        return grad_weight, grad_shifted, grad_moments, None, None, None
+
+
+def standardise_and_fold(
+    weight: Tensor, bias: Tensor, moments_2C: Tensor, whitening_GFF: Tensor, blocks: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`fold_whitening` with every channel's mean and scale s = (var + ε)^(-1/2) of ``moments_2C``.
+
+    Differentiable once, with respect to weight, bias and moments; the whitening matrix counts as constant.
+    """
+    return _StandardiseAndFold.apply(weight, bias, moments_2C, whitening_GFF, blocks, eps)
+
+
+def per_feature(values_SC: Tensor, groups: int, blocks: int, features: int) -> Tensor:
+    """Spread values a channel over the features (channels x taps) of its block: (S, C) to (S, G, K, F)."""
+    values = values_SC.view(len(values_SC), groups, blocks, -1, 1)
+    return values.expand(-1, -1, -1, -1, features // values.shape[3]).flatten(3)
 
 
 def unfold_whitening(

@@ -16,6 +16,7 @@ from segdeconv.whitening import (
     patch_moments,
     sample_patches,
     shrunk_inverse_sqrt,
+    standardise_and_fold,
     to_blocks,
     unfold_whitening,
 )
@@ -163,16 +164,45 @@ def test_shrunk_inverse_sqrt_of_nothing_is_finite() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5, 6)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_channel_moments(shape: tuple, channels_last: bool) -> None:
+@pytest.mark.parametrize("zeros", [0.0, 0.2])
+def test_channel_moments(shape: tuple, channels_last: bool, zeros: float) -> None:
     """Values and gradient, through a layer that reads x as well, against plain tensor arithmetic."""
     x = (torch.randn(shape, dtype=torch.float64) * 3 + 5).requires_grad_()
     probe, a, b = torch.randn_like(x), torch.randn(4).double(), torch.randn(4).double()
     y = x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
-    y, mean, var = channel_moments(y)
+    y, (mean, var) = channel_moments(y, zeros)
     over = [axis for axis in range(x.ndim) if axis != 1]
-    torch.testing.assert_close(mean, x.mean(over), rtol=0, atol=1e-14)
-    torch.testing.assert_close(var, x.var(over, correction=0), rtol=0, atol=1e-13)
+    want_mean = x.mean(over)
+    want_var = (1 - zeros) * x.var(over, correction=0) + zeros * want_mean**2
+    torch.testing.assert_close(mean, want_mean, rtol=0, atol=1e-14)
+    torch.testing.assert_close(var, want_var, rtol=0, atol=1e-13)
     (got,) = torch.autograd.grad((y * 2 * probe).sum() + (mean * a).sum() + (var * b).sum(), x)
-    plain = (x * 2 * probe).sum() + (x.mean(over) * a).sum() + (x.var(over, correction=0) * b).sum()
-    (want,) = torch.autograd.grad(plain, x)
+    (want,) = torch.autograd.grad((x * 2 * probe).sum() + (want_mean * a).sum() + (want_var * b).sum(), x)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("groups", "blocks", "block", "kernel"), [(1, 2, 3, 3), (2, 1, 2, 1), (3, 2, 1, 2)])
+def test_standardise_and_fold(groups: int, blocks: int, block: int, kernel: int) -> None:
+    """Values and gradients against autograd through the definition."""
+    channels, features = groups * blocks * block, block * kernel**2
+    leaves = [
+        torch.randn(4 * groups, blocks * block, kernel, kernel).double(),
+        torch.randn(4 * groups).double(),
+        torch.stack((torch.randn(channels), torch.rand(channels) + 0.1)).double(),
+    ]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    whitening = torch.randn(groups, features, features).double()
+    got = standardise_and_fold(*leaves, whitening, blocks, 1e-3)
+    weight, bias, (mean, var) = leaves
+    mean, scale = (
+        value.view(groups, blocks, block).repeat_interleave(kernel**2, -1)
+        for value in (mean, (var + 1e-3).rsqrt())
+    )
+    want = fold_whitening(weight, bias, whitening, mean, blocks, False, scale)
+    probes = [torch.randn_like(value) for value in got]
+    for mine, reference in zip(
+        (*got, *torch.autograd.grad(got, leaves, probes)),
+        (*want, *torch.autograd.grad(want, leaves, probes)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)

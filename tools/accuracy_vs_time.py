@@ -24,6 +24,7 @@ the fast mode is taken apart into:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
@@ -47,7 +48,7 @@ from segdeconv.data import eval_loader, open_samples, train_loader
 from segdeconv.evaluate import ignore_index_of, score, torch_predictor
 from segdeconv.models import build_model, size_multiple
 from segdeconv.train import loss_of, lr_factor, seed_everything
-from segdeconv.whitening import from_blocks, shrunk_inverse_sqrt, to_blocks
+from segdeconv.whitening import channel_moments, from_blocks, per_feature, shrunk_inverse_sqrt, to_blocks
 
 RESULTS = Path("runs/accuracy_vs_time.jsonl")
 BATCH, WEIGHT_DECAY = {"camvid": 8}, 5e-4
@@ -87,20 +88,19 @@ class OwnBlocks(layers.Whitened):
 
     def _fold(self, whitening: Tensor, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         assert scale is not None
-        groups = self._shape[0]
-        weight = to_blocks(self.weight.reshape(groups, -1, self.weight[0].numel()), self.num_blocks, False)
-        whitening = whitening.view(groups, self.num_blocks, *whitening.shape[1:])
-        folded = (weight.transpose(1, 2) @ whitening).transpose(1, 2) * scale[:, None]
-        bias = self.bias - (folded * mean[:, None]).sum((-1, -2)).flatten()
-        return from_blocks(folded, False).reshape(self.weight.shape), bias
+        return fold_own(self.weight, self.bias, whitening, mean, scale)
 
 
-class Unscaled(layers.Whitened):
-    """Channels are centred by the batch but not scaled; the running covariance is that of raw patches."""
-
-    def _channel_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, mean, var = super()._channel_moments(x)
-        return x, mean, torch.full_like(var, 1 - self.config.eps)
+def fold_own(
+    weight: Tensor, bias: Tensor, whitening: Tensor, mean: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    groups, blocks, features = mean.shape
+    rows = to_blocks(weight.reshape(groups, -1, weight[0].numel()), blocks, False)
+    whitening = whitening.view(groups, blocks, features, features)
+    folded = (rows.transpose(1, 2) @ whitening).transpose(1, 2) * scale[:, None]
+    return from_blocks(folded, False).reshape(weight.shape), bias - (folded * mean[:, None]).sum(
+        (-1, -2)
+    ).flatten()
 
 
 def convert(model: nn.Module, arm: str) -> nn.Module:
@@ -110,10 +110,9 @@ def convert(model: nn.Module, arm: str) -> nn.Module:
     }
     config = NetworkDeconvConfig(mode="exact" if mode == "exact" else "fast", **values)  # type: ignore[arg-type]
     model, _ = convert_to_network_deconv(model, config)
-    variant = {"own": OwnBlocks, "unscaled": Unscaled}.get(mode)
     for layer in model.modules():
-        if variant and isinstance(layer, layers.Whitened):
-            layer.__class__ = type(mode, (variant, type(layer)), {})
+        if mode == "own" and isinstance(layer, layers.Whitened):
+            layer.__class__ = type(mode, (OwnBlocks, type(layer)), {})
             layer.reset_running_stats()
     return model
 
@@ -124,16 +123,31 @@ def ablation(arm: str) -> Any:
     def identity(cov: Tensor, samples: Tensor) -> Tensor:
         return torch.eye(cov.shape[-1]).expand_as(cov)
 
-    def unscaled(cov: Tensor, samples: Tensor) -> Tensor:
-        variance = cov.diagonal(dim1=-2, dim2=-1).mean((-1, -2)).clamp(min=1e-12)
-        return shrunk_inverse_sqrt(cov / variance, samples) / variance.sqrt()
-
     def unshrunk(cov: Tensor, samples: Tensor) -> Tensor:
         return shrunk_inverse_sqrt(cov, samples * math.inf)
 
-    mode = arm.partition(":")[0]
-    functions = {"identity": identity, "unscaled": unscaled, "unshrunk": unshrunk}
-    return mock.patch.object(layers, "shrunk_inverse_sqrt", functions.get(mode, shrunk_inverse_sqrt))
+    def raw(cov: Tensor, samples: Tensor) -> Tensor:
+        variance = cov.diagonal(dim1=-2, dim2=-1).mean((-1, -2)).clamp(min=1e-12)
+        return shrunk_inverse_sqrt(cov / variance, samples) / variance.sqrt()
+
+    def means_only(x: Tensor, zeros: float) -> tuple[Tensor, Tensor]:
+        x, moments = channel_moments(x, zeros)
+        return x, torch.stack((moments[0], torch.full_like(moments[1], 1 - NetworkDeconvConfig().eps)))
+
+    def own(
+        weight: Tensor, bias: Tensor, moments: Tensor, whitening: Tensor, blocks: int, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        mean, var = per_feature(moments, len(whitening) // blocks, blocks, whitening.shape[-1])
+        return fold_own(weight, bias, whitening, mean, (var + eps).rsqrt())
+
+    functions: dict[str, dict[str, Any]] = {
+        "identity": {"shrunk_inverse_sqrt": identity},
+        "own": {"standardise_and_fold": own},
+        "unscaled": {"shrunk_inverse_sqrt": raw, "channel_moments": means_only},
+        "unshrunk": {"shrunk_inverse_sqrt": unshrunk},
+    }
+    replaced = functions.get(arm.partition(":")[0])
+    return mock.patch.multiple(layers, **replaced) if replaced else contextlib.nullcontext()
 
 
 def cifar(split: str, count: int) -> tuple[Tensor, Tensor]:

@@ -25,10 +25,10 @@ from segdeconv.config import NetworkDeconvConfig
 from segdeconv.layers import WhitenedConv2d
 from segdeconv.whitening import (
     channel_moments,
-    fold_whitening,
     inverse_sqrt,
     sample_patches,
     shrunk_inverse_sqrt,
+    standardise_and_fold,
 )
 
 CYCLE = NetworkDeconvConfig().refresh_every
@@ -61,19 +61,18 @@ def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device
     mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
     rows = sample_patches(x.detach(), (3, 3), (1, 1), (1, 1, 1, 1), "zeros", (3, 3)).view(-1, features)
     rows = rows[: max(8 * features, 1024)]
-    per_feature = fast._per_feature(var)
+    moments = torch.stack((mean, var)).requires_grad_()
 
     def backward(output: torch.Tensor) -> Callable[[], object]:
         ones = torch.randn_like(output)
         return lambda: torch.autograd.backward(output, ones, retain_graph=True)
 
     def moments_backward() -> None:
-        y, m, v = channel_moments(x)
-        torch.autograd.backward((y, m, v), (grad, mean, var))
+        torch.autograd.backward(channel_moments(x), (grad, moments.detach()))
 
     def product() -> torch.Tensor:
         whitening = fast.running_whitening.clone()
-        return fold_whitening(fast.weight, fast.bias, whitening, per_feature, blocks, False, per_feature)[0]
+        return standardise_and_fold(fast.weight, fast.bias, moments, whitening, blocks, 1e-5)[0]
 
     rows_and_functions = {
         "convolution, forward": lambda: conv(x),
@@ -87,7 +86,7 @@ def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device
         f"covariance of {len(rows)} patches": lambda: rows.T @ rows,
         f"root of {features} features": lambda: shrunk_inverse_sqrt(fast.running_cov, fast.cov_samples),
         "five Newton-Schulz iterations": lambda: inverse_sqrt(fast.running_cov, 1e-5, 5),
-        "fast layer, refresh": lambda: fast._refresh(x.detach(), mean, var, 0, 0.1),
+        "fast layer, refresh": lambda: fast._refresh(x.detach(), moments.detach(), 0, 0.1),
         "exact layer, forward": lambda: exact(x),
         "exact layer, backward": backward(exact(x)),
     }
