@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from segdeconv.config import NetworkDeconvConfig
+from segdeconv.distributed import mean_over_ranks, world_size
 from segdeconv.whitening import (
     channel_moments,
     channels_per_block,
@@ -166,8 +167,8 @@ class Whitened(nn.Module):
         """Take the statistics of ``x`` into the running values, weighted as every batch before."""
         x = self._batched(x).to(self.running_whitening.dtype)
         if self.config.mode == "fast":
-            _, moments = channel_moments(x, self._share_of_zeros(x))
-            self._refresh(x, moments, int(self.num_batches_tracked), None)
+            _, moments, samples = self._channel_moments(x)
+            self._refresh(x, moments, samples, int(self.num_batches_tracked), None)
             self._update_moments(moments, None)
         else:
             mean, cov, _ = self.moments(x)
@@ -214,12 +215,17 @@ class Whitened(nn.Module):
     # Exact and reference mode: batch statistics of the patches, with gradient.
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Mean (G, K, F), covariance (G, F, F) and number of sampled rows N of one batch."""
+        """Mean (G, K, F), covariance (G, F, F) and number of sampled rows N of one batch, over all ranks."""
         with _no_autocast(x):
             rows = self._sample(x, self.sampling_stride(x))
             patches = to_blocks(rows.unflatten(1, (self._shape[0], -1)), self.num_blocks, self.interleaved)
             mean, cov = patch_moments(patches.permute(1, 2, 0, 3), self.config.mode == "reference")
-        return mean, cov, len(rows)
+            if world_size() > 1:
+                wide = mean.double()
+                outer = wide.mT @ wide / mean.shape[1]
+                (wide, second), _ = mean_over_ranks(len(rows), wide, cov + outer)
+                mean, cov = wide.to(mean.dtype), (second - wide.mT @ wide / mean.shape[1]).to(cov.dtype)
+        return mean, cov, len(rows) * world_size()
 
     def sampling_stride(self, x: Tensor) -> int:
         """How many output positions apart patches are sampled: ``config.sampling_stride``, or less where that
@@ -229,12 +235,12 @@ class Whitened(nn.Module):
         if self.config.mode == "reference":
             return every
         wanted = _SAMPLES_PER_FEATURE * self.running_whitening.shape[-1] / self.num_blocks
-        while every > 1 and self._count(x, every) < wanted:
+        while every > 1 and self._count(x, every, len(x) * world_size()) < wanted:
             every -= 1
         return every
 
-    def _count(self, x: Tensor, every: int) -> int:
-        return len(x) * math.prod(math.ceil(size / every) for size in self._positions(x))
+    def _count(self, x: Tensor, every: int, images: int) -> int:
+        return images * math.prod(math.ceil(size / every) for size in self._positions(x))
 
     def whitening_from(self, cov_GFF: Tensor) -> Tensor:
         """The whitening matrices (G, F, F) of covariances, by this layer's settings."""
@@ -256,12 +262,12 @@ class Whitened(nn.Module):
     # Fast mode: channel statistics of the batch, with gradient; correlation from running values, without.
 
     def _whiten_fast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if x.numel() == x.shape[1]:
+        if x.numel() == x.shape[1] and world_size() == 1:
             return x, *self.folded_parameters()
         with _no_autocast(x):
-            x, moments = channel_moments(x, self._share_of_zeros(x))
-            self._follow(x.detach(), moments.detach())
-            moments = self._steadied(moments, x)
+            x, moments, samples = self._channel_moments(x)
+            self._follow(x.detach(), moments.detach(), samples)
+            moments = self._steadied(moments, samples)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
             # A copy, because a refresh in a second forward pass may come before this one's backward pass.
             whitening = self.running_whitening.clone()
@@ -270,18 +276,29 @@ class Whitened(nn.Module):
             )
         return x, weight, bias
 
-    def _steadied(self, moments: Tensor, x: Tensor) -> Tensor:
-        """The moments of the batch ``x`` with the running ones counted in as ``_PRIOR_SAMPLES`` samples."""
-        return torch.lerp(self.running_moments, moments, 1 / (1 + _PRIOR_SAMPLES * x.shape[1] / x.numel()))
+    def _channel_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """``x``, its moments and how many values a channel they rest on, over all ranks."""
+        zeros, samples = self._share_of_zeros(x), x.numel() // x.shape[1]
+        if world_size() == 1:
+            return *channel_moments(x, zeros), samples
+        x, moments = channel_moments(x)
+        mean, var = moments.double()
+        (mean, second), total = mean_over_ranks(samples, mean, var + mean.square())
+        var = (1 - zeros) * (second - mean.square()) + zeros * mean.square()
+        return x, torch.stack((mean, var)).to(moments.dtype), total.to(moments.dtype)
+
+    def _steadied(self, moments: Tensor, samples: Any) -> Tensor:
+        """The moments of a batch with the running ones counted in as ``_PRIOR_SAMPLES`` samples."""
+        return torch.lerp(self.running_moments, moments, 1 / (1 + _PRIOR_SAMPLES / samples))
 
     @torch.compiler.disable  # a graph of its own for every step count would be compiled otherwise
-    def _follow(self, x: Tensor, moments: Tensor) -> None:
+    def _follow(self, x: Tensor, moments: Tensor, samples: Any) -> None:
         """Take a batch into the running moments and, when it is its turn, renew the whitening."""
         self._update_moments(moments, self.config.momentum)
         step = self._steps_taken() - 1
         turn = step + self.refresh_offset
         if step < _WARM_UP_STEPS or turn % self.config.refresh_every == 0:
-            self._refresh(x, self._steadied(moments, x), turn, self.config.momentum)
+            self._refresh(x, self._steadied(moments, samples), samples, turn, self.config.momentum)
 
     @torch.no_grad()
     def _update_moments(self, moments: Tensor, momentum: float | None) -> None:
@@ -294,29 +311,34 @@ class Whitened(nn.Module):
         return int(self.num_batches_tracked) if self._step is None else self._step
 
     @torch.no_grad()
-    def _refresh(self, x: Tensor, moments: Tensor, turn: int, momentum: float | None) -> None:
+    def _refresh(self, x: Tensor, moments: Tensor, samples: Any, turn: int, momentum: float | None) -> None:
         """Take second moments of standardised patches into ``running_cov`` and renew the whitening."""
         groups, blocks, block, taps = self._shape
         wanted = max(_SAMPLES_PER_FEATURE * block * taps, _FEWEST_SAMPLES) / blocks
         height, width = self._positions(x)
         every = 1
-        while every < max(height, width) and self._count(x, every + 1) >= wanted:
+        images = int(samples) * x.shape[1] // x[0].numel()  # over all ranks
+        while every < max(height, width) and self._count(x, every + 1, images) >= wanted:
             every += 1
         # A grid that always starts in the corner sees too much padding. Fractions of a two-dimensional
         # golden ratio spread its start evenly, and depend on nothing but the step.
         down, right = turn * 0.7548777 % 1, turn * 0.5698403 % 1
         first = int(down * min(every, height)), int(right * min(every, width))
-        rows = self._sample(x, every, first).unflatten(1, (groups, blocks, -1))
+        patches = self._sample(x, every, first).unflatten(1, (groups, blocks, -1))
         mean, scale = self._mean_and_scale(moments)
-        patches_GNF = ((rows - mean) * scale).transpose(0, 1).flatten(1, 2)
-        cov = patches_GNF.transpose(1, 2) @ patches_GNF / patches_GNF.shape[1]
+        patches_GNF = ((patches - mean) * scale).transpose(0, 1).flatten(1, 2)
+        rows = patches_GNF.shape[1]
+        cov = patches_GNF.transpose(1, 2) @ patches_GNF / rows
+        if world_size() > 1:
+            (mean_cov,), _ = mean_over_ranks(rows, cov)
+            cov, rows = mean_cov.to(cov.dtype), rows // len(x) * images
         finite = cov.isfinite().all()
         self.num_refreshes += finite
         step = _step_size(momentum, self.num_refreshes.clamp(min=1).to(self.running_cov.dtype))
         _lerp_(self.running_cov, cov, step, finite)
         # The variance of a weighted mean of independent samples, as a number of equally weighted ones.
-        samples = 1 / ((1 - step).square() / self.cov_samples + step.square() / patches_GNF.shape[1])
-        self.cov_samples.copy_(torch.where(finite, samples, self.cov_samples))
+        counted = 1 / ((1 - step).square() / self.cov_samples + step.square() / rows)
+        self.cov_samples.copy_(torch.where(finite, counted, self.cov_samples))
         self.running_whitening.copy_(shrunk_inverse_sqrt(self.running_cov, self.cov_samples))
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from segdeconv.config import DataConfig
-from segdeconv.data import DATASETS, EvalSet, TrainSet, eval_loader, open_samples, train_loader
+from segdeconv.data import DATASETS, EpochBatches, EvalSet, TrainSet, eval_loader, open_samples, train_loader
 from segdeconv.data.samples import even_palette
 from segdeconv.errors import UserError
 from segdeconv.images import read_rgb
@@ -224,7 +224,7 @@ def test_worker_processes_change_nothing(tmp_path: Path) -> None:
     for workers in (0, 2):
         config = augmented(tmp_path, num_workers=workers)
         loader = train_loader(open_samples(config, "train"), config, 3, seed=5, multiple=1)
-        loader.sampler.epoch = 3  # type: ignore[attr-defined]
+        loader.batch_sampler.epoch = 3  # type: ignore[attr-defined]
         batches.append(list(loader))
     for (images, masks), (same_images, same_masks) in zip(*batches, strict=True):
         assert torch.equal(images, same_images)
@@ -237,12 +237,27 @@ def test_epochs_have_their_own_order(tmp_path: Path) -> None:
     loader = train_loader(open_samples(config, "train"), config, 4, seed=0, multiple=1)
     orders = []
     for epoch in range(2):
-        loader.sampler.epoch = epoch  # type: ignore[attr-defined]
-        items = list(loader.sampler)
+        loader.batch_sampler.epoch = epoch  # type: ignore[attr-defined]
+        items = [item for batch in loader.batch_sampler for item in batch]
         assert sorted(i % 12 for i in items) == list(range(12))
         assert {i // 12 for i in items} == {epoch}
         orders.append([i % 12 for i in items])
     assert orders[0] != orders[1]
+
+
+def test_ranks_share_out_the_batches_of_one_process() -> None:
+    whole = EpochBatches(23, 5, seed=3, rank=0, world=1)
+    shares = [EpochBatches(23, 5, seed=3, rank=rank, world=2) for rank in range(2)]
+    for sampler in (whole, *shares):
+        sampler.epoch = 2
+    batches = list(whole)
+    assert [len(batch) for batch in batches] == [5, 5, 5, 5]
+    for batch, *parts in zip(batches, *shares, strict=True):
+        assert sorted(batch) == sorted(item for part in parts for item in part)
+        assert [len(part) for part in parts] == [3, 2]
+    whole.start = 3
+    assert len(whole) == 1
+    assert list(whole) == batches[3:]
 
 
 def test_picture_and_mask_move_together(tmp_path: Path) -> None:

@@ -80,10 +80,10 @@ class OwnBlocks(layers.Whitened):
         for name in ("running_cov", "running_whitening"):
             setattr(self, name, getattr(self, name).repeat_interleave(self.num_blocks, 0))
 
-    def _refresh(self, x: Tensor, mean: Tensor, scale: Tensor, turn: int, momentum: float | None) -> None:
+    def _refresh(self, *args: Any) -> None:
         groups, blocks, block, taps = self._shape
         self._shape = groups * blocks, 1, block, taps
-        super()._refresh(x, mean, scale, turn, momentum)
+        super()._refresh(*args)
         self._shape = groups, blocks, block, taps
 
     def _fold(self, whitening: Tensor, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,7 @@ class CamVid:
         return build_model(self.recipe.model, len(self.samples.classes))[0]
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self.loader.sampler.epoch = epoch  # type: ignore[attr-defined]
+        self.loader.batch_sampler.epoch = epoch  # type: ignore[attr-defined]
         yield from self.loader
 
     def score(self, model: nn.Module) -> float:

@@ -60,6 +60,7 @@ def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device
     features, blocks = fast.running_whitening.shape[-1], fast.num_blocks
     mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
     rows = sample_patches(x.detach(), (3, 3), (1, 1), (1, 1, 1, 1), "zeros", (3, 3)).view(-1, features)
+    samples = x.numel() // channels
     rows = rows[: max(8 * features, 1024)]
     moments = torch.stack((mean, var)).requires_grad_()
 
@@ -86,7 +87,7 @@ def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device
         f"covariance of {len(rows)} patches": lambda: rows.T @ rows,
         f"root of {features} features": lambda: shrunk_inverse_sqrt(fast.running_cov, fast.cov_samples),
         "five Newton-Schulz iterations": lambda: inverse_sqrt(fast.running_cov, 1e-5, 5),
-        "fast layer, refresh": lambda: fast._refresh(x.detach(), moments.detach(), 0, 0.1),
+        "fast layer, refresh": lambda: fast._refresh(x.detach(), moments.detach(), samples, 0, 0.1),
         "exact layer, forward": lambda: exact(x),
         "exact layer, backward": backward(exact(x)),
     }

@@ -103,43 +103,57 @@ class EvalSet(Dataset[tuple[Tensor, Tensor]]):
         return self.transform(*self.cached.load(index))
 
 
-class EpochSampler(Sampler[int]):
-    """A fresh order every epoch, from seed and epoch alone, as items of a `TrainSet`."""
+class EpochBatches(Sampler[list[int]]):
+    """Batches of items of a `TrainSet`: a fresh order every epoch, from seed and epoch alone.
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
+    Set ``epoch``, and ``start`` to begin with a later batch, before each pass. Of every batch this process
+    gets each ``world``-th item from number ``rank`` on. The incomplete last batch is dropped.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int, world: int) -> None:
+        self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
-        return self.count
+        return self.count // self.batch_size - self.start
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.count, generator=generator) + self.epoch * self.count
-        return iter(order.tolist())
+        order = (torch.randperm(self.count, generator=generator) + self.epoch * self.count).tolist()
+        for batch in range(self.start, self.count // self.batch_size):
+            items = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield items[self.rank :: self.world]
 
 
 def train_loader(
-    samples: Samples, config: DataConfig, batch_size: int, seed: int, multiple: int
+    samples: Samples,
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+    multiple: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader:
-    """Batches of ``batch_size`` in random order; the incomplete last batch is dropped. Set
-    ``loader.sampler.epoch`` before each epoch.
+    """This process's share of batches of ``batch_size`` in random order; see `EpochBatches`, which is
+    ``loader.batch_sampler``.
 
     Raises:
-        UserError: fewer samples than one batch, or whole pictures whose sizes differ.
+        UserError: fewer samples than one batch, fewer in a batch than processes, or whole pictures whose
+            sizes differ.
     """
     if len(samples) < batch_size:
         raise UserError(
             f"train.batch_size = {batch_size}: the training split has only {len(samples)} pictures"
         )
+    if batch_size < world:
+        raise UserError(f"train.batch_size = {batch_size}: it is shared out, and there are {world} processes")
     if config.crop is None and not samples.same_size and batch_size > 1:
         raise UserError("data: pictures of different sizes make no batch; give data.crop or data.size")
     dataset = TrainSet(samples, config, seed, multiple)
     return DataLoader(
         dataset,
-        batch_size,
-        sampler=EpochSampler(len(dataset), seed),
+        batch_sampler=EpochBatches(len(dataset), batch_size, seed, rank, world),
         num_workers=config.num_workers,
-        drop_last=True,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.num_workers > 0,
         generator=torch.Generator().manual_seed(seed),  # else each epoch would draw from torch's global one
