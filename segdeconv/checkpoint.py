@@ -2,12 +2,14 @@
 
 A run folder holds ``recipe.yaml``, ``metrics.jsonl``, ``last.safetensors`` and ``best.safetensors``. A
 checkpoint is the network's state dict with its recipe, class names and scores in the file's metadata, so that
-one file is enough to rebuild the network.
+one file is enough to rebuild the network. ``state.safetensors`` is what training resumes from: network,
+optimiser and averages as tensors, everything else as JSON; ``state.previous.safetensors`` is the one before.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,18 @@ import safetensors
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from segdeconv.config import Recipe, recipe_from_dict, recipe_to_dict
+from segdeconv.config import Recipe, load_recipe, recipe_from_dict, recipe_to_dict
 from segdeconv.errors import UserError
 from segdeconv.files import make_folder, to_json, write_atomically
 from segdeconv.models import build_model
 
 FORMAT = "segdeconv/1"
+STATE_FORMAT = "segdeconv-state/1"
+_STATE, _PREVIOUS = "state.safetensors", "state.previous.safetensors"
+# Keys that may change between stop and resume: they do not change what is computed.
+FREE_KEYS = ("data.root", "data.num_workers", "data.download", "train.checkpoint_minutes")
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,10 @@ def create_run_folder(path: Path, recipe: Recipe) -> None:
     Raises:
         UserError: the folder cannot be made, or holds a run already.
     """
-    if (path / "metrics.jsonl").exists():
-        raise UserError(f"{path}: holds a run already; choose another --out, or remove it first")
+    if (path / "metrics.jsonl").exists() or has_state(path):
+        raise UserError(
+            f"{path}: holds a run already; go on with --resume, choose another --out, or remove it first"
+        )
     make_folder(path)
     text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
     write_atomically(path / "recipe.yaml", lambda temporary: temporary.write_text(text))
@@ -53,7 +61,6 @@ def create_run_folder(path: Path, recipe: Recipe) -> None:
 
 def save_checkpoint(path: Path, model: nn.Module, info: CheckpointInfo) -> None:
     """Write weights and what they belong to, atomically."""
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     metadata = {
         "format": FORMAT,
         "recipe": json.dumps(recipe_to_dict(info.recipe)),
@@ -64,13 +71,75 @@ def save_checkpoint(path: Path, model: nn.Module, info: CheckpointInfo) -> None:
         "scores": to_json(info.scores),
     }
 
+    _save(path, model.state_dict(), metadata)
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
     def write(temporary: Path) -> None:
         try:
-            save_file(tensors, temporary, metadata)
+            save_file(plain, temporary, metadata)
         except safetensors.SafetensorError as error:  # what it makes of a full disk
             raise OSError(str(error)) from None
 
     write_atomically(path, write)
+
+
+def save_state(run: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Write what training resumes from, atomically; the state before is kept beside it."""
+    path = run / _STATE
+    fresh = run / "state.new.safetensors"
+    _save(fresh, tensors, {"format": STATE_FORMAT, "values": json.dumps(values)})
+    try:
+        if path.exists():
+            os.replace(path, run / _PREVIOUS)
+        os.replace(fresh, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def has_state(run: Path) -> bool:
+    return any((run / name).exists() for name in (_STATE, _PREVIOUS))
+
+
+def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and values of the newest state of a run that can be read.
+
+    Raises:
+        UserError: there is none.
+    """
+    problems = []
+    for path in (run / _STATE, run / _PREVIOUS):
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            if metadata.get("format") != STATE_FORMAT:
+                raise ValueError(f"its format is not {STATE_FORMAT}")
+            return load_file(path), json.loads(metadata["values"])
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+            problems.append(f"{path}: {error}")
+    raise UserError(f"no state to resume from: {'; '.join(problems)}")
+
+
+def check_same_recipe(run: Path, recipe: Recipe) -> None:
+    """Raise UserError unless a run was begun with this recipe, but for keys that do not change the result."""
+    begun = flat(recipe_to_dict(load_recipe(run / "recipe.yaml")))
+    for key, value in flat(recipe_to_dict(recipe)).items():
+        if begun.get(key) != value and key not in FREE_KEYS:
+            raise UserError(
+                f"{run}: was begun with {key} = {begun.get(key)!r}, not {value!r}; resume it with the same "
+                "recipe and --set, or choose another --out"
+            )
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one, with keys such as ``train.lr``."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and value
+        out |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return out
 
 
 def find_checkpoint(run: str | Path) -> Path:

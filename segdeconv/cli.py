@@ -6,7 +6,7 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Optional, TypeVar
 
 import typer
 
@@ -21,12 +21,28 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Number = TypeVar("Number", int, float)
+
+data_app = typer.Typer(
+    help="Look at data before training.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(data_app, name="data")
+_SHOWN_PROBLEMS = 50
+
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
 class Norm(str, Enum):
     nd = "nd"
     bn = "bn"
+
+
+class Split(str, Enum):
+    train = "train"
+    val = "val"
+    test = "test"
 
 
 class Output(str, Enum):
@@ -66,18 +82,34 @@ def train(
         Optional[Path],  # noqa: UP045
         typer.Option(help="The run's folder; by default runs/NAME.NORM."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; begin it where there is none.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Describe the run and train two steps; write nothing.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
-    """Train a recipe and leave checkpoints, metrics and curves in a run folder."""
-    from segdeconv.config import load_recipe
+    """Train a recipe and leave checkpoints, metrics and curves in a run folder.
+
+    Several processes: torchrun --nproc-per-node=N -m segdeconv train RECIPE
+    """
+    import yaml
+
+    from segdeconv.config import load_recipe, recipe_to_dict
     from segdeconv.progress import console
+    from segdeconv.train import dry_run as describe_run
     from segdeconv.train import pick_device
     from segdeconv.train import train as train_run
 
     changes = list(overrides or []) + ([f"model.norm={norm.value}"] if norm else [])
     loaded = load_recipe(recipe, changes)
+    if dry_run:
+        console.print(yaml.safe_dump(recipe_to_dict(loaded), sort_keys=False))
+        describe_run(loaded, pick_device(device))
+        return
     folder = out or Path("runs") / f"{loaded.name}.{loaded.model.norm}"
-    train_run(loaded, folder, pick_device(device))
+    train_run(loaded, folder, pick_device(device), resume)
     console.print(f"wrote {folder}; next: segdeconv eval {folder}")
 
 
@@ -92,17 +124,91 @@ def evaluate(
         Optional[str],  # noqa: UP045
         typer.Option(help="Where the data lies, if not where the recipe says."),
     ] = None,
+    split: Annotated[Split, typer.Option(help="Which pictures.")] = Split.val,
+    window: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="H,W", help="Sliding windows of this size, instead of whole pictures."),
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Least share that a window has in common with the next.")
+    ] = 0.25,
+    flip: Annotated[bool, typer.Option("--flip", help="Average with the mirror image.")] = False,
+    scales: Annotated[
+        str, typer.Option(metavar="S,...", help="Average over sizes of the picture, such as 0.75,1,1.25.")
+    ] = "1",
+    original: Annotated[
+        bool,
+        typer.Option("--original", help="Score at the pictures' own size where the recipe resizes them."),
+    ] = False,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The folder for eval.json and pictures; by default the run's."),
+    ] = None,
+    save_predictions: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="A folder for a label PNG of every picture at its own size (implies --original); label ids, "
+            "named as the server wants them, for Cityscapes."
+        ),
+    ] = None,
+    submit: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A zip file of the test split's label PNGs for the Cityscapes server."),
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Score a run on its validation split: per-class IoU, mIoU, pixel accuracy or top-1."""
+    """Score a run: IoU by class, pixel accuracy, categories and instances of Cityscapes; or top-1 and top-5.
+
+    Without options pictures have the recipe's size and are run whole, as in training's validation.
+    """
     from segdeconv.checkpoint import find_checkpoint, read_info
-    from segdeconv.evaluate import evaluate_run, table, write_scores
+    from segdeconv.evaluate import Inference, evaluate_run, scores_folder, table, write_scores
+    from segdeconv.files import make_folder
     from segdeconv.progress import console
     from segdeconv.train import pick_device
 
-    scores = evaluate_run(run, pick_device(device), onnx, root)
-    console.print(table(scores, read_info(find_checkpoint(run)).task))
-    console.print(f"wrote {write_scores(run, scores)}")
+    inference = Inference(
+        window=None if window is None else _pair("--window", window),
+        overlap=overlap,
+        flip=flip,
+        scales=tuple(_numbers("--scales", scales, float)),
+        original=original,
+    )
+    info = read_info(find_checkpoint(run))
+    folder = scores_folder(run) if out is None else make_folder(out)
+    scores = evaluate_run(
+        run,
+        pick_device(device),
+        onnx,
+        root,
+        split.value,
+        inference,
+        figures=None if onnx else folder,
+        predictions=save_predictions,
+        submission=submit,
+    )
+    if any(map(any, scores["confusion"])):
+        console.print(table(scores, info.task))
+    else:
+        console.print("these pictures have no labels, so there is nothing to score")
+    for path in filter(None, (write_scores(folder, scores), save_predictions, submit)):
+        console.print(f"wrote {path}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("runs/compare"),
+) -> None:
+    """Curves and scores of runs, by step, epoch and time; seeds of one recipe as mean and spread."""
+    from segdeconv.compare import compare_runs, legend, table
+    from segdeconv.progress import console
+
+    metric, entries = compare_runs(runs, out)
+    for line in legend(entries):
+        console.print(line)
+    console.print(table(metric, entries))
+    console.print(f"wrote compare.png, compare.md and compare.json to {out}")
 
 
 @app.command()
@@ -156,6 +262,40 @@ def demo(
     run_demo(out, overrides)
 
 
+@data_app.command("check")
+def data_check(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe's name (see: segdeconv recipes).")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a key, e.g. data.root=data/mine. Repeatable."
+        ),
+    ] = None,
+) -> None:
+    """Read every picture and mask: list all that is wrong, and what the classes and colours are."""
+    from segdeconv.config import load_recipe
+    from segdeconv.data.check import as_keys, check, table
+    from segdeconv.progress import console
+
+    report = check(load_recipe(recipe, overrides).data)
+    console.print(table(report))
+    console.print(as_keys(report))
+    for split in report.splits:
+        for warning in split.warnings:
+            console.print(f"warning: {warning}")
+    for problem in report.problems[:_SHOWN_PROBLEMS]:
+        console.print(f"wrong: {problem}")
+    if report.problems:
+        more = len(report.problems) - _SHOWN_PROBLEMS
+        raise UserError(
+            f"{recipe}: {len(report.problems)} things are wrong with the data"
+            + (f", of which {more} are not shown" if more > 0 else "")
+        )
+    console.print(
+        " and ".join(f"{s.pictures} pictures of {s.name}" for s in report.splits) + ": nothing is wrong"
+    )
+
+
 @app.command()
 def recipes() -> None:
     """List the recipes that come with the package."""
@@ -164,7 +304,21 @@ def recipes() -> None:
     for name, path in own_recipes().items():
         recipe = load_recipe(name)
         network = "_".join(filter(None, (recipe.model.architecture, recipe.model.encoder)))
-        print(f"{name:28} {network} on {recipe.data.dataset}, {recipe.train.epochs} epochs  ({path})")
+        print(f"{name:30} {network} on {recipe.data.dataset}, {recipe.train.epochs} epochs  ({path})")
+
+
+def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r}: expected numbers with commas between them") from None
+
+
+def _pair(option: str, text: str) -> tuple[int, int]:
+    numbers = _numbers(option, text, int)
+    if len(numbers) != 2:
+        raise UserError(f"{option} {text!r}: expected height and width in pixels, such as 512,1024")
+    return numbers[0], numbers[1]
 
 
 def main() -> None:

@@ -102,12 +102,17 @@ class DataConfig:
         crop: height and width of training crops; None trains on whole pictures.
         pad: pixels added on every side before the training crop.
         scale: range of the random scale factor in training.
+        resized_crop: let a training crop be a window of 8 to 100 % of the picture's area and an aspect ratio
+            of 3/4 to 4/3, resized to ``crop`` (arXiv 1409.4842).
+        shorter_side: evaluate classifiers on the central ``crop`` of pictures whose shorter side is resized
+            to this; None takes whole pictures.
         hflip: mirror half of the training pictures.
         color: strength of the colour jitter in training, 0 to 1.
         classes: class names in label order, for datasets that do not bring their own.
         palette: one RGB colour a class, 0 to 255; None takes evenly spread colours.
         ignore_index: label value that counts in neither loss nor metrics.
         train, val: what each split is called in the dataset's folders.
+        download: fetch files that are missing, for the data sets that torchvision fetches.
         count: pictures in the train and the val split of a drawn dataset (toy).
         mean, std: normalisation in units of 0 to 1, RGB.
         num_workers: loader processes; 0 loads in the training process.
@@ -119,6 +124,8 @@ class DataConfig:
     crop: Size | None = None
     pad: Annotated[int, Field(ge=0)] = 0
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 1.0)
+    resized_crop: bool = False
+    shorter_side: Positive | None = None
     hflip: bool = True
     color: Fraction = 0.0
     classes: tuple[str, ...] | None = None
@@ -126,6 +133,7 @@ class DataConfig:
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
     train: str = "train"
     val: str = "val"
+    download: bool = False
     count: tuple[Positive, Positive] = (320, 48)
     mean: tuple[Fraction, Fraction, Fraction] = (0.485, 0.456, 0.406)
     std: tuple[Fraction, Fraction, Fraction] = (0.229, 0.224, 0.225)
@@ -137,6 +145,13 @@ class DataConfig:
             raise ValueError(f"scale must be (smallest, largest), not {self.scale}")
         if self.crop is None and (self.scale != (1.0, 1.0) or self.pad):
             raise ValueError("scale and pad change the size of pictures, so they need crop")
+        if self.resized_crop and (self.crop is None or self.scale != (1.0, 1.0) or self.pad):
+            raise ValueError("resized_crop needs crop, and neither scale nor pad")
+        if self.shorter_side is not None:
+            if self.crop is None or self.size is not None:
+                raise ValueError("shorter_side needs crop, and no size")
+            if self.shorter_side < max(self.crop):
+                raise ValueError(f"shorter_side = {self.shorter_side} is less than crop = {self.crop}")
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("classes holds a name twice")
         if self.palette is not None and self.classes is not None and len(self.palette) != len(self.classes):
@@ -155,10 +170,17 @@ class TrainConfig:
     Attributes:
         lr: the peak learning rate, reached after ``warmup_epochs`` of linear warm-up.
         schedule: 'poly' is (1 - t)^``poly_power``, 'cosine' is (1 + cos πt) / 2, 'constant' stays at lr.
+        clip_grad: largest norm of all gradients together; None does not clip.
         amp: autocast to 'bf16' or 'fp16' (with loss scaling), or 'off'.
         label_smoothing: as in cross-entropy.
+        class_weights: one weight a class in the cross-entropy; `segdeconv data check` suggests some.
+        ohem: share of the labelled pixels, the hardest, that count in the cross-entropy (online hard example
+            mining, arXiv 1604.03540); None takes all.
+        dice_weight: weight of a soft Dice loss over classes beside the cross-entropy (arXiv 1606.04797).
         aux_weight: weight of the auxiliary head's loss, where the network has one.
+        ema_decay: evaluate and keep an exponential moving average of the weights, such as 0.999 a step.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
+        checkpoint_minutes: training time between two states to resume from; one is left after every epoch too.
     """
 
     epochs: Positive = 30
@@ -170,10 +192,16 @@ class TrainConfig:
     schedule: Literal["poly", "cosine", "constant"] = "poly"
     poly_power: Annotated[float, Field(gt=0)] = 0.9
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
     amp: Literal["off", "bf16", "fp16"] = "off"
     label_smoothing: Fraction = 0.0
+    class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    ohem: Annotated[float, Field(gt=0, lt=1)] | None = None
+    dice_weight: Annotated[float, Field(ge=0)] = 0.0
     aux_weight: Annotated[float, Field(ge=0)] = 0.4
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     eval_every: Positive = 1
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
     seed: Annotated[int, Field(ge=0)] = 0
 
 

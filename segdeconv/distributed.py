@@ -43,8 +43,12 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The elementwise sum over all processes, differentiable once."""
-    return _SumOverRanks.apply(values)
+    """The elementwise sum over all processes, differentiable once.
+
+    A loss made of such sums is the same on every rank. Each rank's gradient is then that of its own share times
+    the number of ranks, which the average of DistributedDataParallel takes out again.
+    """
+    return _SumOverRanks.apply(values) if world_size() > 1 else values
 
 
 def mean_over_ranks(count: int, *values: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -71,6 +75,12 @@ def start(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def stop() -> None:

@@ -1,35 +1,63 @@
-"""Training: a recipe in, a run folder out."""
+"""Training: a recipe in, a run folder out, whatever stops it in between.
+
+A run is a function of its recipe: a sample depends on seed, epoch and index, a step's random numbers on seed,
+step and rank. What is left to keep for resuming bit for bit is in `_Run.save_state`.
+
+Under torchrun every process works on its share of each batch; see `segdeconv.distributed`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+import shutil
+import signal
+import sys
 import time
+import warnings
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
+import timm.layers
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
-from segdeconv.checkpoint import CheckpointInfo, create_run_folder, save_checkpoint
+from segdeconv import distributed
+from segdeconv.checkpoint import (
+    CheckpointInfo,
+    check_same_recipe,
+    create_run_folder,
+    has_state,
+    load_state,
+    save_checkpoint,
+    save_state,
+)
 from segdeconv.config import Recipe, TrainConfig
-from segdeconv.convert import calibrate
-from segdeconv.data import Samples, eval_loader, open_samples, train_loader
+from segdeconv.convert import ConversionReport, calibrate
+from segdeconv.data import EvalSet, Samples, eval_loader, open_samples, train_loader
+from segdeconv.distributed import rank, sum_over_ranks, world_size
 from segdeconv.errors import UserError
 from segdeconv.evaluate import ignore_index_of, score, torch_predictor
-from segdeconv.figures import training_curves
-from segdeconv.files import to_json, write_atomically
+from segdeconv.figures import read_metrics, training_curves, triptych
+from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
-from segdeconv.models import build_model, resolve, size_multiple, split_output, starts_trained
+from segdeconv.models import build_model, resolve, size_multiple, starts_trained
 from segdeconv.progress import Bar, console
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CALIBRATION_BATCHES = 16
+_PICTURES = 3  # shown in TensorBoard
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str, power: float) -> float:
@@ -53,23 +81,6 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
 
 
-def loss_of(output: Any, targets: Tensor, config: TrainConfig, ignore_index: int) -> Tensor:
-    """Mean cross-entropy over labelled pixels, plus the auxiliary heads' where the network has some."""
-
-    # Summed and divided by hand: the mean over a batch without a single labelled pixel would be NaN.
-    counted = (targets != ignore_index).sum().clamp(min=1)
-
-    def entropy(logits: Tensor) -> Tensor:
-        smoothing = config.label_smoothing
-        total = F.cross_entropy(
-            logits.float(), targets, ignore_index=ignore_index, label_smoothing=smoothing, reduction="sum"
-        )
-        return total / counted
-
-    main, auxiliary = split_output(output)
-    return entropy(main) + config.aux_weight * sum(entropy(logits) for logits in auxiliary)
-
-
 def pick_device(name: str) -> torch.device:
     """'auto' is CUDA where there is one, else the CPU.
 
@@ -88,24 +99,106 @@ def pick_device(name: str) -> torch.device:
 
 
 def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)
 
 
-def train(recipe: Recipe, out: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def train(
+    recipe: Recipe, out: Path, device: torch.device | str = "cpu", resume: bool = False
+) -> dict[str, Any]:
     """Train one run and leave it in ``out``.
 
     Writes ``recipe.yaml``, ``conversion.txt`` (what became of every layer), ``metrics.jsonl`` (a line an
-    epoch), TensorBoard events, ``last.safetensors``, ``best.safetensors`` and ``curves.png``.
+    epoch), TensorBoard events, ``last.safetensors``, ``best.safetensors``, ``curves.png``, and
+    ``state.safetensors``, from which a stopped run goes on. SIGTERM, or Ctrl-C, leaves a state and ends the
+    process.
+
+    Args:
+        resume: go on with the run in ``out``, bit for bit as if it had not been stopped; begin it where there
+            is none.
 
     Returns:
         The last line of metrics.jsonl.
 
     Raises:
-        UserError: data, network or folder are not as they should be, or the loss became NaN or infinite.
+        UserError: data, network or folder are not as they should be, another process trains in ``out``, or
+            the loss became NaN or infinite.
     """
     device = torch.device(device)
+    if not distributed.launched_by_torchrun():
+        return _train(recipe, out, device, resume)
+    device = distributed.start(device)
+    console.quiet = rank() != 0
+    try:
+        return _train(recipe, out, device, resume)
+    finally:
+        distributed.stop()
+
+
+def _train(recipe: Recipe, out: Path, device: torch.device, resume: bool) -> dict[str, Any]:
+    run = _prepare(recipe, device)
+    make_folder(out)
+    with _only_process(out), _signals() as stop:
+        resume = resume and has_state(out)
+        if resume:
+            check_same_recipe(out, recipe)
+        distributed.wait()  # before rank 0 leaves traces of a new run, the others have looked
+        if rank() == 0 and not resume:
+            create_run_folder(out, recipe)
+        return run.fit(out, resume, stop)
+
+
+def dry_run(recipe: Recipe, device: torch.device | str = "cpu") -> None:
+    """Print what a run would be, and train two steps: parameters, operations, memory, conversion report."""
+    run = _prepare(recipe, torch.device(device))
+    run.describe()
+
+
+@contextlib.contextmanager
+def _only_process(out: Path) -> Iterator[None]:
+    """Hold the run folder's lock, which dies with the process, on rank 0."""
+    if rank() != 0:
+        yield
+        return
+    try:
+        with filelock.FileLock(out / ".lock", blocking=False):
+            for stale in out.glob(".*.tmp*"):  # what a killed process was writing
+                stale.unlink()
+            yield
+    except filelock.Timeout:
+        raise UserError(
+            f"{out}: another process trains in this folder; wait for it, or choose another --out"
+        ) from None
+
+
+class _Stop:
+    """Whether a signal asked the run to stop, and which."""
+
+    signal: int | None = None
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[_Stop]:
+    stop = _Stop()
+    try:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _prepare(recipe: Recipe, device: torch.device) -> _Run:
+    """Open the data and build the network."""
     config = recipe.train
     architecture, _ = resolve(recipe.model)
     samples, held_out = open_samples(recipe.data, "train"), open_samples(recipe.data, "val")
@@ -116,26 +209,16 @@ def train(recipe: Recipe, out: Path, device: torch.device | str = "cpu") -> dict
         )
     if samples.classes != held_out.classes:
         raise UserError("the train and val splits have different classes")
+    if config.class_weights is not None and len(config.class_weights) != len(samples.classes):
+        raise UserError(
+            f"train.class_weights has {len(config.class_weights)} values for {len(samples.classes)} classes; "
+            "give one each"
+        )
+    if samples.task == "classification" and (config.dice_weight or config.ohem is not None):
+        raise UserError("train.dice_weight and train.ohem are for segmentation; remove them")
     seed_everything(config.seed)
     model, report = build_model(recipe.model, len(samples.classes))
-    multiple = size_multiple(model)
-    loader = train_loader(samples, recipe.data, config.batch_size, config.seed, multiple)
-    val_loader = eval_loader(held_out, recipe.data, config.batch_size, multiple)
-    create_run_folder(out, recipe)
-
-    model.to(device)
-    if report is not None:
-        write_atomically(out / "conversion.txt", lambda temporary: temporary.write_text(f"{report}\n"))
-        console.print(f"network deconvolution: {report.summary()}\n  every layer: {out / 'conversion.txt'}")
-        if starts_trained(recipe.model):
-            calibrate(model, (images.to(device) for images, _ in islice(loader, _CALIBRATION_BATCHES)))
-    parameters = sum(p.numel() for p in model.parameters())
-    console.print(
-        f"{recipe.name}: {recipe.model.architecture}, {parameters / 1e6:.2f} M parameters, norm "
-        f"{recipe.model.norm}, {len(samples)} training and {len(held_out)} validation pictures, on {device}"
-    )
-    ignore_index = ignore_index_of(samples, recipe.data)
-    return _Run(recipe, out, device, model, loader, ignore_index).fit(held_out, val_loader)
+    return _Run(recipe, device, model.to(device), report, samples, held_out)
 
 
 class _Run:
@@ -144,111 +227,461 @@ class _Run:
     def __init__(
         self,
         recipe: Recipe,
-        out: Path,
         device: torch.device,
         model: nn.Module,
-        loader: DataLoader[Any],
-        ignore_index: int,
+        report: ConversionReport | None,
+        samples: Samples,
+        held_out: Samples,
     ) -> None:
-        self.recipe, self.out, self.device, self.model, self.loader = recipe, out, device, model, loader
-        config = recipe.train
-        self.ignore_index = ignore_index
-        self.optimizer = make_optimizer(model, config)
-        steps = config.epochs * len(loader)
-        warmup = round(config.warmup_epochs * len(loader))
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(step, steps, warmup, config.schedule, config.poly_power)
+        self.recipe, self.device, self.model, self.report = recipe, device, model, report
+        self.samples, self.held_out = samples, held_out
+        config, data, multiple = recipe.train, recipe.data, size_multiple(model)
+        self.loader = train_loader(
+            samples, data, config.batch_size, config.seed, multiple, rank(), world_size()
         )
+        self.batches: Any = self.loader.batch_sampler
+        self.val_set = EvalSet(held_out, data, multiple)
+        self.val_loader = eval_loader(held_out, data, config.batch_size, multiple, rank(), world_size())
+        self.ignore_index = ignore_index_of(samples, data)
+        self.steps_per_epoch = len(self.loader)
+        self.optimizer = make_optimizer(model, config)
         self.amp = AMP[config.amp]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        average = get_ema_multi_avg_fn(config.ema_decay or 0.0)
+        self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if config.ema_decay else None
+        self.parallel = self._parallel()
+        self.step = self.finished_epochs = 0
+        self.best, self.seconds = -1.0, 0.0
+        self.board: SummaryWriter | None = None
+        self.loss_total = torch.zeros((), device=device)  # of the epoch so far
 
-    def fit(self, held_out: Samples, val_loader: DataLoader) -> dict[str, Any]:
-        config, task, metric = self.recipe.train, held_out.task, MAIN_METRIC[held_out.task]
-        best, seconds, line = -1.0, 0.0, {}
-        with SummaryWriter(str(self.out / "tensorboard")) as board:
-            for epoch in range(1, config.epochs + 1):
-                start = time.monotonic()
-                loss = self._epoch(epoch)
-                seconds += time.monotonic() - start
-                line = {
-                    "epoch": epoch,
-                    "loss": loss,
-                    "lr": self.optimizer.param_groups[0]["lr"],
-                    "seconds": seconds,
-                }
+    def _parallel(self) -> nn.Module:
+        if world_size() == 1:
+            return self.model
+        on_cpu = self.device.type == "cpu"
+        if self.recipe.model.norm == "bn" and not on_cpu:
+            self.model = timm.layers.convert_sync_batchnorm(self.model)
+        elif self.recipe.model.norm == "bn" and rank() == 0:
+            console.print("note: on the CPU, batch norm takes its statistics from each process's own share")
+        with warnings.catch_warnings():  # newer torch has another name for broadcast_buffers
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                self.model,
+                device_ids=None if on_cpu else [self.device],
+                # Whitened layers have the same running values on all ranks; batch norm on the CPU has not.
+                broadcast_buffers=self.recipe.model.norm == "bn",
+                static_graph=True,
+            )
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is scored and kept: the averaged one, where there is an average."""
+        return self.model if self.ema is None else self.ema.module
+
+    # What a stopped run goes on from.
+
+    def save_state(self, out: Path) -> None:
+        if rank() != 0:
+            return
+        tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        if self.ema is not None:
+            tensors |= {f"ema.{key}": value for key, value in self.ema.state_dict().items()}
+        optimizer = self.optimizer.state_dict()
+        for index, state in optimizer["state"].items():
+            tensors |= {
+                f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None
+            }
+        tensors["loss_total"] = self.loss_total
+        values = {
+            "step": self.step,
+            "finished_epochs": self.finished_epochs,
+            "best": self.best,
+            "seconds": self.seconds,
+            "scaler": self.scaler.state_dict(),
+        }
+        save_state(out, tensors, values)
+
+    def load_state(self, out: Path) -> None:
+        tensors, values = load_state(out)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            parts.setdefault(part, {})[name] = value
+        try:
+            self.model.load_state_dict(parts["model"])
+            if self.ema is not None:
+                self.ema.load_state_dict(parts["ema"])
+        except RuntimeError as error:
+            raise UserError(
+                f"{out}: its state does not fit the network ({str(error).splitlines()[0]})"
+            ) from None
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in parts["optimizer"].items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.scaler.load_state_dict(values["scaler"])
+        self.loss_total = tensors["loss_total"].to(self.device)
+        self.step, self.finished_epochs = values["step"], values["finished_epochs"]
+        self.best, self.seconds = values["best"], values["seconds"]
+
+    # The run.
+
+    def fit(self, out: Path, resume: bool, stop: _Stop) -> dict[str, Any]:
+        self.out, self.stop = out, stop
+        config, metric = self.recipe.train, MAIN_METRIC[self.held_out.task]
+        self._announce()
+        if resume:
+            self.load_state(out)
+            self._forget_later_lines()
+            console.print(
+                f"resuming at step {self.step % self.steps_per_epoch} of epoch {self.finished_epochs + 1}"
+            )
+        else:
+            self._begin()
+        line: dict[str, Any] = read_metrics(out)[-1] if self.finished_epochs else {}
+        if rank() == 0:
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=self.step + 1)
+        with self.board or contextlib.nullcontext():
+            for epoch in range(self.finished_epochs + 1, config.epochs + 1):
+                line = self._epoch(epoch)
                 scores: dict[str, Any] = {}
                 if epoch % config.eval_every == 0 or epoch == config.epochs:
-                    scores = score(
-                        torch_predictor(self.model, self.amp),
-                        val_loader,
-                        held_out,
-                        self.ignore_index,
-                        self.device,
-                        f"epoch {epoch} val",
-                    )
-                    scores.pop("confusion")
-                    line |= {key: value for key, value in scores.items() if not isinstance(value, dict)}
-                self._write(board, line)
-                info = CheckpointInfo(self.recipe, task, held_out.classes, held_out.palette, epoch, line)
-                save_checkpoint(self.out / "last.safetensors", self.model, info)
-                if scores and scores[metric] > best:
-                    best = scores[metric]
-                    save_checkpoint(self.out / "best.safetensors", self.model, info)
+                    scores = self._score(epoch)
+                    line |= {key: value for key, value in scores.items() if key != "confusion"}
                 shown = f", {metric} {scores[metric]:.4f}" if scores else ""
                 console.print(
-                    f"epoch {epoch}/{config.epochs}: loss {loss:.4f}{shown}, {seconds:.0f} s of training"
+                    f"epoch {epoch}/{config.epochs}: loss {line['loss']:.4f}{shown}, "
+                    f"{line['images_per_second']:.1f} images/s, loader {line['loader_share']:.0%}, "
+                    f"{self.seconds:.0f} s of training"
                 )
-        training_curves({self.recipe.model.norm: self.out}, self.out / "curves.png", metric)
+                score_now = scores.get(metric, -1.0)
+                if rank() == 0:
+                    self._keep(line, score_now)
+                self.best = max(self.best, score_now)
+                self.finished_epochs, self.loss_total = epoch, torch.zeros_like(self.loss_total)
+                self.save_state(out)
+        if rank() == 0:
+            training_curves({self.recipe.model.norm: [out]}, out / "curves.png", metric)
+        distributed.wait()
         return line
 
-    def _epoch(self, epoch: int) -> float:
-        """One pass over the training split; returns the mean loss."""
-        self.model.train()
-        sampler: Any = self.loader.sampler
-        sampler.epoch = epoch - 1
-        total = torch.zeros((), device=self.device)
-        bar = Bar(self.loader, len(self.loader), f"epoch {epoch}/{self.recipe.train.epochs}")
-        for step, (images, targets) in enumerate(bar, 1):
-            try:
-                loss = self._step(images.to(self.device), targets.to(self.device))
-            except torch.OutOfMemoryError:
-                raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
-            except (RuntimeError, ValueError) as error:
-                if epoch > 1 or step > 1:
-                    raise
+    def _begin(self) -> None:
+        """Statistics for trained weights, and a first state: a folder that cannot hold one says so now."""
+        if self.report is not None and starts_trained(self.recipe.model):
+            images = (images.to(self.device) for images, _ in islice(self.loader, _CALIBRATION_BATCHES))
+            calibrate(self.model, images)
+        if rank() == 0:
+            if self.report is not None:
+                text = f"{self.report}\n"
+                write_atomically(self.out / "conversion.txt", lambda temporary: temporary.write_text(text))
+            self.save_state(self.out)
+            size = (self.out / "state.safetensors").stat().st_size
+            wanted, free = (
+                5 * size,
+                shutil.disk_usage(self.out).free,
+            )  # momenta and averages are still to come
+            if free < wanted:
                 raise UserError(
-                    f"the network cannot train on batches of shape {tuple(images.shape)} "
-                    f"({str(error).splitlines()[0]}); check train.batch_size, data.crop and model.options"
-                ) from error
-            total += loss
-            if step % 10 == 0 or step == len(self.loader):
-                mean = (total / step).item()
-                if not math.isfinite(mean):
-                    raise UserError(
-                        f"the loss became {mean} at step {step} of epoch {epoch}; try a lower train.lr (now "
-                        f"{self.recipe.train.lr}), a longer train.warmup_epochs, or train.amp: off"
-                    )
-                bar.note = f"loss {mean:.4f}"
-        return (total / len(self.loader)).item()
+                    f"{self.out}: the run's checkpoints need about {wanted / 2**20:.0f} MiB, and "
+                    f"{free / 2**20:.0f} MiB are free; make room or choose another --out"
+                )
+
+    def _announce(self) -> None:
+        if self.report is not None:
+            console.print(f"network deconvolution: {self.report.summary()}")
+        parameters = sum(p.numel() for p in self.model.parameters())
+        ranks = f", {world_size()} processes" if world_size() > 1 else ""
+        console.print(
+            f"{self.recipe.name}: {self.recipe.model.architecture}, {parameters / 1e6:.2f} M parameters, "
+            f"norm {self.recipe.model.norm}, {len(self.samples)} training and {len(self.held_out)} validation "
+            f"pictures, on {self.device}{ranks}"
+        )
+
+    def _epoch(self, epoch: int) -> dict[str, Any]:
+        """Train the rest of an epoch; returns its line for metrics.jsonl."""
+        config = self.recipe.train
+        self.model.train()
+        self.batches.epoch, self.batches.start = (
+            epoch - 1,
+            self.step - self.finished_epochs * self.steps_per_epoch,
+        )
+        source = _Timed(self.loader)
+        bar = Bar(source, len(self.loader), f"epoch {epoch}/{config.epochs}")
+        begin = saved = time.monotonic()
+        before, first = self.seconds, self.batches.start
+        recent: list[Tensor] = []  # losses not looked at yet: on a GPU looking means waiting
+        patience = 1 if self.device.type == "cpu" else 10
+        for images, targets in bar:
+            recent.append(self._guarded_step(images.to(self.device), targets.to(self.device)))
+            self.loss_total += recent[-1]
+            self.step += 1
+            done = self.step - (epoch - 1) * self.steps_per_epoch
+            if len(recent) < patience and done < self.steps_per_epoch:
+                continue
+            self._check_finite(recent, images.to(self.device), done, epoch)
+            recent.clear()
+            lr = self.optimizer.param_groups[0]["lr"]
+            bar.note = (
+                f"loss {self.loss_total.item() / done:.4f}, lr {lr:.3g}, {memory_mib(self.device):.0f} MiB"
+            )
+            self.seconds = before + time.monotonic() - begin
+            if self._asked_to_stop():
+                self._leave()
+            if time.monotonic() - saved >= 60 * config.checkpoint_minutes and done < self.steps_per_epoch:
+                self.save_state(self.out)
+                saved = time.monotonic()
+        took = time.monotonic() - begin
+        self.seconds = before + took
+        self.batches.start = 0
+        return {
+            "epoch": epoch,
+            "step": self.step,
+            "loss": self.loss_total.item() / self.steps_per_epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": self.seconds,
+            "images_per_second": (self.steps_per_epoch - first) * config.batch_size / max(took, 1e-9),
+            "loader_share": source.seconds / max(took, 1e-9),
+            "memory_mib": memory_mib(self.device),
+        }
+
+    def _guarded_step(self, images: Tensor, targets: Tensor) -> Tensor:
+        try:
+            return self._step(images, targets)
+        except torch.OutOfMemoryError:
+            raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
+        except (RuntimeError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            if world_size() > 1 and any(word in first for word in ("Connection", "gloo", "NCCL", "peer")):
+                raise UserError(
+                    f"rank {rank()}: another process of this run ended or hangs ({first}); its own message "
+                    "says why; start again with --resume"
+                ) from None
+            if self.step > 0:
+                raise
+            raise UserError(
+                f"the network cannot train on batches of shape {tuple(images.shape)} "
+                f"({first}); check train.batch_size, data.crop and model.options"
+            ) from error
 
     def _step(self, images: Tensor, targets: Tensor) -> Tensor:
+        config = self.recipe.train
+        seed_everything(int(np.random.SeedSequence((config.seed, self.step, rank())).generate_state(1)[0]))
+        steps, warmup = (
+            config.epochs * self.steps_per_epoch,
+            round(config.warmup_epochs * self.steps_per_epoch),
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * lr_factor(self.step, steps, warmup, config.schedule, config.poly_power)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-            output = self.model(images)
-        loss = loss_of(output, targets, self.recipe.train, self.ignore_index)
+            output = self.parallel(images)
+        loss = loss_of(output, targets, config, self.ignore_index)
         self.scaler.scale(loss).backward()
+        if config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
         return loss.detach()
 
-    def _write(self, board: SummaryWriter, line: dict[str, Any]) -> None:
+    def _check_finite(self, losses: list[Tensor], images: Tensor, done: int, epoch: int) -> None:
+        finite = torch.stack(losses).isfinite()
+        if finite.all():
+            return
+        late = len(losses) - int(finite.int().argmin())  # steps since the first bad one, itself included
+        bad = losses[-late].item()
+        raise UserError(
+            f"the loss became {bad} at step {done - late + 1} of epoch {epoch}; "
+            f"{first_bad_layer(self.model, images)}; try a lower train.lr (now {self.recipe.train.lr}), "
+            "a longer train.warmup_epochs, train.clip_grad, or train.amp: off"
+        )
+
+    def _asked_to_stop(self) -> bool:
+        if world_size() == 1:
+            return self.stop.signal is not None
+        asked = torch.tensor(float(self.stop.signal is not None), device=self.device)
+        if sum_over_ranks(asked).item() and self.stop.signal is None:
+            self.stop.signal = signal.SIGTERM
+        return self.stop.signal is not None
+
+    def _leave(self) -> None:
+        self.save_state(self.out)
+        console.print(f"stopped by a signal at step {self.step}; nothing is lost: go on with --resume")
+        raise SystemExit(130 if self.stop.signal == signal.SIGINT else 0)
+
+    def _score(self, epoch: int) -> dict[str, Any]:
+        batches: Any = _Stoppable(self.val_loader, self)
+        return score(
+            torch_predictor(self.evaluated, self.amp),
+            batches,
+            self.held_out,
+            self.ignore_index,
+            self.device,
+            f"epoch {epoch} val",
+        )
+
+    def _keep(self, line: dict[str, Any], score_now: float) -> None:
+        """Leave an epoch's results: its line, checkpoints, TensorBoard's scalars and pictures."""
         path = self.out / "metrics.jsonl"
         try:
             with open(path, "a") as file:
                 file.write(to_json(line) + "\n")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        scalars = {key: value for key, value in line.items() if not isinstance(value, dict)}
+        held_out = self.held_out
+        info = CheckpointInfo(
+            self.recipe, held_out.task, held_out.classes, held_out.palette, line["epoch"], scalars
+        )
+        save_checkpoint(self.out / "last.safetensors", self.evaluated, info)
+        if score_now > self.best:
+            save_checkpoint(self.out / "best.safetensors", self.evaluated, info)
+        assert self.board is not None
         for key, value in line.items():
-            if key != "epoch":
-                board.add_scalar(key, value, line["epoch"])
+            for name, number in value.items() if isinstance(value, dict) else [("", value)]:
+                self.board.add_scalar(f"{key}/{name}" if name else key, number, self.step)
+        if score_now >= 0 and held_out.task == "segmentation":
+            self.board.add_image("val", self._pictures(), self.step, dataformats="HWC")
+
+    def _pictures(self) -> np.ndarray:
+        """Some validation pictures with truth and prediction."""
+        predict, rows = torch_predictor(self.evaluated, self.amp), []
+        for index in range(min(_PICTURES, len(self.held_out))):
+            image, truth = self.held_out.load(index)
+            assert isinstance(truth, np.ndarray)
+            height, width = truth.shape
+            labels = predict(self.val_set[index][0][None].to(self.device)).argmax(1)[0, :height, :width]
+            rows.append((image, truth, labels.byte().cpu().numpy()))
+        size = rows[0][0].shape
+        rows = [row for row in rows if row[0].shape == size]
+        return np.asarray(triptych(rows, self.held_out.classes, self.held_out.palette))
+
+    def _forget_later_lines(self) -> None:
+        """Drop lines of epochs that will be trained once more."""
+        path = self.out / "metrics.jsonl"
+        if rank() == 0 and path.exists():
+            lines = [line for line in read_metrics(self.out) if line["epoch"] <= self.finished_epochs]
+            text = "".join(f"{to_json(line)}\n" for line in lines)
+            write_atomically(path, lambda temporary: temporary.write_text(text))
+
+    def describe(self) -> None:
+        """What `dry_run` prints."""
+        self._announce()
+        if self.report is not None:
+            console.print(str(self.report))
+        images, targets = (part.to(self.device) for part in next(iter(self.loader)))
+        self.model.train()
+        with FlopCounterMode(display=False) as counter:
+            self.model(images)
+        operations = counter.get_total_flops() / len(images) / 1e9
+        console.print(
+            f"{tuple(images.shape)} images a batch, {self.steps_per_epoch} steps an epoch, "
+            f"{operations:.2f} GFLOP an image forward (a multiplication and an addition are two)"
+        )
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        for step in (1, 2):
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                loss = self._guarded_step(images, targets)
+            self._check_finite([loss], images, step, 1)
+            console.print(f"step {step}: loss {loss.item():.4f}")
+            self.step += 1
+        weights = sum(p.nbytes for p in self.model.parameters())
+        states = sum(
+            value.nbytes
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+        console.print(
+            f"memory: weights {weights / 2**20:.0f} MiB, gradients {weights / 2**20:.0f}, optimiser "
+            f"{states / 2**20:.0f}, kept for the backward pass about {sum(kept.values()) / 2**20:.0f}; "
+            f"peak of this process {memory_mib(self.device):.0f} MiB"
+        )
+
+
+class _Timed:
+    """Iterate and add up the seconds that were spent waiting."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items, self.seconds = items, 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        items, done = iter(self.items), object()
+        while True:
+            begin = time.monotonic()
+            item = next(items, done)
+            self.seconds += time.monotonic() - begin
+            if item is done:
+                return
+            yield item
+
+
+class _Stoppable:
+    """The validation batches, left where a signal asks a run of one process to stop."""
+
+    def __init__(self, loader: DataLoader, run: _Run) -> None:
+        self.loader, self.run = loader, run
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            if world_size() == 1 and self.run.stop.signal is not None:
+                self.run._leave()
+            yield batch
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak memory so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@torch.no_grad()
+def first_bad_layer(model: nn.Module, images: Tensor) -> str:
+    """Which layer is the first whose weights or output are not finite, in a forward pass of ``images``."""
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if found:
+                return
+            if not all(p.isfinite().all() for p in module.parameters(recurse=False)):
+                found.append(f"first the weights of {name} were not finite")
+            elif isinstance(output, Tensor) and not output.isfinite().all():
+                largest = max(
+                    (x.abs().max().item() for x in inputs if isinstance(x, Tensor)), default=math.nan
+                )
+                found.append(
+                    f"first {name} put out values that are not finite (its largest input {largest:.3g})"
+                )
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(look(name, module))
+        for name, module in model.named_modules()
+        if name and not next(module.children(), None)
+    ]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "every layer's output is finite, so it was the loss itself"

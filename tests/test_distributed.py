@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from safetensors.torch import load_file
 from torch import Tensor
 
 from segdeconv.config import NetworkDeconvConfig
@@ -71,3 +78,72 @@ def test_layers_compute_what_one_process_does(name: str, shares: list[dict]) -> 
         else:
             got = sum(parts) if key.startswith("weight") else torch.cat(parts)
         assert torch.allclose(got, value, rtol=0, atol=1e-10 * value.abs().max().item()), key
+
+
+TINY = [
+    "model.encoder=lcnet_050",
+    "model.network_deconv.block_size=8",
+    "model.options={encoder_depth: 3, decoder_channels: [16, 16, 8]}",
+    "data.size=[32, 64]",
+    "data.count=[12, 5]",
+    "train.batch_size=3",
+    "train.epochs=2",
+    "train.dice_weight=1",
+    "train.lr=0.005",  # rounding grows from step to step, the faster the larger the steps
+]
+
+
+def launch(processes: int, out: Path, *changes: str) -> subprocess.Popen[str]:
+    torchrun = ["torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", "-m"]
+    command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "segdeconv", "train", "demo"]
+    command += ["--out", str(out), *(part for change in (*TINY, *changes) for part in ("--set", change))]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    return out, err
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Batches of three over two processes: uneven shares, loss over both, each picture counted once."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    jobs = launch(1, one), launch(2, two)
+    finish(jobs[0])
+    out, _ = finish(jobs[1])
+    assert out.count("epoch 1/2: loss") == 1  # only rank 0 speaks
+    lines = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)
+    ]
+    for mine, want in zip(*lines, strict=True):
+        assert mine["loss"] == pytest.approx(want["loss"], rel=1e-5)
+    weights, want = (load_file(run / "last.safetensors") for run in (two, one))
+    for key, value in want.items():
+        assert torch.allclose(weights[key], value, rtol=0, atol=2e-5 * value.abs().max().item()), key
+    state = load_file(two / "state.safetensors")
+    assert all(torch.equal(state[f"model.{key}"], value) for key, value in weights.items())
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = launch(2, run, "train.epochs=500", "train.checkpoint_minutes=0")
+    while not (run / "metrics.jsonl").exists():
+        assert job.poll() is None
+        time.sleep(0.2)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    if not children.exists():
+        job.kill()
+        pytest.skip("needs /proc to find the ranks")
+    ranks = [int(child) for child in children.read_text().split()]
+    os.kill(ranks[-1], signal.SIGKILL)
+    _, err = finish(job, code=1)
+    assert "SIGKILL" in err or "another process of this run ended" in err
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert (run / "state.safetensors").exists()

@@ -16,7 +16,8 @@ from segdeconv.config import Recipe, TrainConfig, load_recipe
 from segdeconv.errors import UserError
 from segdeconv.evaluate import evaluate_run, table, write_scores
 from segdeconv.layers import Whitened
-from segdeconv.train import loss_of, lr_factor, make_optimizer, pick_device, train
+from segdeconv.losses import loss_of
+from segdeconv.train import lr_factor, make_optimizer, pick_device, train
 
 TINY = [
     "model.encoder=lcnet_050",
@@ -45,7 +46,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_it_promises(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     files = (
-        "recipe.yaml conversion.txt metrics.jsonl last.safetensors best.safetensors curves.png tensorboard"
+        "recipe.yaml conversion.txt metrics.jsonl last.safetensors best.safetensors curves.png tensorboard "
+        "state.safetensors state.previous.safetensors .lock"
     )
     assert names == set(files.split())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -75,7 +77,7 @@ def test_evaluation_repeats_what_training_logged(run: Path) -> None:
     assert written["miou"] == logged
     assert written["samples"] == 4
     assert np.array(written["confusion"]).sum() == 4 * 32 * 64
-    assert table(scores, "segmentation").row_count == 8 + 2
+    assert table(scores, "segmentation").row_count == 8 + 3
 
 
 @pytest.mark.parametrize(

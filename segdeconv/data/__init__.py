@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from segdeconv.config import DataConfig
 from segdeconv.data.camvid import CamVid
+from segdeconv.data.cityscapes import Cityscapes
 from segdeconv.data.image_folder import ImageFolder
 from segdeconv.data.image_mask import ImageMask
+from segdeconv.data.imagenet import ImageNet
 from segdeconv.data.samples import Samples
+from segdeconv.data.torchvision_sets import TORCHVISION, TorchvisionSet
 from segdeconv.data.toy import ToyStreet
-from segdeconv.data.transforms import EvalTransform, TrainTransform
+from segdeconv.data.transforms import BatchTransform, EvalTransform, TrainTransform
 from segdeconv.errors import UserError
 from segdeconv.images import Picture
 
 DATASETS: dict[str, Callable[[DataConfig, str], Samples]] = {
     "toy": ToyStreet,
     "camvid": CamVid,
+    "cityscapes": Cityscapes,
     "image_mask": ImageMask,
     "image_folder": ImageFolder,
+    "imagenet": ImageNet,
+    **dict.fromkeys(TORCHVISION, TorchvisionSet),
 }
 
 _CACHE_BYTES = 2 << 30  # decoded pictures kept in memory by a loader without worker processes
 
 
-def open_samples(config: DataConfig, split: str) -> Samples:
-    """The 'train' or 'val' split of the data a recipe names.
+def find_samples(config: DataConfig, split: str) -> Samples:
+    """The 'train' or 'val' split of the data a recipe names, without the files its ``problems`` tell of.
 
     Raises:
-        UserError: no data set of that name, or its files are not as they should be.
+        UserError: no data set of that name, a folder that is missing, or classes that make no sense.
     """
     if config.dataset not in DATASETS:
         raise UserError(
@@ -42,6 +48,10 @@ def open_samples(config: DataConfig, split: str) -> Samples:
     if config.classes is not None and samples.classes != config.classes:
         raise UserError(f"data.classes: {config.dataset} brings its own classes; remove the key")
     if samples.task == "segmentation":
+        if config.shorter_side is not None:
+            raise UserError(
+                "data.shorter_side: central crops are for classifiers; give data.size, or nothing"
+            )
         if len(samples.classes) > 256:
             raise UserError(f"data.classes: {len(samples.classes)} classes do not fit 8-bit masks")
         if config.ignore_index < len(samples.classes):
@@ -49,6 +59,21 @@ def open_samples(config: DataConfig, split: str) -> Samples:
                 f"data.ignore_index = {config.ignore_index} is the number of class "
                 f"{samples.classes[config.ignore_index]!r}; take one above the classes, such as 255"
             )
+    return samples
+
+
+def open_samples(config: DataConfig, split: str) -> Samples:
+    """The 'train' or 'val' split of the data a recipe names, with every file where it should be.
+
+    Raises:
+        UserError: as `find_samples`, or the first of the split's problems.
+    """
+    samples = find_samples(config, split)
+    if samples.problems:
+        more = len(samples.problems) - 1
+        raise UserError(
+            samples.problems[0] + (f"; {more} more: segdeconv data check lists them" if more else "")
+        )
     return samples
 
 
@@ -72,20 +97,34 @@ class _Cached:
 
 
 class TrainSet(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented samples; item ``epoch * len + index`` is sample ``index`` as seen in ``epoch``."""
+    """Augmented samples; item ``epoch * len + index`` is sample ``index`` as seen in ``epoch``.
+
+    Classifiers' pictures of one size are augmented a batch at a time, all others one by one.
+    """
 
     def __init__(self, samples: Samples, config: DataConfig, seed: int, multiple: int) -> None:
         self.cached = _Cached(samples, enabled=config.num_workers == 0)
         self.count = len(samples)
-        self.transform = TrainTransform(config, seed, multiple)
+        by_batch = samples.task == "classification" and samples.same_size and multiple == 1
+        if by_batch and BatchTransform.can(config):
+            self.transform: BatchTransform | TrainTransform = BatchTransform(config, seed, self.count)
+        else:
+            self.transform = TrainTransform(config, seed, multiple)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        epoch, index = divmod(item, self.count)
-        image, target = self.cached.load(index)
-        return self.transform(image, target, (epoch, index))
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """What a loader asks for: a batch of items."""
+        keys = [divmod(item, self.count) for item in items]
+        loaded = [self.cached.load(index) for _, index in keys]
+        if isinstance(self.transform, BatchTransform):
+            images = self.transform([image for image, _ in loaded], keys)
+            return list(zip(images, torch.tensor([target for _, target in loaded]), strict=True))
+        return [self.transform(*sample, key) for sample, key in zip(loaded, keys, strict=True)]
 
 
 class EvalSet(Dataset[tuple[Tensor, Tensor]]):
@@ -160,11 +199,15 @@ def train_loader(
     )
 
 
-def eval_loader(samples: Samples, config: DataConfig, batch_size: int, multiple: int) -> DataLoader:
-    """Every sample once, in order; one at a time where pictures keep sizes of their own."""
+def eval_loader(
+    samples: Samples, config: DataConfig, batch_size: int, multiple: int, rank: int = 0, world: int = 1
+) -> DataLoader:
+    """Every sample once, in order; one at a time where pictures keep sizes of their own. Of several processes
+    each gets its share.
+    """
     return DataLoader(
-        EvalSet(samples, config, multiple),
-        batch_size if samples.same_size else 1,
+        Subset(EvalSet(samples, config, multiple), range(rank, len(samples), world)),
+        batch_size if samples.same_size or config.shorter_side is not None else 1,
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(0),

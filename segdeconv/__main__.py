@@ -1,0 +1,5 @@
+"""``python -m segdeconv``, which torchrun needs."""
+
+from segdeconv.cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""The training loss. Sums and counts go over all ranks before they are divided, so that N processes with a
+share of the batch each have the loss, and the gradients, of one process with all of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segdeconv.config import TrainConfig
+from segdeconv.distributed import sum_over_ranks
+from segdeconv.models import split_output
+
+
+def loss_of(output: Any, targets: Tensor, config: TrainConfig, ignore_index: int) -> Tensor:
+    """The loss of a batch: mean cross-entropy over labelled pixels, soft Dice where asked for, and the same of
+    auxiliary heads, where the network has some. Every rank gets that of the whole batch.
+
+    Args:
+        output: logits (n, C, H, W) or (n, C), alone or with auxiliary ones; see `split_output`.
+        targets: (n, H, W) or (n,).
+    """
+
+    def of(logits: Tensor) -> Tensor:
+        loss = _cross_entropy(logits.float(), targets, config, ignore_index)
+        if config.dice_weight:
+            loss = loss + config.dice_weight * _dice(logits.float(), targets, ignore_index)
+        return loss
+
+    main, auxiliary = split_output(output)
+    return of(main) + config.aux_weight * sum(of(logits) for logits in auxiliary)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, config: TrainConfig, ignore_index: int) -> Tensor:
+    weights = torch.tensor(config.class_weights, device=logits.device) if config.class_weights else None
+    losses = F.cross_entropy(
+        logits,
+        targets,
+        weights,
+        ignore_index=ignore_index,
+        label_smoothing=config.label_smoothing,
+        reduction="sum" if config.ohem is None else "none",
+    )
+    # Summed and divided by hand: the mean over a batch without a single labelled pixel would be NaN.
+    if config.ohem is not None:
+        losses = losses.flatten()
+        kept = losses.topk(math.ceil(config.ohem * losses.numel())).values  # ignored pixels have a loss of 0
+        total, count = kept.sum(), (kept > 0).sum()
+    else:
+        labelled = targets != ignore_index
+        count = labelled.sum() if weights is None else weights[targets[labelled]].sum()
+        total = losses
+    total, count = sum_over_ranks(torch.stack((total, count.to(total.dtype))))
+    return total / count.clamp(min=1 if weights is None else 1e-6)
+
+
+def _dice(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """1 - 2 |P ∩ T| / (|P| + |T|) with soft P, the mean over the classes that the batch holds."""
+    labelled = targets != ignore_index
+    probabilities = logits.softmax(1) * labelled[:, None]
+    truth = F.one_hot(targets.where(labelled, 0), logits.shape[1]).movedim(-1, 1) * labelled[:, None]
+    over = [axis for axis in range(logits.ndim) if axis != 1]
+    sums = torch.stack([t.sum(over) for t in (probabilities * truth, probabilities, truth)])
+    both, predicted, true = sum_over_ranks(sums)
+    dice = 2 * both / (predicted + true).clamp(min=1e-6)
+    return ((1 - dice) * (true > 0)).sum() / (true > 0).sum().clamp(min=1)

@@ -1,0 +1,207 @@
+"""A stopped run goes on bit for bit, however it was stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import tiny
+
+from segdeconv import train as train_module
+from segdeconv.checkpoint import load_state, save_state
+from segdeconv.cli import main
+from segdeconv.errors import UserError
+from segdeconv.train import train
+
+TIMES = ("seconds", "images_per_second", "loader_share", "memory_mib")  # what no run repeats
+
+
+def weights_and_lines(run: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return load_file(run / "last.safetensors"), [
+        {key: value for key, value in line.items() if key not in TIMES} for line in lines
+    ]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    (weights, lines), (want, want_lines) = weights_and_lines(one), weights_and_lines(other)
+    assert lines == want_lines
+    assert weights.keys() == want.keys()
+    assert all(torch.equal(value, want[key]) for key, value in weights.items())
+    best, want_best = (load_file(run / "best.safetensors") for run in (one, other))
+    assert all(torch.equal(value, want_best[key]) for key, value in best.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "stops", "number"),
+    [
+        ([], [2], signal.SIGTERM),  # three steps an epoch, two epochs
+        (["train.ema_decay=0.9", "train.optimizer=adamw", "train.lr=0.001"], [1, 3, 4], signal.SIGINT),
+        (["train.amp=fp16", "model.norm=bn", "train.clip_grad=1"], [3], signal.SIGTERM),
+        (["data.num_workers=1", "model.network_deconv.mode=exact"], [5], signal.SIGTERM),
+        (["model.architecture=fpn", "model.options={}"], [4], signal.SIGTERM),  # it has dropout
+    ],
+)  # fmt: skip
+def test_a_signal_leaves_a_state_to_resume_from(
+    changes: list[str], stops: list[int], number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny(*changes)
+    train(recipe, tmp_path / "whole")
+    step = train_module._Run._step
+    pending = list(stops)
+
+    def stopping(self: train_module._Run, *batch: torch.Tensor) -> torch.Tensor:
+        loss = step(self, *batch)
+        if pending and self.step + 1 == pending[0]:
+            os.kill(os.getpid(), number)
+            pending.pop(0)
+        return loss
+
+    monkeypatch.setattr(train_module._Run, "_step", stopping)
+    for _ in stops:
+        with pytest.raises(SystemExit) as left:
+            train(recipe, tmp_path / "stopped", resume=True)
+        assert left.value.code == (130 if number == signal.SIGINT else 0)
+    train(recipe, tmp_path / "stopped", resume=True)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    # A finished run has nothing left to do, and says what it came to.
+    assert train(recipe, tmp_path / "stopped", resume=True)["epoch"] == recipe.train.epochs
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+KILLED = ("train.epochs=4", "train.checkpoint_minutes=0", "train.ema_decay=0.9")
+
+
+def child(out: str) -> None:
+    torch.set_num_threads(1)
+    train(tiny(*KILLED), Path(out), resume=True)
+
+
+@pytest.mark.parametrize("wanted", [4, pytest.param(25, marks=pytest.mark.slow)])
+def test_kill_9_at_any_moment(wanted: int, tmp_path: Path) -> None:
+    """Kills at random moments, over as many runs as that takes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_resume"])
+    rng, kills, runs = random.Random(wanted), 0, 0
+
+    def start(out: Path) -> multiprocessing.Process:
+        process = context.Process(target=child, args=(str(out),))
+        process.start()
+        return process
+
+    whole = start(tmp_path / "whole")
+    begin = time.monotonic()
+    whole.join()
+    took = time.monotonic() - begin
+    assert whole.exitcode == 0
+    while kills < wanted:
+        out, runs = tmp_path / f"killed {runs}", runs + 1
+        while True:
+            process = start(out)
+            process.join(rng.uniform(0, 0.7 * took))
+            if process.exitcode is not None:
+                assert process.exitcode == 0
+                break
+            process.kill()
+            process.join()
+            kills += 1
+        assert_same_run(out, tmp_path / "whole")
+        assert not list(out.glob(".*.tmp*"))
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_state(tmp_path, {"a": torch.full((3,), float(step))}, {"step": step})
+    assert load_state(tmp_path)[1] == {"step": 2}
+    newest = tmp_path / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-5])
+    tensors, values = load_state(tmp_path)
+    assert values == {"step": 1}
+    assert tensors["a"].tolist() == [1, 1, 1]
+    (tmp_path / "state.previous.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no state to resume from.*state.safetensors"):
+        load_state(tmp_path)
+
+
+def test_resume_wants_the_same_recipe(tmp_path: Path) -> None:
+    train(tiny("train.epochs=1"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"was begun with train.lr = .*, not 0.5; resume it with the same"):
+        train(tiny("train.epochs=1", "train.lr=0.5"), tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match="go on with --resume"):
+        train(tiny("train.epochs=1"), tmp_path / "run")
+    train(tiny("train.epochs=1", "data.num_workers=1"), tmp_path / "run", resume=True)
+
+
+def test_one_process_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = train_module._Run._step
+
+    def second(self: train_module._Run, *batch: torch.Tensor) -> torch.Tensor:
+        code = "import sys; from segdeconv.cli import main; main()"
+        other = [sys.executable, "-c", code, "train", "demo", "--out", str(tmp_path / "run")]
+        other += ["--resume", "--set", "data.count=[12, 4]"]
+        done = subprocess.run(other, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "another process trains in this folder" in done.stderr
+        monkeypatch.setattr(train_module._Run, "_step", step)
+        return step(self, *batch)
+
+    monkeypatch.setattr(train_module._Run, "_step", second)
+    train(tiny("train.epochs=1"), tmp_path / "run")
+
+
+def test_no_room_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"the run's checkpoints need about \d+ MiB, and 0 MiB are free"):
+        train(tiny(), tmp_path / "run")
+
+
+def test_a_full_disk_leaves_the_last_state_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from segdeconv import checkpoint
+
+    train(tiny("train.epochs=2"), tmp_path / "whole")
+    save_file, calls = checkpoint.save_file, []
+
+    def full(tensors: dict, path: Path, metadata: dict) -> None:
+        calls.append(path)
+        if len(calls) == 5:  # begin; last, best, state of the first epoch; last of the second
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+        train(tiny("train.epochs=2"), tmp_path / "run")
+    train(tiny("train.epochs=2"), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_dry_run_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["segdeconv", "train", "demo", "--set", "data.count=[12, 4]", "--dry-run"]
+    )
+    main()
+    out = capsys.readouterr().out
+    for word in (
+        "architecture: unet",
+        "swapped",
+        "GFLOP an image forward",
+        "step 2: loss",
+        "kept for the backward",
+    ):
+        assert word in out
+    assert not list(tmp_path.iterdir())
