@@ -129,6 +129,8 @@ def graph_metadata(info: CheckpointInfo, multiple: int, output: Output) -> dict[
         "color_order": "RGB",
         "layout": "NCHW",
         "resize": data.size,
+        "shorter_side": data.shorter_side,  # then, for classifiers, the central crop
+        "central_crop": data.crop if data.shorter_side else None,
         "size_multiple": multiple,
         metric: info.scores.get(metric),
         "exporter": "segdeconv",

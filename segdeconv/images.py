@@ -23,20 +23,29 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow would clip these to 8 bits
 
 
+def list_images(folder: Path) -> tuple[list[Path], list[str]]:
+    """The pictures in a folder, sorted by name, and what is wrong with them, a sentence each: there is none,
+    or a picture left out because another has its name but for the suffix.
+    """
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    problems = [] if found else [f"{folder}: holds no picture ({', '.join(SUFFIXES)})"]
+    by_stem: dict[str, Path] = {}
+    for path in found:
+        first = by_stem.setdefault(path.stem, path)
+        if first is not path:
+            problems.append(f"{path}: there is a second picture of that name, {first.name}")
+    return list(by_stem.values()), problems
+
+
 def images_in(folder: Path) -> list[Path]:
     """The pictures in a folder, sorted by name.
 
     Raises:
         UserError: there is none, or two share a name but for the suffix.
     """
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    if not found:
-        raise UserError(f"{folder}: holds no picture ({', '.join(SUFFIXES)})")
-    by_stem: dict[str, Path] = {}
-    for path in found:
-        if path.stem in by_stem:
-            raise UserError(f"{path}: there is a second picture of that name, {by_stem[path.stem].name}")
-        by_stem[path.stem] = path
+    found, problems = list_images(folder)
+    if problems:
+        raise UserError(problems[0])
     return found
 
 
@@ -87,6 +96,16 @@ def resize_image(image: Picture, size: tuple[int, int] | None) -> Picture:
 def resize_labels(labels: Picture, size: tuple[int, int] | None) -> Picture:
     """Labels (H, W) at ``size`` (height, width), nearest neighbour; None changes nothing."""
     return _resize(labels, size, Image.Resampling.NEAREST)
+
+
+def central_crop(image: Picture, shorter_side: int, crop: tuple[int, int]) -> Picture:
+    """The middle ``crop`` (height, width) of RGB (H, W, 3), its shorter side resized to ``shorter_side``."""
+    height, width = image.shape[:2]
+    short = min(height, width)
+    height, width = (shorter_side * side // short for side in (height, width))
+    image = resize_image(image, (height, width))
+    top, left = round((height - crop[0]) / 2), round((width - crop[1]) / 2)
+    return image[top : top + crop[0], left : left + crop[1]]
 
 
 def _resize(array: Picture, size: tuple[int, int] | None, how: Image.Resampling) -> Picture:

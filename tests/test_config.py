@@ -15,7 +15,7 @@ from segdeconv.config import (
 )
 from segdeconv.data import DATASETS
 from segdeconv.errors import UserError
-from segdeconv.models import resolve
+from segdeconv.models import build_model, resolve
 
 GOOD = {"name": "x", "model": {"architecture": "unet"}, "data": {"dataset": "toy"}}
 
@@ -27,10 +27,16 @@ def test_own_recipes(name: str) -> None:
     assert recipe.name == name
     assert recipe.data.dataset in DATASETS
     architecture, _ = resolve(recipe.model)
-    assert architecture.task == (
-        "classification" if recipe.data.dataset == "image_folder" else "segmentation"
-    )
+    assert architecture.task == DATASETS[recipe.data.dataset].task  # type: ignore[attr-defined]
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(recipe_to_dict(recipe))), name) == recipe
+
+
+@pytest.mark.parametrize("name", own_recipes())
+@pytest.mark.parametrize("norm", ["nd", "bn"])
+def test_own_recipes_build(name: str, norm: str) -> None:
+    model, report = build_model(load_recipe(name, [f"model.norm={norm}"]).model, 19, pretrained=False)
+    assert (report is None) == (norm == "bn")
+    assert sum(p.numel() for p in model.parameters()) > 1e5
 
 
 def test_defaults_are_those_of_the_authors_code() -> None:
@@ -64,6 +70,10 @@ def test_overrides() -> None:
         ("data", {"scale": [2, 1], "crop": [8, 8]}, "smallest, largest"),
         ("data", {"scale": [0.5, 2]}, "need crop"),
         ("data", {"std": [0, 1, 1]}, "std must be positive"),
+        ("data", {"resized_crop": True}, "resized_crop needs crop"),
+        ("data", {"resized_crop": True, "crop": [8, 8], "pad": 1}, "neither scale nor pad"),
+        ("data", {"shorter_side": 8}, "shorter_side needs crop, and no size"),
+        ("data", {"shorter_side": 8, "crop": [4, 9]}, "shorter_side = 8 is less than crop"),
     ],
 )
 def test_wrong_values_are_named(section: str | None, values: dict, says: str) -> None:

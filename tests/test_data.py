@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from segdeconv.config import DataConfig
 from segdeconv.data import DATASETS, EpochBatches, EvalSet, TrainSet, eval_loader, open_samples, train_loader
 from segdeconv.data.samples import even_palette
+from segdeconv.data.transforms import BatchTransform
 from segdeconv.errors import UserError
-from segdeconv.images import read_rgb
+from segdeconv.images import central_crop, read_rgb
 
 
 def write(path: Path, array: np.ndarray) -> Path:
@@ -163,7 +165,7 @@ def break_pair(root: Path, what: str) -> None:
     [
         ("no mask", r"images/1.png: has no mask"),
         ("no picture", r"masks/1.png: has no picture of that name"),
-        ("wrong label", r"masks/1.png: holds label 7, but there are 2 classes"),
+        ("wrong label", r"masks/1.png: holds label 7, but the labels here are 0 to 1, 255"),
         ("colour mask", r"masks/1.png: a mask must be an 8-bit grey or palette picture .* not RGB"),
         ("lossy mask", r"masks/1.jpg: a mask must be lossless, not JPEG"),
         ("four bits", r"masks/1.png: a mask must be an 8-bit .* not L;4"),
@@ -191,7 +193,7 @@ def test_broken_sets_are_named(tmp_path: Path, what: str, says: str) -> None:
 
 def test_unknown_set_and_missing_keys(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="known are toy, camvid"):
-        open_samples(DataConfig("imagenet"), "train")
+        open_samples(DataConfig("imagnet"), "train")
     with pytest.raises(UserError, match=r"data.root is missing"):
         open_samples(DataConfig("camvid"), "train")
     with pytest.raises(UserError, match=r"data.classes is missing"):
@@ -298,6 +300,110 @@ def test_evaluation_pads_right_and_below(tmp_path: Path) -> None:
     torch.testing.assert_close(image[:, :20, :30].permute(1, 2, 0), expected, rtol=0, atol=1e-5)
 
 
+def small(root: Path, count: int = 5, size: tuple[int, int] = (6, 7), **changes: object) -> DataConfig:
+    """An image folder of small pictures of one size, which are augmented by the batch."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        write(root / "train" / f"c{i % 2}" / f"{i}.png", rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    return DataConfig("image_folder", root=str(root), size=size, **changes)  # type: ignore[arg-type]
+
+
+def normalised(picture: np.ndarray, config: DataConfig) -> torch.Tensor:
+    mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+    return ((torch.from_numpy(picture.copy()).double() / 255 - mean) / std).permute(2, 0, 1).float()
+
+
+def test_batches_of_small_pictures_are_crops_of_padded_ones(tmp_path: Path) -> None:
+    """Every sample is one of the windows, mirrored or not; over epochs all of them occur."""
+    config = small(tmp_path, pad=1, crop=(6, 6))
+    samples = open_samples(config, "train")
+    dataset = TrainSet(samples, config, seed=0, multiple=1)
+    assert isinstance(dataset.transform, BatchTransform)
+    fill = np.round(255 * np.array(config.mean)).astype(np.uint8)
+    windows = {}
+    for index in range(5):
+        padded = np.tile(fill, (8, 9, 1))
+        padded[1:7, 1:8] = samples.load(index)[0]
+        for top in range(3):
+            for left in range(4):
+                window = normalised(padded[top : top + 6, left : left + 6], config)
+                windows[index, top, left, False], windows[index, top, left, True] = window, window.flip(-1)
+    seen = set()
+    for epoch in range(40):
+        for index in range(5):
+            image, target = dataset[epoch * 5 + index]
+            assert target == samples.load(index)[1]
+            fits = [key for key, w in windows.items() if torch.allclose(image, w, rtol=0, atol=1e-6)]
+            assert [key[0] for key in fits] == [index]
+            seen.add(fits[0][1:])
+    assert len(seen) == 3 * 4 * 2
+
+
+def test_a_batch_is_its_samples(tmp_path: Path) -> None:
+    config = small(tmp_path, pad=2, crop=(6, 7))
+    samples = open_samples(config, "train")
+    one, other = (TrainSet(samples, config, seed=3, multiple=1) for _ in range(2))
+    items = [11, 3, 14, 7]
+    for item, (image, target) in zip(items, one.__getitems__(items), strict=True):
+        assert torch.equal(image, other[item][0])
+        assert torch.equal(target, other[item][1])
+    assert not torch.equal(one[11][0], one[6][0])  # the same picture in another epoch
+    assert not torch.equal(one[11][0], TrainSet(samples, config, seed=4, multiple=1)[11][0])
+    (batch, targets), *_ = train_loader(samples, config, 4, seed=3, multiple=1)
+    assert batch.shape == (4, 3, 6, 7)
+    assert targets.dtype == torch.int64
+
+
+def test_batches_are_padded_to_the_crop_and_untouched_without_one(tmp_path: Path) -> None:
+    config = small(tmp_path, crop=(9, 12), hflip=False)
+    image, _ = TrainSet(open_samples(config, "train"), config, seed=0, multiple=1)[0]
+    assert image.shape == (3, 9, 12)
+    plain = small(tmp_path, hflip=False)
+    samples = open_samples(plain, "train")
+    image, _ = TrainSet(samples, plain, seed=0, multiple=1)[1]
+    torch.testing.assert_close(image, normalised(samples.load(1)[0], plain), rtol=0, atol=1e-6)
+
+
+def test_resized_crops(tmp_path: Path) -> None:
+    """Inception's crops: of one size, and still lying under their masks."""
+    image = np.zeros((60, 80, 3), np.uint8)
+    image[:, 40:] = 255
+    write(tmp_path / "train" / "images" / "a.png", image)
+    write(tmp_path / "train" / "masks" / "a.png", (image[..., 0] > 0).astype(np.uint8))
+    config = own(tmp_path, crop=(24, 32), resized_crop=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    dataset = TrainSet(open_samples(config, "train"), config, seed=0, multiple=1)
+    shares = []
+    for epoch in range(12):
+        got, labels = dataset[epoch]
+        assert got.shape == (3, 24, 32)
+        assert ((got[0] > 0) == (labels == 1)).float().mean() > 0.95
+        shares.append(labels.float().mean().item())
+    assert len({round(share, 3) for share in shares}) > 6
+
+
+@pytest.mark.parametrize("size", [(40, 50), (51, 33), (30, 30), (20, 100)])
+def test_central_crops_are_torchvisions(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Evaluation of classifiers: Resize(36), CenterCrop((32, 28)) as torchvision does them."""
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    steps = torchvision.transforms.Compose(
+        [torchvision.transforms.Resize(36), torchvision.transforms.CenterCrop((32, 28))]
+    )
+    assert np.array_equal(central_crop(picture, 36, (32, 28)), np.asarray(steps(Image.fromarray(picture))))
+    for i in range(2):
+        write(tmp_path / "train" / "a" / f"{i}.png", picture[i:])  # of different sizes, yet one batch
+    config = DataConfig("image_folder", root=str(tmp_path), crop=(32, 28), shorter_side=36, hflip=False)
+    (batch, _), *_ = eval_loader(open_samples(config, "train"), config, 2, 1)
+    want = normalised(np.asarray(steps(Image.fromarray(picture))), config)
+    assert batch.shape == (2, 3, 32, 28)
+    torch.testing.assert_close(batch[0], want, rtol=0, atol=1e-6)
+
+
+def test_central_crops_are_for_classifiers(tmp_path: Path) -> None:
+    make_set(tmp_path)
+    with pytest.raises(UserError, match=r"data.shorter_side: central crops are for classifiers"):
+        open_samples(own(tmp_path, crop=(16, 16), shorter_side=16), "train")
+
+
 def test_loaders_refuse_what_makes_no_batch(tmp_path: Path) -> None:
     make_set(tmp_path)
     samples = open_samples(own(tmp_path), "train")
@@ -311,7 +417,10 @@ def test_loaders_refuse_what_makes_no_batch(tmp_path: Path) -> None:
 
 
 def test_registry_and_palette() -> None:
-    assert list(DATASETS) == ["toy", "camvid", "image_mask", "image_folder"]
+    assert list(DATASETS) == [
+        "toy", "camvid", "cityscapes", "image_mask", "image_folder", "imagenet",
+        "cifar10", "cifar100", "mnist", "fashion_mnist",
+    ]  # fmt: skip
     colors = even_palette(12)
     assert len(set(colors)) == 12
     assert all(0 <= channel <= 255 for color in colors for channel in color)

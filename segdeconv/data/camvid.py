@@ -6,12 +6,10 @@ Brostow, Fauqueur, Cipolla, 'Semantic object classes in video', 2009. Labels 0 t
 
 from __future__ import annotations
 
-import numpy as np
-
 from segdeconv.config import DataConfig
 from segdeconv.data.image_mask import pair_up
-from segdeconv.data.samples import Samples, folder, read_pair
-from segdeconv.images import Color, Picture
+from segdeconv.data.samples import PairedSamples, folder
+from segdeconv.images import Color
 
 CLASSES: dict[str, Color] = {
     "sky": (128, 128, 128),
@@ -29,20 +27,13 @@ CLASSES: dict[str, Color] = {
 VOID = len(CLASSES)
 
 
-class CamVid(Samples):
-    """See the file's header. Raises UserError where folders, pairs or labels are wrong."""
+class CamVid(PairedSamples):
+    """See the file's header."""
 
     classes = tuple(CLASSES)
     palette = tuple(CLASSES.values())
 
     def __init__(self, config: DataConfig, split: str) -> None:
         self.config = config
-        self.same_size = config.size is not None
-        self.pairs = pair_up(folder(config, split), folder(config, f"{split}annot"))
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def load(self, index: int) -> tuple[Picture, Picture]:
-        image, mask = read_pair(*self.pairs[index], self.config, len(CLASSES), VOID)
-        return image, np.where(mask == VOID, np.uint8(self.config.ignore_index), mask)
+        self.numbers = {**{label: label for label in range(VOID)}, VOID: config.ignore_index}
+        self.pairs, self.problems = pair_up(folder(config, split), folder(config, f"{split}annot"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from segdeconv.config import DataConfig
 from segdeconv.data.samples import Samples, even_palette, folder
 from segdeconv.errors import UserError
-from segdeconv.images import Picture, images_in, read_rgb, resize_image
+from segdeconv.images import Picture, list_images, read_rgb, resize_image
 
 
 class ImageFolder(Samples):
@@ -25,12 +25,19 @@ class ImageFolder(Samples):
             raise UserError(f"{root}: data.classes and the class folders differ, first in {odd!r}")
         self.classes = config.classes or found
         self.palette = config.palette or even_palette(len(self.classes))
-        self.items = [
-            (path, label) for label, name in enumerate(self.classes) for path in images_in(root / name)
-        ]
+        self.items, problems = [], []
+        for label, name in enumerate(self.classes):
+            pictures, wrong = list_images(root / name)
+            self.items += [(path, label) for path in pictures]
+            problems += wrong
+        self.problems = problems
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def name(self, index: int) -> str:
+        path, _ = self.items[index]
+        return f"{path.parent.name}/{path.stem}"
 
     def load(self, index: int) -> tuple[Picture, int]:
         path, label = self.items[index]

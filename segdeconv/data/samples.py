@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -33,12 +34,44 @@ class Samples(ABC):
     classes: tuple[str, ...]
     palette: Palette
     same_size: bool  # whether all pictures are of one size, so that they can be batched whole
+    problems: Sequence[str] = ()  # a sentence for every file that has to be left out; see `open_samples`
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
+    def name(self, index: int) -> str:
+        """What a picture is called, without suffix: its stem, or CLASS/STEM in class folders. No other in the
+        split is called so.
+        """
+
+    @abstractmethod
     def load(self, index: int) -> tuple[Picture, Picture | int]: ...
+
+
+class PairedSamples(Samples):
+    """Pictures with masks, both in files.
+
+    A subclass sets ``config``, ``pairs`` (picture, mask) and ``numbers``: label in the file -> class number,
+    or ``ignore_index``.
+    """
+
+    config: DataConfig
+    pairs: list[tuple[Path, Path]]
+    numbers: dict[int, int]
+
+    @property
+    def same_size(self) -> bool:  # type: ignore[override]
+        return self.config.size is not None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        return self.pairs[index][0].stem
+
+    def load(self, index: int) -> tuple[Picture, Picture]:
+        return read_pair(*self.pairs[index], self.config.size, self.numbers)
 
 
 def even_palette(count: int) -> Palette:
@@ -49,23 +82,49 @@ def even_palette(count: int) -> Palette:
     )
 
 
+def root_of(config: DataConfig) -> Path:
+    """Where the recipe says its data lies.
+
+    Raises:
+        UserError: it does not say.
+    """
+    if config.root is None:
+        raise UserError(f"data.root is missing: the folder of the {config.dataset} data")
+    try:
+        return Path(config.root).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"data.root = {config.root!r}: {error}") from None
+
+
 def folder(config: DataConfig, *parts: str) -> Path:
     """A folder under the data root that must be there.
 
     Raises:
         UserError: the recipe has no root, or the folder is missing.
     """
-    if config.root is None:
-        raise UserError(f"data.root is missing: the folder of the {config.dataset} data")
-    try:
-        path = Path(config.root).expanduser().joinpath(*parts)
-    except RuntimeError as error:
-        raise UserError(f"data.root = {config.root!r}: {error}") from None
+    path = root_of(config).joinpath(*parts)
     if not path.is_dir():
         raise UserError(
             f"{path}: no such folder (data.root = {config.root!r}); a {config.dataset} set needs it"
         )
     return path
+
+
+def match(
+    pictures: dict[str, Path], masks: dict[str, Path], picture_folder: Path, mask_folder: Path
+) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """Pictures and masks of the same key in pairs, and a sentence for every one left over."""
+    problems = [
+        f"{path}: has no mask of that name in {mask_folder}"
+        for key, path in pictures.items()
+        if key not in masks
+    ]
+    problems += [
+        f"{path}: has no picture of that name in {picture_folder}"
+        for key, path in masks.items()
+        if key not in pictures
+    ]
+    return [(path, masks[key]) for key, path in pictures.items() if key in masks], problems
 
 
 def read_mask(path: Path) -> Picture:
@@ -89,12 +148,12 @@ def read_mask(path: Path) -> Picture:
 
 
 def read_pair(
-    image_path: Path, mask_path: Path, config: DataConfig, num_classes: int, ignore_index: int
+    image_path: Path, mask_path: Path, size: tuple[int, int] | None, numbers: dict[int, int]
 ) -> tuple[Picture, Picture]:
-    """A picture and its label map, both at ``config.size``.
+    """A picture and its label map, both at ``size``, with labels as ``numbers`` says.
 
     Raises:
-        UserError: either cannot be read, their sizes differ, or the mask holds a label outside the classes.
+        UserError: either cannot be read, their sizes differ, or the mask holds a label not in ``numbers``.
     """
     image, mask = read_rgb(image_path), read_mask(mask_path)
     if image.shape[:2] != mask.shape:
@@ -102,11 +161,24 @@ def read_pair(
             f"{mask_path}: is {mask.shape[1]}x{mask.shape[0]}, but its picture is "
             f"{image.shape[1]}x{image.shape[0]}"
         )
-    present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
-    wrong = [int(v) for v in present if v >= num_classes and v != ignore_index]
+    present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
+    wrong = set(present) - set(numbers)
     if wrong:
         raise UserError(
-            f"{mask_path}: holds label {wrong[0]}, but there are {num_classes} classes (0 to "
-            f"{num_classes - 1}) and ignore_index {ignore_index}; correct the mask or data.classes"
+            f"{mask_path}: holds label {_ranges(wrong)}, but the labels here are {_ranges(numbers)}; correct "
+            "the mask or data.classes"
         )
-    return resize_image(image, config.size), resize_labels(mask, config.size)
+    table = np.zeros(256, np.uint8)
+    table[list(numbers)] = list(numbers.values())
+    return resize_image(image, size), table[resize_labels(mask, size)]
+
+
+def _ranges(labels: Iterable[int]) -> str:
+    """Numbers as people write them: 0 to 18, 255."""
+    runs: list[list[int]] = []
+    for label in sorted(labels):
+        if runs and label == runs[-1][-1] + 1:
+            runs[-1].append(label)
+        else:
+            runs.append([label])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

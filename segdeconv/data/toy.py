@@ -53,6 +53,9 @@ class ToyStreet(Samples):
     def __len__(self) -> int:
         return self.count
 
+    def name(self, index: int) -> str:
+        return f"{self.first + index:07d}"
+
     def load(self, index: int) -> tuple[Picture, Picture]:
         return draw_street(self.first + index, self.size)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from segdeconv.config import DataConfig
+from segdeconv.images import Picture, central_crop
 
 cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own threads fight with torch's
 
@@ -34,8 +35,12 @@ class TrainTransform:
             steps.append(A.Pad(config.pad, fill=fill, fill_mask=config.ignore_index))
         if config.crop:
             height, width = config.crop
-            steps.append(A.PadIfNeeded(height, width, fill=fill, fill_mask=config.ignore_index))
-            steps.append(A.RandomCrop(height, width))
+            if config.resized_crop:
+                # INTER_AREA averages where it shrinks, as the antialiasing of evaluation does.
+                steps.append(A.RandomResizedCrop((height, width), interpolation=cv2.INTER_AREA))
+            else:
+                steps.append(A.PadIfNeeded(height, width, fill=fill, fill_mask=config.ignore_index))
+                steps.append(A.RandomCrop(height, width))
         if config.hflip:
             steps.append(A.HorizontalFlip(p=0.5))
         if config.color:
@@ -54,13 +59,63 @@ class TrainTransform:
         return _apply(self.steps, image, target)
 
 
+class BatchTransform:
+    """Padding, crop, mirror and normalisation of pictures of one size, a whole batch in one operation each.
+
+    What `TrainTransform` takes half a millisecond for is done in a few microseconds here, which is what small
+    pictures need. What befalls a picture is row ``index`` of a table drawn from seed and epoch.
+    """
+
+    @staticmethod
+    def can(config: DataConfig) -> bool:
+        """Whether the recipe asks for nothing else."""
+        return config.scale == (1.0, 1.0) and not config.color and not config.resized_crop
+
+    def __init__(self, config: DataConfig, seed: int, count: int) -> None:
+        self.config, self.seed, self.count = config, seed, count
+        self.epoch, self.table = -1, np.empty(0)
+        self.fill = np.round(255 * np.array(config.mean)).astype(np.uint8)
+        self.mean, self.std = (255 * torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
+
+    def __call__(self, images: list[Picture], keys: list[tuple[int, int]]) -> Tensor:
+        """Pictures (H, W, 3) uint8, with (epoch, index) of each, to (n, 3, h, w) float32."""
+        draws = np.stack([self._draws(epoch)[index] for epoch, index in keys])
+        batch = np.stack(images)
+        n, *size = batch.shape[:3]
+        crop = self.config.crop or size
+        pads = [max(self.config.pad, -(-(c - s) // 2)) for c, s in zip(crop, size, strict=True)]
+        room = [s + 2 * p for s, p in zip(size, pads, strict=True)]
+        padded = np.empty((n, *room, 3), np.uint8)
+        padded[:] = self.fill
+        padded[:, pads[0] : pads[0] + size[0], pads[1] : pads[1] + size[1]] = batch
+        windows = np.lib.stride_tricks.sliding_window_view(padded, tuple(crop), axis=(1, 2))
+        top, left = ((draws[:, i] * (room[i] - crop[i] + 1)).astype(int) for i in range(2))
+        out = windows[np.arange(n), top, left]  # (n, 3, h, w)
+        if self.config.hflip:
+            mirrored = draws[:, 2] < 0.5
+            out[mirrored] = out[mirrored, :, :, ::-1]
+        return (torch.from_numpy(out) - self.mean) / self.std
+
+    def _draws(self, epoch: int) -> np.ndarray:
+        """Three numbers in 0 to 1 for every picture of the split."""
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.table = np.random.default_rng((self.seed, epoch)).random((self.count, 3))
+        return self.table
+
+
 class EvalTransform:
-    """Padding on the right and at the bottom to what the network needs, and normalisation."""
+    """Padding on the right and at the bottom to what the network needs, and normalisation; before that the
+    central crop, where the recipe gives ``shorter_side``.
+    """
 
     def __init__(self, config: DataConfig, multiple: int) -> None:
+        self.config = config
         self.steps = A.Compose(_finish(config, multiple))
 
     def __call__(self, image: np.ndarray, target: np.ndarray | int) -> tuple[Tensor, Tensor]:
+        if self.config.shorter_side is not None and self.config.crop is not None:
+            image = central_crop(image, self.config.shorter_side, self.config.crop)
         return _apply(self.steps, image, target)
 
 

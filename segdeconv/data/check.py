@@ -1,0 +1,196 @@
+"""Every file of a recipe's data read once, before training: all that is wrong with it, and what it holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
+
+from segdeconv.config import DataConfig
+from segdeconv.data import find_samples
+from segdeconv.data.samples import Samples
+from segdeconv.errors import UserError
+from segdeconv.progress import Bar
+
+Counts = NDArray[np.int64]
+
+
+class _Sample(NamedTuple):
+    """What one picture and its target hold; ``problem`` tells why they cannot be read."""
+
+    problem: str | None
+    levels: Counts  # of each channel's 256 levels: (3, 256)
+    labels: Counts  # pixels of each label, or 1 for the class of a picture: (256,), or (C,) for more classes
+
+
+class _Survey(Dataset[_Sample]):
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self.bins = max(256, len(samples.classes))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> _Sample:
+        try:
+            image, target = self.samples.load(index)
+        except UserError as error:
+            return _Sample(str(error), np.zeros((3, 256), np.int64), np.zeros(self.bins, np.int64))
+        levels = [np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)]
+        return _Sample(None, np.stack(levels), np.bincount(np.ravel(target), minlength=self.bins))
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What a split holds: C classes.
+
+    Attributes:
+        name: what the recipe calls the split.
+        pictures: how many could be read.
+        problems: a sentence for everything that must be mended.
+        warnings: a sentence for everything that looks wrong.
+        levels: (3, 256), how often each level of red, green and blue occurs.
+        labels: (C,), pixels of each class, or pictures for classification.
+        holding: (C,), pictures that hold the class.
+        labels_beside: (C,), labelled pixels in those pictures.
+    """
+
+    name: str
+    pictures: int
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+    levels: Counts
+    labels: Counts
+    holding: Counts
+    labels_beside: Counts
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found.
+
+    Attributes:
+        splits: training and validation.
+        problems: a sentence for everything that must be mended, in both splits and between them.
+    """
+
+    task: str
+    classes: tuple[str, ...]
+    splits: tuple[SplitReport, SplitReport]
+    problems: tuple[str, ...]
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of the training pictures, RGB in units of 0 to 1."""
+        return tuple(self._moment(1).tolist())
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Of the training pictures, RGB in units of 0 to 1."""
+        return tuple(np.sqrt(self._moment(2) - self._moment(1) ** 2).tolist())
+
+    def _moment(self, power: int) -> NDArray[np.float64]:
+        levels = self.splits[0].levels
+        return levels @ (np.arange(256) / 255) ** power / np.maximum(levels.sum(1), 1)
+
+    @property
+    def class_weights(self) -> tuple[float, ...]:
+        """Median frequency balancing (Eigen and Fergus, arXiv 1411.4734): the median of the classes'
+        frequencies over each one's, which is its share of the labelled pixels of the pictures that hold it;
+        for classification, its share of the pictures. 0 for a class that does not occur.
+        """
+        split = self.splits[0]
+        total = split.labels_beside if self.task == "segmentation" else split.labels.sum()
+        frequency = split.labels / np.maximum(total, 1)
+        present = frequency > 0
+        weights = np.zeros(len(frequency))
+        if present.any():
+            weights[present] = np.median(frequency[present]) / frequency[present]
+        return tuple(weights.tolist())
+
+
+def check(config: DataConfig) -> Report:
+    """Read every file of both splits, with ``config.num_workers`` processes.
+
+    Raises:
+        UserError: a split cannot be opened at all.
+    """
+    opened = [find_samples(config, split) for split in ("train", "val")]
+    train, val = (
+        _check_split(samples, name, config)
+        for samples, name in zip(opened, (config.train, config.val), strict=True)
+    )
+    problems = [*train.problems, *val.problems]
+    if opened[0].classes != opened[1].classes:
+        odd = sorted(set(opened[0].classes) ^ set(opened[1].classes))
+        what = f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''} in one only"
+        problems.append(f"{config.train} and {config.val} have different classes: {what}")
+    return Report(opened[0].task, opened[0].classes, (train, val), tuple(problems))
+
+
+def _check_split(samples: Samples, name: str, config: DataConfig) -> SplitReport:
+    problems = list(samples.problems)
+    names = Counter(samples.name(index) for index in range(len(samples)))
+    problems += [
+        f"{name}: {times} pictures are called {called}" for called, times in names.items() if times > 1
+    ]
+    count = len(samples.classes)
+    levels = np.zeros((3, 256), np.int64)
+    labels, holding, beside = np.zeros((3, count), np.int64)
+    pictures = 0
+    binary: list[str] = []
+    loader = DataLoader(
+        _Survey(samples), batch_size=None, num_workers=config.num_workers, collate_fn=_as_it_is
+    )
+    for index, sample in enumerate(Bar(loader, len(samples), f"reading {name}")):
+        if sample.problem is not None:
+            problems.append(sample.problem)
+            continue
+        counted = sample.labels[:count]
+        pictures += 1
+        levels += sample.levels
+        labels += counted
+        holding += counted > 0
+        beside += (counted > 0) * counted.sum()
+        if samples.task == "segmentation" and count == 2 and counted[1] == 0 and sample.labels[255]:
+            binary.append(samples.name(index))
+    warnings = []
+    if binary:
+        warnings.append(
+            f"{name}: {len(binary)} of {pictures} masks hold 0 and 255 only, {binary[0]} first; 255 is "
+            f"ignored, so if it means {samples.classes[1]!r} here, write 1 instead"
+        )
+    return SplitReport(name, pictures, tuple(problems), tuple(warnings), levels, labels, holding, beside)
+
+
+def _as_it_is(sample: Any) -> Any:
+    return sample
+
+
+def table(report: Report) -> Table:
+    """The classes for the terminal: their share of the labelled pixels, or of the pictures for
+    classification, how many pictures hold them, and the suggested weight.
+    """
+    columns = [f"{split.name} {what}" for split in report.splits for what in ("share", "pictures")]
+    out = Table("class", *columns, "weight")
+    for number, (name, weight) in enumerate(zip(report.classes, report.class_weights, strict=True)):
+        row = []
+        for split in report.splits:
+            row += [f"{split.labels[number] / max(split.labels.sum(), 1):.4f}", str(split.holding[number])]
+        out.add_row(name, *row, f"{weight:.3g}" if weight else "absent")
+    return out
+
+
+def as_keys(report: Report) -> str:
+    """Mean, deviation and weights as a recipe's keys."""
+    rows = {
+        "data.mean": [round(v, 4) for v in report.mean],
+        "data.std": [round(v, 4) for v in report.std],
+        "train.class_weights": [float(f"{v:.3g}") for v in report.class_weights],
+    }
+    return "\n".join(f"{key}: {value}" for key, value in rows.items())

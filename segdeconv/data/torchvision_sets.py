@@ -1,0 +1,63 @@
+"""CIFAR-10 and -100, MNIST and Fashion-MNIST through torchvision, from files that lie under ``data.root`` as
+torchvision leaves them. The whole split is held in memory.
+
+The files of CIFAR are pickles; torchvision compares their MD5 sums with the published ones before it reads
+them. Those of MNIST are plain arrays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torchvision
+
+from segdeconv.config import DataConfig
+from segdeconv.data.samples import Samples, even_palette, root_of
+from segdeconv.errors import UserError
+from segdeconv.images import Picture, first_line, resize_image
+
+TORCHVISION = {
+    "cifar10": torchvision.datasets.CIFAR10,
+    "cifar100": torchvision.datasets.CIFAR100,
+    "mnist": torchvision.datasets.MNIST,
+    "fashion_mnist": torchvision.datasets.FashionMNIST,
+}
+
+
+class TorchvisionSet(Samples):
+    """See the file's header. Splits are train and test; val is test. Grey pictures become RGB.
+
+    Raises:
+        UserError: the files are not there or are damaged, or cannot be downloaded, or there is no such split.
+    """
+
+    task = "classification"
+    same_size = True
+
+    def __init__(self, config: DataConfig, split: str) -> None:
+        if split not in ("train", "val", "test"):
+            raise UserError(f"data: {config.dataset} has the splits train and test (or val), not {split!r}")
+        root = root_of(config)
+        try:
+            data = TORCHVISION[config.dataset](str(root), split == "train", download=config.download)
+        except (OSError, RuntimeError, ValueError) as error:
+            if config.download:
+                what = f"cannot be downloaded ({first_line(error)}); check the connection"
+            else:
+                what = "is not here, or is damaged; set data.download=true to fetch it"
+            raise UserError(f"{root}: {config.dataset} {what}") from None
+        self.size = config.size
+        self.classes = tuple(data.classes)
+        self.palette = even_palette(len(self.classes))
+        self.images = np.asarray(data.data)
+        self.labels = [int(label) for label in data.targets]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        return f"{index:05d}"
+
+    def load(self, index: int) -> tuple[Picture, int]:
+        image = self.images[index]
+        rgb = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+        return resize_image(rgb, self.size), self.labels[index]
