@@ -23,6 +23,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        mask = os.umask(0)  # the only way to read it
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors leaves files to their owner alone
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:

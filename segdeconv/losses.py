@@ -17,8 +17,8 @@ from segdeconv.models import split_output
 
 
 def loss_of(output: Any, targets: Tensor, config: TrainConfig, ignore_index: int) -> Tensor:
-    """The loss of a batch: mean cross-entropy over labelled pixels, soft Dice where asked for, and the same of
-    auxiliary heads, where the network has some. Every rank gets that of the whole batch.
+    """The loss of a batch: mean cross-entropy over labelled pixels, soft Dice where asked for, and the same
+    of auxiliary heads, where the network has some. Every rank gets that of the whole batch.
 
     Args:
         output: logits (n, C, H, W) or (n, C), alone or with auxiliary ones; see `split_output`.

@@ -395,8 +395,8 @@ class _Run:
         ranks = f", {world_size()} processes" if world_size() > 1 else ""
         console.print(
             f"{self.recipe.name}: {self.recipe.model.architecture}, {parameters / 1e6:.2f} M parameters, "
-            f"norm {self.recipe.model.norm}, {len(self.samples)} training and {len(self.held_out)} validation "
-            f"pictures, on {self.device}{ranks}"
+            f"norm {self.recipe.model.norm}, {len(self.samples)} training and "
+            f"{len(self.held_out)} validation pictures, on {self.device}{ranks}"
         )
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
