@@ -180,7 +180,7 @@ class TrainConfig:
         aux_weight: weight of the auxiliary head's loss, where the network has one.
         ema_decay: evaluate and keep an exponential moving average of the weights, such as 0.999 a step.
         eval_every: epochs between evaluations; the last epoch is always evaluated.
-        checkpoint_minutes: training time between two states to resume from; one is left after every epoch too.
+        checkpoint_minutes: training time between two states to resume from; every epoch ends with one too.
     """
 
     epochs: Positive = 30

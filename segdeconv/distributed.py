@@ -45,8 +45,8 @@ class _SumOverRanks(torch.autograd.Function):
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The elementwise sum over all processes, differentiable once.
 
-    A loss made of such sums is the same on every rank. Each rank's gradient is then that of its own share times
-    the number of ranks, which the average of DistributedDataParallel takes out again.
+    A loss made of such sums is the same on every rank. Each rank's gradient is then that of its own share
+    times the number of ranks, which the average of DistributedDataParallel takes out again.
     """
     return _SumOverRanks.apply(values) if world_size() > 1 else values
 

@@ -150,7 +150,7 @@ def test_a_diverged_loss_stops_the_run_with_advice(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the loss became nan|the loss became inf") as caught:
         train(tiny("train.lr=1.0e30", "train.warmup_epochs=0"), tmp_path / "run")
     message = str(caught.value)
-    assert re.search(r"at step \d of epoch 1; first (the weights of )?[\w.]+ (were|put out)", message), message
+    assert re.search(r"at step \d of epoch 1; first (the weights of )?[\w.]+ (were|put out)", message)
     assert "lower train.lr" in message
 
 

@@ -46,8 +46,8 @@ from segdeconv import convert_to_network_deconv, layers
 from segdeconv.config import NetworkDeconvConfig, load_recipe
 from segdeconv.data import eval_loader, open_samples, train_loader
 from segdeconv.evaluate import ignore_index_of, score, torch_predictor
-from segdeconv.models import build_model, size_multiple
 from segdeconv.losses import loss_of
+from segdeconv.models import build_model, size_multiple
 from segdeconv.train import lr_factor, seed_everything
 from segdeconv.whitening import channel_moments, from_blocks, per_feature, shrunk_inverse_sqrt, to_blocks
 

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segdeconv.config import ModelConfig, NetworkDeconvConfig, TrainConfig
 from segdeconv.layers import Whitened
-from segdeconv.models import build_model, resolve
 from segdeconv.losses import loss_of
+from segdeconv.models import build_model, resolve
 from segdeconv.train import make_optimizer
 
 
