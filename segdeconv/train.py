@@ -47,8 +47,8 @@ from segdeconv.convert import ConversionReport, calibrate
 from segdeconv.data import EvalSet, Samples, eval_loader, open_samples, train_loader
 from segdeconv.distributed import rank, sum_over_ranks, world_size
 from segdeconv.errors import UserError
-from segdeconv.evaluate import ignore_index_of, score, torch_predictor
-from segdeconv.figures import read_metrics, training_curves, triptych
+from segdeconv.evaluate import gallery, ignore_index_of, score, torch_predictor
+from segdeconv.figures import read_metrics, training_curves
 from segdeconv.files import make_folder, to_json, write_atomically
 from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
@@ -57,7 +57,6 @@ from segdeconv.progress import Bar, console
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CALIBRATION_BATCHES = 16
-_PICTURES = 3  # shown in TensorBoard
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str, power: float) -> float:
@@ -180,7 +179,8 @@ class _Stop:
 
     def __call__(self, number: int, frame: Any) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        if number == signal.SIGINT:  # a second Ctrl-C does not wait; a second SIGTERM comes from torchrun
+            signal.signal(number, signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -545,21 +545,9 @@ class _Run:
             for name, number in value.items() if isinstance(value, dict) else [("", value)]:
                 self.board.add_scalar(f"{key}/{name}" if name else key, number, self.step)
         if score_now >= 0 and held_out.task == "segmentation":
-            self.board.add_image("val", self._pictures(), self.step, dataformats="HWC")
-
-    def _pictures(self) -> np.ndarray:
-        """Some validation pictures with truth and prediction."""
-        predict, rows = torch_predictor(self.evaluated, self.amp), []
-        count = len(self.held_out)
-        for index in sorted({i * count // _PICTURES for i in range(_PICTURES)}):  # neighbours look alike
-            image, truth = self.held_out.load(index)
-            assert isinstance(truth, np.ndarray)
-            height, width = truth.shape
-            labels = predict(self.val_set[index][0][None].to(self.device)).argmax(1)[0, :height, :width]
-            rows.append((image, truth, labels.byte().cpu().numpy()))
-        size = rows[0][0].shape
-        rows = [row for row in rows if row[0].shape == size]
-        return np.asarray(triptych(rows, self.held_out.classes, self.held_out.palette))
+            predict = torch_predictor(self.evaluated, self.amp)
+            pictures = gallery(predict, held_out, self.val_set, self.device)
+            self.board.add_image("val", np.asarray(pictures), self.step, dataformats="HWC")
 
     def _forget_later_lines(self) -> None:
         """Drop lines of epochs that will be trained once more."""

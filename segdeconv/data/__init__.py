@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -195,8 +196,15 @@ def train_loader(
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator().manual_seed(seed),  # else each epoch would draw from torch's global one
     )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C, and many schedulers, signal every process of a run; it stops its loaders when it is ready."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def eval_loader(
@@ -210,5 +218,6 @@ def eval_loader(
         batch_size if samples.same_size or config.shorter_side is not None else 1,
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator().manual_seed(0),
     )
