@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from segdeconv.config import Recipe, load_recipe, recipe_from_dict, recipe_to_dict
+from segdeconv.entries import find_weights, is_entry
 from segdeconv.errors import UserError
 from segdeconv.files import make_folder, to_json, write_atomically
 from segdeconv.models import build_model
@@ -28,6 +29,7 @@ from segdeconv.models import build_model
 FORMAT = "segdeconv/1"
 STATE_FORMAT = "segdeconv-state/1"
 _STATE, _PREVIOUS = "state.safetensors", "state.previous.safetensors"
+_LARGE = 4096  # numbers in a tensor that is worth halving
 # Keys that may change between stop and resume: they do not change what is computed.
 FREE_KEYS = ("data.root", "data.num_workers", "data.download", "train.checkpoint_minutes")
 
@@ -72,6 +74,21 @@ def save_checkpoint(path: Path, model: nn.Module, info: CheckpointInfo) -> None:
     }
 
     _save(path, model.state_dict(), metadata)
+
+
+def store_checkpoint(source: Path, target: Path, half: bool) -> None:
+    """Copy a checkpoint, with ``half`` its large tensors as float16; loading makes them float32 again.
+
+    Small tensors (biases, variances, counters) cost nothing and stay as they are.
+    """
+    with safetensors.safe_open(source, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(source)
+    if half:
+        large = {name: value for name, value in tensors.items() if value.numel() >= _LARGE}
+        halved = {name: value.half() for name, value in large.items() if value.is_floating_point()}
+        tensors |= {name: value for name, value in halved.items() if value.isfinite().all()}
+    _save(target, tensors, metadata)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -143,10 +160,13 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_checkpoint(run: str | Path) -> Path:
-    """The best checkpoint of a run folder, or the file itself.
+    """The best checkpoint of a run folder, the file itself, or the weights of the zoo entry of that name.
+
+    Everything that takes a run finds it here, so everything takes an entry's name. A run folder or file of
+    the same name goes first.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the entry's weights cannot be fetched.
     """
     path = Path(run)
     if path.is_dir():
@@ -156,9 +176,11 @@ def find_checkpoint(run: str | Path) -> Path:
         raise UserError(
             f"{path}: holds no checkpoint (best.safetensors or last.safetensors); train a run there"
         )
-    if not path.is_file():
-        raise UserError(f"{path}: no such run folder or checkpoint")
-    return path
+    if path.is_file():
+        return path
+    if is_entry(run):
+        return find_weights(str(run))
+    raise UserError(f"{path}: no such run folder or checkpoint, and no entry of the zoo is called so")
 
 
 def read_info(path: Path) -> CheckpointInfo:

@@ -1,47 +1,77 @@
-"""Evaluation: one road from pictures to scores, for a torch network and for an exported graph."""
+"""Evaluation: one road from pictures to scores, for a torch network and for an exported graph.
+
+What goes down the road is a `Predict`. Sliding windows, mirroring and scales are functions from one such to
+another, and average class probabilities. Where classes compete and what is counted is decided in `score`.
+"""
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
-from collections.abc import Callable
-from dataclasses import replace
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint
 from segdeconv.config import DataConfig
-from segdeconv.data import Samples, eval_loader, open_samples
+from segdeconv.data import EvalSet, Samples, open_samples
+from segdeconv.data.cityscapes import Cityscapes
+from segdeconv.data.transforms import EvalTransform
 from segdeconv.errors import UserError
-from segdeconv.files import to_json, write_atomically
-from segdeconv.metrics import MAIN_METRIC, classification_scores, new_confusion, segmentation_scores
+from segdeconv.figures import confusion_picture, triptych
+from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.images import Picture, label_png, resize_image, save_image, window_starts
+from segdeconv.metrics import (
+    MAIN_METRIC,
+    category_scores,
+    classification_scores,
+    instance_counts,
+    instance_scores,
+    new_confusion,
+    new_top5,
+    segmentation_scores,
+)
 from segdeconv.models import main_output, size_multiple
 from segdeconv.progress import Bar
 
 Predict = Callable[[Tensor], Tensor]
-"""Normalised pictures (n, 3, H, W) to class numbers, (n, H, W) or (n,), on the same device."""
+"""Normalised pictures (n, 3, H, W) to class scores, (n, C, H, W) or (n, C) floats, on the same device.
+
+An engine that gives no more puts out class numbers, (n, H, W) or (n,) integers.
+"""
+
+Observe = Callable[[int, Picture, Picture], None]
+"""Called for every segmented picture with its index, its class numbers and its truth, both (H, W) uint8."""
+
+_WORST = 10
 
 
 def torch_predictor(model: nn.Module, amp: torch.dtype | None = None) -> Predict:
-    """The arg max of a network in evaluation mode."""
+    """The logits of a network in evaluation mode."""
     model.eval()
 
     @torch.inference_mode()
     def predict(images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
-            return main_output(model(images)).argmax(1)
+            return main_output(model(images))
 
     return predict
 
 
 def onnx_predictor(path: str | Path, info: CheckpointInfo, multiple: int) -> Predict:
-    """The same from an exported graph, through `segdeconv.runtime`.
+    """Class numbers from an exported graph, through `segdeconv.runtime`.
 
     Raises:
         UserError: the graph is not there, or was exported from a run with other classes or preparation.
@@ -50,18 +80,157 @@ def onnx_predictor(path: str | Path, info: CheckpointInfo, multiple: int) -> Pre
     from segdeconv.runtime import Segmenter
 
     segmenter = Segmenter(path)
-    expected = json.loads(json.dumps(graph_metadata(info, multiple, "labels")))
-    for key in ("task", "classes", "mean", "std", "resize", "size_multiple"):
-        if segmenter.metadata[key] != expected[key]:
+    expected = json.loads(json.dumps(graph_metadata(info, multiple)))
+    keys = ("task", "classes", "mean", "std", "resize", "shorter_side", "central_crop", "size_multiple")
+    for key in keys:
+        found = segmenter.metadata.get(key)
+        if found != expected[key]:
             raise UserError(
-                f"{path}: was exported from another run: its {key} is {segmenter.metadata[key]}, the run's "
-                f"{expected[key]}"
+                f"{path}: was exported from another run: its {key} is {found}, the run's {expected[key]}"
             )
 
     def predict(images: Tensor) -> Tensor:
         return torch.from_numpy(segmenter.run(images.cpu().numpy()).astype(np.int64)).to(images.device)
 
     return predict
+
+
+def padded(predict: Predict, multiple: int) -> Predict:
+    """Pad pictures with zeros, right and below, to a multiple of pixels, and cut what comes out."""
+
+    def run(images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        bottom, right = -height % multiple, -width % multiple
+        if not bottom and not right:
+            return predict(images)
+        return predict(F.pad(images, (0, right, 0, bottom)))[..., :height, :width]
+
+    return run
+
+
+def probabilities(predict: Predict) -> Predict:
+    """Logits to softmax probabilities, in float32."""
+    return lambda images: predict(images).float().softmax(1)
+
+
+def sliding_window(predict: Predict, window: tuple[int, int], overlap: float) -> Predict:
+    """Run windows (height, width) that cover a picture evenly; where they overlap, average.
+
+    Neighbours share at least ``overlap`` of their length. No window reaches beyond the picture: where the
+    picture is smaller than a window, it is one.
+    """
+
+    def run(images: Tensor) -> Tensor:
+        size = images.shape[-2:]
+        height, width = (min(side, whole) for side, whole in zip(window, size, strict=True))
+        total: Tensor | None = None
+        times = images.new_zeros(size)
+        for top in window_starts(size[0], height, overlap):
+            for left in window_starts(size[1], width, overlap):
+                here = (..., slice(top, top + height), slice(left, left + width))
+                scores = predict(images[here])
+                if total is None:
+                    total = scores.new_zeros(*scores.shape[:2], *size)
+                total[here] += scores
+                times[here] += 1
+        assert total is not None
+        return total / times
+
+    return run
+
+
+def flipped(predict: Predict) -> Predict:
+    """The average over a picture and its mirror image."""
+
+    def run(images: Tensor) -> Tensor:
+        mirrored = predict(images.flip(-1))
+        return (predict(images) + (mirrored.flip(-1) if mirrored.ndim == 4 else mirrored)) / 2
+
+    return run
+
+
+def multi_scale(predict: Predict, scales: Sequence[float]) -> Predict:
+    """The average over pictures enlarged by each of ``scales``, brought back to the picture's size."""
+
+    def run(images: Tensor) -> Tensor:
+        size = images.shape[-2:]
+        total: Tensor | float = 0.0
+        for scale in scales:
+            height, width = (max(1, round(side * scale)) for side in size)
+            scores = predict(resized(images, (height, width)))
+            total = total + (resized(scores, size) if scores.ndim == 4 else scores)
+        assert isinstance(total, Tensor)
+        return total / len(scales)
+
+    return run
+
+
+def resized(values: Tensor, size: Sequence[int]) -> Tensor:
+    """(n, C, H, W) floats at another height and width: bilinear, with antialiasing where that shrinks."""
+    if tuple(values.shape[-2:]) == tuple(size):
+        return values
+    return F.interpolate(values.float(), tuple(size), mode="bilinear", align_corners=False, antialias=True)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a picture is brought through the network. The default is what training's validation does.
+
+    Attributes:
+        window: height and width of sliding windows; None runs the whole picture.
+        overlap: least share of its height or width that a window has in common with the next.
+        flip: average over the picture and its mirror image.
+        scales: average over these sizes of the picture.
+        original: where the recipe resizes pictures (``data.size``), bring the scores back to the picture's
+            own size and compare with labels as they are in the file, instead of resized ones.
+    """
+
+    window: tuple[int, int] | None = None
+    overlap: float = 0.25
+    flip: bool = False
+    scales: tuple[float, ...] = (1.0,)
+    original: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window is not None and min(self.window) < 1:
+            raise UserError(f"--window {self.window[0]},{self.window[1]}: expected pixels, such as 512,1024")
+        if not 0 <= self.overlap < 1:
+            raise UserError(f"--overlap {self.overlap}: expected a share from 0 to below 1, such as 0.25")
+        if not self.scales or not all(0 < scale <= 8 for scale in self.scales):
+            text = ",".join(map(str, self.scales))
+            raise UserError(f"--scales {text}: expected factors above 0, to 8, such as 0.75,1,1.25")
+
+    @property
+    def plain(self) -> bool:
+        """Whether a picture is run once and whole."""
+        return self.window is None and not self.flip and self.scales == (1.0,)
+
+    def around(self, predict: Predict) -> Predict:
+        """A predictor of logits, wrapped as these settings say."""
+        if self.plain:
+            return predict
+        predict = probabilities(predict)
+        if self.window is not None:
+            predict = sliding_window(predict, self.window, self.overlap)
+        if self.flip:
+            predict = flipped(predict)
+        return predict if self.scales == (1.0,) else multi_scale(predict, self.scales)
+
+
+class _Pictures(Dataset[tuple[Tensor, Tensor]]):
+    """Pictures at the recipe's size, normalised, with targets at the size the samples give them."""
+
+    def __init__(self, samples: Samples, data: DataConfig) -> None:
+        self.samples, self.size = samples, data.size
+        self.transform = EvalTransform(data, multiple=1)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        picture, target = self.samples.load(index)
+        image, _ = self.transform(resize_image(picture, self.size), 0)
+        return image, torch.from_numpy(np.array(target, np.int64))
 
 
 def ignore_index_of(samples: Samples, data: DataConfig) -> int:
@@ -76,13 +245,40 @@ def score(
     ignore_index: int,
     device: torch.device | str,
     title: str = "evaluating",
+    observers: Sequence[Observe] = (),
 ) -> dict[str, Any]:
-    """Scores of ``predict`` over a loader; see `segdeconv.metrics` for what they are."""
-    confusion = new_confusion(len(samples.classes), ignore_index).to(device)
+    """Scores of ``predict`` over a loader; see `segdeconv.metrics` for what they are.
+
+    Scores of another size than the targets are resized to it. Under several processes each gives its share of
+    the counts, and all get the scores of the whole.
+    """
+    segments, count = samples.task == "segmentation", len(samples.classes)
+    confusion = new_confusion(count, ignore_index).to(device)
+    top5 = new_top5(count).to(device) if not segments and count > 5 else None
+    seen = 0
     for images, targets in Bar(loader, len(loader), title):
-        confusion.update(predict(images.to(device)), targets.to(device))
-    by_task = {"segmentation": segmentation_scores, "classification": classification_scores}
-    return by_task[samples.task](confusion.compute(), samples.classes)
+        output, targets = predict(images.to(device)), targets.to(device)
+        if output.is_floating_point():
+            output = resized(output, targets.shape[-2:]) if segments else output
+            if top5 is not None:
+                top5.update(output, targets)
+            output = output.argmax(1)
+        confusion.update(output, targets)
+        if observers:
+            for labels, truth in zip(_bytes(output), _bytes(targets), strict=True):
+                for observe in observers:
+                    observe(seen, labels, truth)
+                seen += 1
+    counts = confusion.compute()
+    if not segments:
+        scores = classification_scores(counts, samples.classes)
+        return scores | ({"top5": top5.compute().item()} if top5 is not None and top5.update_called else {})
+    scores = segmentation_scores(counts, samples.classes)
+    return scores | (category_scores(counts, samples.categories) if isinstance(samples, Cityscapes) else {})
+
+
+def _bytes(labels: Tensor) -> Picture:
+    return labels.to(torch.uint8).cpu().numpy()
 
 
 def check_fit(info: CheckpointInfo, samples: Samples) -> None:
@@ -100,50 +296,252 @@ def evaluate_run(
     device: torch.device | str = "cpu",
     onnx: str | Path | None = None,
     root: str | None = None,
+    split: str = "val",
+    inference: Inference | None = None,
+    figures: Path | None = None,
+    predictions: Path | None = None,
+    submission: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run on its recipe's validation split, with PyTorch or, given ``onnx``, with onnxruntime.
+    """Evaluate a run, with PyTorch or, given ``onnx``, with onnxruntime.
 
     Args:
         root: where the data lies, if not where the recipe says.
+        split: 'train' or 'val', as the recipe names them, or another one of the data set.
+        inference: how pictures are brought through the network; by default as in training's validation.
+        figures: a folder for ``confusion.png`` and, of a segmentation, ``worst.jpg``: the pictures with the
+            lowest mIoU.
+        predictions: a folder for a label PNG of every picture, at its own size: label ids named as the
+            Cityscapes server wants them, or class numbers. Implies ``inference.original``.
+        submission: a zip file of the same, for the Cityscapes server; the split must be 'test'.
 
     Raises:
-        UserError: no such run, its data is not there or has other classes, or the graph is another run's.
+        UserError: no such run, its data is not there or has other classes, the graph is another run's, or an
+            option does not go with the others.
     """
     model, info = load_checkpoint(run, device)
+    inference = inference or Inference()
+    if predictions is not None or submission is not None:
+        inference = replace(inference, original=True)
+    if onnx is not None and inference != Inference():
+        raise UserError(
+            "--onnx evaluates the graph as it is; windows, mirroring, scales, the original size and saved "
+            "predictions are PyTorch's (segdeconv predict writes a graph's)"
+        )
+    if info.task != "segmentation" and (inference.original or inference.window is not None):
+        raise UserError(
+            f"{run}: is a {info.task} run; --window, --original, --save-predictions and --submit are for "
+            "segmentation"
+        )
     data = info.recipe.data if root is None else replace(info.recipe.data, root=root)
-    samples = open_samples(data, "val")
+    data = replace(data, val={"train": data.train, "val": data.val}.get(split, split))
+    samples = open_samples(replace(data, size=None) if inference.original else data, "val")
     check_fit(info, samples)
-    multiple = size_multiple(model)
-    loader = eval_loader(samples, data, info.recipe.train.batch_size, multiple)
+    if submission is not None:
+        _check_submission(submission, samples, split)
+    ignore_index, multiple = ignore_index_of(samples, data), size_multiple(model)
+    batch_size = info.recipe.train.batch_size if samples.same_size else 1
+    loader = DataLoader(
+        _Pictures(samples, data),
+        batch_size,
+        num_workers=data.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
     predict = torch_predictor(model) if onnx is None else onnx_predictor(onnx, info, multiple)
+    predict = inference.around(padded(predict, multiple))
+
+    with tempfile.TemporaryDirectory() as temporary:
+        observers: list[Observe] = []
+        folder = predictions or (Path(temporary) if submission is not None else None)
+        if folder is not None:
+            observers.append(_Writer(samples, make_folder(folder)))
+        worst = _Worst(samples, ignore_index)
+        if figures is not None and samples.task == "segmentation":
+            observers.append(worst)
+        objects = (
+            _Objects(samples) if isinstance(samples, Cityscapes) and samples.config.size is None else None
+        )
+        if objects is not None:
+            observers.append(objects)
+        scores = score(predict, loader, samples, ignore_index, device, observers=observers)
+        if submission is not None and folder is not None:
+            names = [_prediction_name(samples, index) for index in range(len(samples))]
+            write_atomically(submission, lambda path: _zip(path, [folder / name for name in names]))
+    if objects is not None and objects.any:
+        scores |= objects.scores(torch.tensor(scores["confusion"]))
+    if figures is not None and np.any(scores["confusion"]):  # there are labels
+        confusion_picture(scores["confusion"], samples.classes, figures / "confusion.png")
+        worst.save(figures / "worst.jpg")
     return {
         "recipe": info.recipe.name,
         "split": data.val,
         "samples": len(samples),
         "epoch": info.epoch,
+        "seed": info.recipe.train.seed,
         "engine": "pytorch" if onnx is None else "onnxruntime",
-        **score(predict, loader, samples, ignore_index_of(samples, data), device),
+        "settings": {"size": data.size, **asdict(inference)},
+        **scores,
     }
+
+
+def predicted_samples(
+    predict: Predict, samples: Samples, val_set: EvalSet, device: torch.device | str, count: int = 3
+) -> list[tuple[Picture, Picture, Picture]]:
+    """Picture, truth and class numbers of some samples of one size, evenly spread (neighbours look alike)."""
+    rows = []
+    for index in sorted({i * len(samples) // count for i in range(count)}):
+        image, truth = samples.load(index)
+        assert isinstance(truth, np.ndarray)
+        height, width = truth.shape
+        labels = predict(val_set[index][0][None].to(device)).argmax(1)[0, :height, :width]
+        rows.append((image, truth, labels.byte().cpu().numpy()))
+    return [row for row in rows if row[0].shape == rows[0][0].shape]
+
+
+class _Objects:
+    """Adds up instance-weighted counts of Cityscapes."""
+
+    def __init__(self, samples: Cityscapes) -> None:
+        self.samples, self.any = samples, False
+        by_name = _average_sizes()
+        self.average_sizes = tuple(by_name.get(name, math.nan) for name in samples.classes)
+        self.counts = torch.zeros(len(samples.classes), 3, dtype=torch.float64)
+
+    def __call__(self, index: int, labels: Picture, truth: Picture) -> None:
+        instances = self.samples.instances(index)
+        if instances is None:
+            return
+        if instances.shape != labels.shape:
+            raise UserError(
+                f"{self.samples.name(index)}: its instance map is {instances.shape[1]}x{instances.shape[0]}, "
+                f"but its labels are {labels.shape[1]}x{labels.shape[0]}"
+            )
+        self.any = True
+        ids, categories = self.samples.label_ids, self.samples.categories
+        self.counts += instance_counts(labels, instances, ids, categories, self.average_sizes)
+
+    def scores(self, confusion: Tensor) -> dict[str, Any]:
+        classes, categories = self.samples.classes, self.samples.categories
+        return instance_scores(confusion, self.counts, classes, categories, self.average_sizes)
+
+
+def _average_sizes() -> dict[str, float]:
+    """Pixels of an average object, by Cityscapes class that has objects, as the official script has them."""
+    try:
+        from cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling import args
+    except ValueError as error:  # it looks at its environment variables when it is imported
+        raise UserError(str(error)) from None
+    return args.avgClassSize
+
+
+class _Worst:
+    """Keeps the pictures with the lowest mIoU, over the classes that each has or was given."""
+
+    def __init__(self, samples: Samples, ignore_index: int) -> None:
+        self.samples, self.ignore_index = samples, ignore_index
+        self.kept: list[tuple[float, int, Picture]] = []  # a heap by -mIoU: the best of the worst is first
+
+    def __call__(self, index: int, labels: Picture, truth: Picture) -> None:
+        confusion = new_confusion(len(self.samples.classes), self.ignore_index)
+        confusion.update(torch.from_numpy(labels), torch.from_numpy(truth))
+        miou = segmentation_scores(confusion.compute(), self.samples.classes)["miou"]
+        if not math.isnan(miou):
+            push = heapq.heappush if len(self.kept) < _WORST else heapq.heappushpop
+            push(self.kept, (-miou, index, labels))
+
+    def save(self, path: Path) -> None:
+        rows, captions = [], []
+        for negative, index, labels in sorted(self.kept, key=lambda kept: -kept[0]):
+            image, truth = self.samples.load(index)
+            assert not isinstance(truth, int)
+            rows.append((image, truth, labels))
+            captions.append(f"{self.samples.name(index)}   mIoU {-negative:.3f}")
+        if rows:
+            save_image(triptych(rows, self.samples.classes, self.samples.palette, captions), path)
+
+
+class _Writer:
+    """Writes a PNG of every prediction: label ids for Cityscapes, else class numbers with the palette."""
+
+    def __init__(self, samples: Samples, folder: Path) -> None:
+        self.samples, self.folder = samples, folder
+
+    def __call__(self, index: int, labels: Picture, truth: Picture) -> None:
+        if isinstance(self.samples, Cityscapes):
+            png = Image.fromarray(np.array(self.samples.label_ids, np.uint8)[labels])
+        else:
+            png = label_png(labels, self.samples.palette)
+        save_image(png, self.folder / _prediction_name(self.samples, index))
+
+
+def _prediction_name(samples: Samples, index: int) -> str:
+    name = samples.name(index)
+    if isinstance(samples, Cityscapes):  # the server looks for CITY_SEQUENCE_FRAME*.png
+        return f"{name.removesuffix('_leftImg8bit')}_pred_labelIds.png"
+    return f"{name}.png"
+
+
+def _check_submission(path: Path, samples: Samples, split: str) -> None:
+    if not isinstance(samples, Cityscapes):
+        raise UserError(
+            "--submit makes a file for the Cityscapes server, and the run's data is not Cityscapes"
+        )
+    if split != "test":
+        raise UserError(f"--submit: the server scores the split test, not {split}; add --split test")
+    if path.suffix != ".zip" or not path.parent.is_dir():
+        raise UserError(f"--submit {path}: expected a file name that ends in .zip, in a folder that is there")
+
+
+def _zip(path: Path, files: list[Path]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:  # PNGs are compressed already
+        for file in files:
+            archive.write(file, file.name)
+
+
+def scores_folder(run: str | Path) -> Path:
+    """Where the scores of a run folder or checkpoint are left; for a zoo entry it is ``runs/NAME``."""
+    path = Path(run)
+    if path.exists():
+        return path if path.is_dir() else path.parent
+    return make_folder(Path("runs") / path)
 
 
 def write_scores(run: str | Path, scores: dict[str, Any]) -> Path:
     """Leave scores beside the checkpoint, in ``eval.json`` or ``eval_onnx.json``."""
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    path = folder / ("eval.json" if scores["engine"] == "pytorch" else "eval_onnx.json")
+    path = scores_folder(run) / ("eval.json" if scores["engine"] == "pytorch" else "eval_onnx.json")
     write_atomically(path, lambda temporary: temporary.write_text(to_json(scores, indent=1)))
     return path
 
 
 def table(scores: dict[str, Any], task: str) -> Table:
     """Scores as a table for the terminal."""
-    per_class = scores["iou" if task == "segmentation" else "recall"]
-    out = Table("class", "IoU" if task == "segmentation" else "recall", "share of truth")
+    segments = task == "segmentation"
+    per_class, weighted = scores["iou" if segments else "recall"], scores.get("iiou", {})
+    out = Table("class", "IoU" if segments else "recall", *(["iIoU"] if weighted else []), "share of truth")
+
+    def add(name: str, value: float, weighted_value: float | None = None, share: str = "") -> None:
+        iiou = "" if weighted_value is None else _shown(weighted_value)
+        out.add_row(name, _shown(value), *([iiou] if weighted else []), share)
+
     counts = np.array(scores["confusion"], dtype=np.int64)
     shares = counts.sum(1) / max(counts.sum(), 1)
     for (name, value), share in zip(per_class.items(), shares, strict=True):
-        out.add_row(name, "absent" if math.isnan(value) else f"{value:.4f}", f"{share:.4f}")
+        add(name, value, weighted.get(name), f"{share:.4f}")
+    if "category_iou" in scores:
+        out.add_section()
+        for name, value in scores["category_iou"].items():
+            add(f"category {name}", value, scores.get("category_iiou", {}).get(name))
     out.add_section()
-    out.add_row(MAIN_METRIC[task], f"{scores[MAIN_METRIC[task]]:.4f}", "")
-    if task == "segmentation":
-        out.add_row("pixel_acc", f"{scores['pixel_acc']:.4f}", "")
+    add(MAIN_METRIC[task], scores[MAIN_METRIC[task]], scores.get("miiou"))
+    for key, weighted_key in (
+        ("category_miou", "category_miiou"),
+        ("pixel_acc", ""),
+        ("mean_acc", ""),
+        ("top5", ""),
+    ):
+        if key in scores:
+            add(key, scores[key], scores.get(weighted_key))
     return out
+
+
+def _shown(value: float) -> str:
+    return "absent" if math.isnan(value) else f"{value:.4f}"

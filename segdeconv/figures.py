@@ -1,40 +1,59 @@
-"""Figures for people: pictures beside truth and prediction, and training curves."""
+"""Figures for people: pictures beside truth and prediction, training curves, confusion matrices."""
 
 from __future__ import annotations
 
 import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from segdeconv.errors import UserError
 from segdeconv.files import write_atomically
 from segdeconv.images import Palette, Picture, overlay
 
+_NAMED_CLASSES = 40  # a confusion matrix of more classes is drawn without names and numbers
+
 
 def triptych(
-    rows: list[tuple[Picture, Picture, Picture]], classes: tuple[str, ...], palette: Palette
+    rows: list[tuple[Picture, Picture, Picture]],
+    classes: tuple[str, ...],
+    palette: Palette,
+    captions: Sequence[str] = (),
 ) -> Image.Image:
-    """Rows of image | truth | prediction with a legend. Each row is (image, label map, label map)."""
+    """Rows of image | truth | prediction with a legend. Each row is (image, label map, label map).
+
+    Pictures are shown as wide as the first, but neither very small nor very large. ``captions`` has a line to
+    stand below each row, or none.
+    """
     pad, bar, line = 6, 20, 20
-    height, width = rows[0][0].shape[:2]
-    zoom = max(1, round(320 / width))  # small pictures are hard to look at
-    height, width = height * zoom, width * zoom
+    width = rows[0][0].shape[1]
+    width = min(width * max(1, round(320 / width)), 640)  # whole steps keep the pixels of small pictures
+    heights = [round(image.shape[0] * width / image.shape[1]) for image, _, _ in rows]
+    below = line if captions else pad
     total_width = 3 * width + 4 * pad
     legend = _legend_rows(classes, total_width)
-    total_height = bar + len(rows) * (height + pad) + line * len(legend) + pad
+    total_height = bar + sum(heights) + len(rows) * below + line * len(legend) + pad
     canvas = Image.new("RGB", (total_width, total_height), "white")
     pen = ImageDraw.Draw(canvas)
     for column, title in enumerate(("image", "truth", "prediction")):
         pen.text((pad + column * (width + pad), 4), title, fill="black")
+    y = bar
     for i, (image, truth, predicted) in enumerate(rows):
-        for column, tile in enumerate(
-            (image, overlay(image, truth, palette), overlay(image, predicted, palette))
-        ):
-            large = Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(large, (pad + column * (width + pad), bar + i * (height + pad)))
-    y = bar + len(rows) * (height + pad)
+        how = Image.Resampling.NEAREST if width >= image.shape[1] else Image.Resampling.BOX
+        tiles = (image, overlay(image, truth, palette), overlay(image, predicted, palette))
+        for column, tile in enumerate(tiles):
+            shown = Image.fromarray(tile).resize((width, heights[i]), how)
+            canvas.paste(shown, (pad + column * (width + pad), y))
+        y += heights[i]
+        if captions:
+            pen.text((pad, y + 3), captions[i], fill="black")
+        y += below
     for row in legend:
         for x, index in row:
             pen.rectangle((x, y + 3, x + 12, y + 15), fill=palette[index], outline="black")
@@ -56,39 +75,125 @@ def _legend_rows(classes: tuple[str, ...], width: int) -> list[list[tuple[int, i
     return rows
 
 
+def confusion_picture(confusion: Any, classes: tuple[str, ...], path: Path) -> None:
+    """A confusion matrix (C, C), rows true, columns predicted, as a PNG: every row in percent of its sum."""
+    plt = pyplot()
+    counts = np.array(confusion, np.float64)
+    total = counts.sum(1, keepdims=True)
+    percent = 100 * np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+    named = len(classes) <= _NAMED_CLASSES
+    side = 2.6 + 0.42 * len(classes) if named else 10
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axes.set(xlabel="predicted", ylabel="true (rows in percent)")
+    if named:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        for (row, column), value in np.ndenumerate(percent):
+            if value >= 0.5:  # what rounds to 0 would only be noise
+                color = "white" if value > 55 else "black"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    else:
+        figure.colorbar(shown, shrink=0.8, label="%")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl.
+    """The lines of a run's metrics.jsonl. A last line that was cut short does not count.
 
     Raises:
-        UserError: the file is missing.
+        UserError: the file is missing or damaged.
     """
+    path = run / "metrics.jsonl"
     try:
-        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        whole = path.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
     except OSError as error:
-        raise UserError(f"{run / 'metrics.jsonl'}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error})") from None
 
 
-def training_curves(runs: dict[str, Path], path: Path, metric: str) -> None:
-    """Training loss and the validation metric by epoch and by wall time, one line a run, as a PNG."""
+@dataclass(frozen=True)
+class Point:
+    """A figure of several runs at the end of an epoch: its mean, the mean's standard error (NaN for one run),
+    the smallest and the largest. ``step`` is None where a run did not log it."""
+
+    epoch: int
+    step: float | None
+    minutes: float
+    mean: float
+    error: float
+    low: float
+    high: float
+
+
+def curve(runs: Sequence[list[dict[str, Any]]], key: str) -> list[Point]:
+    """A figure over the epochs in which all runs have it; a run is the lines of its metrics.jsonl."""
+    by_epoch = [{line["epoch"]: line for line in run if line.get(key) is not None} for run in runs]
+    points = []
+    for epoch in sorted(set.intersection(*map(set, by_epoch))):
+        lines = [run[epoch] for run in by_epoch]
+        steps = [line["step"] for line in lines if "step" in line]
+        points.append(
+            Point(
+                epoch,
+                statistics.fmean(steps) if len(steps) == len(lines) else None,
+                statistics.fmean(line["seconds"] for line in lines) / 60,
+                *spread([line[key] for line in lines]),
+            )
+        )
+    return points
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float, float]:
+    """Mean, standard error of the mean (NaN for one value), smallest and largest."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error, min(values), max(values)
+
+
+def training_curves(runs: dict[str, list[Path]], path: Path, metric: str) -> None:
+    """Training loss and the validation metric by step, epoch and training time, as a PNG.
+
+    One line a label; of several runs their mean, a band of its standard error, and a paler one from the
+    smallest to the largest. Without the column of steps where a run did not log them.
+    """
+    plt = pyplot()
+    lines = {label: [read_metrics(folder) for folder in folders] for label, folders in runs.items()}
+    curves = {key: {label: curve(group, key) for label, group in lines.items()} for key in ("loss", metric)}
+    stepped = all(p.step is not None for by_label in curves.values() for c in by_label.values() for p in c)
+    columns = (["step"] if stepped else []) + ["epoch", "minutes"]
+    figure, axes = plt.subplots(
+        2, len(columns), figsize=(4.4 * len(columns), 6.6), layout="constrained", squeeze=False, sharey="row"
+    )
+    for row, (key, by_label) in zip(axes, curves.items(), strict=True):
+        for axis, column in zip(row, columns, strict=True):
+            for label, points in by_label.items():
+                x = [getattr(point, column) for point in points]
+                (drawn,) = axis.plot(x, [p.mean for p in points], marker=".", markersize=4, label=label)
+                if len(lines[label]) > 1:
+                    style = {"color": drawn.get_color(), "linewidth": 0}
+                    axis.fill_between(
+                        x, [p.low for p in points], [p.high for p in points], alpha=0.12, **style
+                    )
+                    low, high = [p.mean - p.error for p in points], [p.mean + p.error for p in points]
+                    axis.fill_between(x, low, high, alpha=0.25, **style)
+            axis.set_xlabel("minutes of training" if column == "minutes" else column)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("training loss" if key == "loss" else f"validation {key}")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(runs), 4)
+    )
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing into memory."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for label, run in runs.items():
-        lines = read_metrics(run)
-        epochs = [line["epoch"] for line in lines]
-        axes[0].plot(epochs, [line["loss"] for line in lines], label=label)
-        scored = [line for line in lines if metric in line]
-        scores = [line[metric] for line in scored]
-        axes[1].plot([line["epoch"] for line in scored], scores, marker=".", label=label)
-        axes[2].plot([line["seconds"] / 60 for line in scored], scores, marker=".", label=label)
-    for axis, (x, y) in zip(
-        axes, (("epoch", "training loss"), ("epoch", metric), ("minutes", metric)), strict=True
-    ):
-        axis.set(xlabel=x, ylabel=y)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    plt.close(figure)
+    return pyplot

@@ -5,6 +5,7 @@ Training, evaluation and the deployed runtime read pictures through here, so tha
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,16 @@ def read_rgb(path: Path) -> Picture:
     Raises:
         UserError: there is no such file, it is no 8-bit picture, or it is damaged.
     """
-    image = load_pixels(open_image(path), path)
+    return to_rgb(open_image(path), path)
+
+
+def to_rgb(image: Image.Image, path: Path) -> Picture:
+    """An opened picture as RGB (H, W, 3) uint8, turned upright as its EXIF data says.
+
+    Raises:
+        UserError: it has no 8-bit pixels, or the file is damaged.
+    """
+    load_pixels(image, path)
     if image.mode in _DEEP:
         raise UserError(f"{path}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -112,6 +122,13 @@ def _resize(array: Picture, size: tuple[int, int] | None, how: Image.Resampling)
     if size is None or array.shape[:2] == tuple(size):
         return array
     return np.asarray(Image.fromarray(array).resize((size[1], size[0]), how))
+
+
+def window_starts(size: int, window: int, overlap: float) -> list[int]:
+    """Where windows begin along an axis: evenly from 0 to ``size - window``, in as few steps as will do."""
+    step = max(1, int(window * (1 - overlap)))
+    count = math.ceil((size - window) / step) + 1
+    return [round(i * (size - window) / max(count - 1, 1)) for i in range(count)]
 
 
 def colored(labels: Picture, palette: Palette) -> Picture:

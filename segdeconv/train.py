@@ -47,8 +47,8 @@ from segdeconv.convert import ConversionReport, calibrate
 from segdeconv.data import EvalSet, Samples, eval_loader, open_samples, train_loader
 from segdeconv.distributed import rank, sum_over_ranks, world_size
 from segdeconv.errors import UserError
-from segdeconv.evaluate import gallery, ignore_index_of, score, torch_predictor
-from segdeconv.figures import read_metrics, training_curves
+from segdeconv.evaluate import ignore_index_of, predicted_samples, score, torch_predictor
+from segdeconv.figures import read_metrics, training_curves, triptych
 from segdeconv.files import make_folder, to_json, write_atomically
 from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
@@ -546,7 +546,8 @@ class _Run:
                 self.board.add_scalar(f"{key}/{name}" if name else key, number, self.step)
         if score_now >= 0 and held_out.task == "segmentation":
             predict = torch_predictor(self.evaluated, self.amp)
-            pictures = gallery(predict, held_out, self.val_set, self.device)
+            rows = predicted_samples(predict, held_out, self.val_set, self.device)
+            pictures = triptych(rows, held_out.classes, held_out.palette)
             self.board.add_image("val", np.asarray(pictures), self.step, dataformats="HWC")
 
     def _forget_later_lines(self) -> None:

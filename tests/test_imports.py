@@ -24,7 +24,12 @@ ALLOWED: dict[str, set[str]] = {
     "images": FILES,
     "config": LEAVES,
     "progress": set(),
-    "runtime": PICTURES,
+    "doctor": set(),
+    "runtime": PICTURES | {"doctor"},
+    "placement": LEAVES | {"runtime"},
+    "bench": LEAVES | {"runtime"},
+    "serve": PICTURES | {"runtime"},
+    "webdemo": FILES | {"entries", "runtime"},
     "distributed": set(),
     "layers": {"whitening", "config", "distributed"},
     "losses": {"config", "distributed", "models"},
@@ -35,7 +40,9 @@ ALLOWED: dict[str, set[str]] = {
     "figures": PICTURES,
     "data": PICTURES | {"config", "progress"},
     "models": LEAVES | {"config", "convert", "checkpoint"},
-    "checkpoint": FILES | {"config", "models"},
+    "download": FILES | {"progress"},
+    "entries": LEAVES | {"download", "progress"},
+    "checkpoint": FILES | {"config", "entries", "models"},
     "evaluate": PICTURES
     | {"checkpoint", "config", "data", "export", "figures", "metrics", "models", "progress", "runtime"},
     "compare": FILES | {"checkpoint", "config", "figures", "metrics"},
@@ -43,6 +50,9 @@ ALLOWED: dict[str, set[str]] = {
     | {"checkpoint", "config", "convert", "data", "distributed", "evaluate", "figures", "losses", "metrics"}
     | {"models", "progress"},
     "export": FILES | {"checkpoint", "fold", "metrics", "models", "runtime"},
+    "zoo": PICTURES
+    | {"checkpoint", "config", "data", "download", "entries", "evaluate", "figures", "fold", "metrics"}
+    | {"models"},
     "demo": PICTURES
     | {"checkpoint", "config", "data", "evaluate", "export", "figures", "progress", "runtime", "train"},
 }

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from segdeconv.compare import compare_runs, legend, table
+from segdeconv.config import load_recipe, recipe_to_dict
+from segdeconv.errors import UserError
+from segdeconv.figures import confusion_picture, curve, read_metrics, training_curves, triptych
+
+
+def make_run(
+    folder: Path, changes: Sequence[str] = (), scores: Sequence[float | None] = (0.2, 0.5),
+    metric: str = "miou", step: bool = True,
+) -> Path:  # fmt: skip
+    folder.mkdir(parents=True)
+    recipe = recipe_to_dict(load_recipe("demo", list(changes)))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with open(folder / "metrics.jsonl", "w") as file:
+        for epoch, value in enumerate(scores, 1):
+            line = {"epoch": epoch, "loss": 1 / epoch, "seconds": 90 * epoch, metric: value}
+            line |= {"step": 40 * epoch} if step else {}
+            if value is None:
+                del line[metric]
+            file.write(json.dumps(line) + "\n")
+    return folder
+
+
+def test_seeds_are_one_entry_with_mean_and_spread(tmp_path: Path) -> None:
+    scores = [[0.1, None, 0.3, 0.5], [0.2, None, 0.6, 0.4], [0.3, None, 0.3, 0.6, 0.9]]
+    nd = [
+        make_run(tmp_path / f"nd{i}", [f"train.seed={i}", f"data.root=at{i}"], s)
+        for i, s in enumerate(scores)
+    ]
+    bn = make_run(tmp_path / "bn", ["model.norm=bn"], [0.1, 0.2, 0.25])
+    metric, (first, second) = compare_runs([nd[0], bn, *nd[1:]], tmp_path / "out")
+    assert metric == "miou"
+    assert (first.label, second.label) == ("nd0 and 2 more", "bn")
+    assert first.folders == nd
+    assert (first.recipe, second.recipe) == ({"model.norm": "nd"}, {"model.norm": "bn"})
+    assert [point.epoch for point in first.curve] == [1, 3, 4]  # the second is not scored, all have four
+    last = first.curve[-1]
+    assert (last.step, last.minutes, last.low, last.high) == (160, 6, 0.4, 0.6)
+    assert last.mean == pytest.approx(0.5, abs=1e-15)
+    assert last.error == pytest.approx(statistics.stdev([0.5, 0.4, 0.6]) / 3**0.5, abs=1e-15)
+    assert first.best == pytest.approx(
+        (2 / 3, statistics.stdev([0.5, 0.6, 0.9]) / 3**0.5, 0.5, 0.9), abs=1e-15
+    )
+    assert math.isnan(second.curve[0].error)
+    assert legend([second]) == ["bn: model.norm = bn"]
+
+    assert table(metric, [first, second]).row_count == (3 + 1) + (3 + 1)
+    lines = (tmp_path / "out" / "compare.md").read_text().splitlines()
+    assert lines[0] == f"- nd0 and 2 more: model.norm = nd; mean of {', '.join(map(str, nd))}"
+    assert "| nd0 and 2 more | 4 | 160 | 6.0 | 0.2500 | 0.5000 | 0.0577 | 0.4000 to 0.6000 |" in lines
+    assert "| bn | best |  |  |  | 0.2500 |  |  |" in lines
+    written = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert written["runs"][0]["curve"][-1]["mean"] == pytest.approx(0.5, abs=1e-15)
+    assert written["runs"][1]["best"] == {"mean": 0.25, "error": None, "low": 0.25, "high": 0.25}
+    assert Image.open(tmp_path / "out" / "compare.png").size[0] > 1300
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name / "run", [f"train.lr=0.{i}"]) for i, name in enumerate(("a", "b"), 1)]
+    _, entries = compare_runs(runs, tmp_path / "out")
+    assert [entry.label for entry in entries] == [str(run) for run in runs]
+    assert legend(entries)[1] == f"{runs[1]}: train.lr = 0.2"
+
+
+def test_runs_without_steps_are_drawn_by_epoch_and_time(tmp_path: Path) -> None:
+    old, new = make_run(tmp_path / "old", step=False), make_run(tmp_path / "new", ["train.lr=0.3"])
+    assert curve([read_metrics(old)], "miou")[0].step is None
+    training_curves({"old": [old], "new": [new]}, tmp_path / "two.png", "miou")
+    training_curves({"new": [new]}, tmp_path / "three.png", "miou")
+    two, three = (Image.open(tmp_path / f"{name}.png").size[0] for name in ("two", "three"))
+    assert three > 1.4 * two
+
+
+def test_bad_runs(tmp_path: Path) -> None:
+    good, out = make_run(tmp_path / "good"), tmp_path / "out"
+    with pytest.raises(UserError, match=r"nothing: no run \(it has no recipe.yaml\)"):
+        compare_runs([good, tmp_path / "nothing"], out)
+    with pytest.raises(UserError, match="good: is given twice"):
+        compare_runs([good, tmp_path / "good" / ".." / "good"], out)
+    with pytest.raises(UserError, match="has no score yet"):
+        compare_runs([good, make_run(tmp_path / "young", scores=[None])], out)
+    with pytest.raises(UserError, match=r"good has miou and .*cifar has top1"):
+        compare_runs([good, make_run(tmp_path / "cifar", metric="top1")], out)
+    with pytest.raises(UserError, match="no epoch is scored in all of them"):
+        compare_runs([good, make_run(tmp_path / "late", ["train.seed=1"], [None, None, 0.4])], out)
+    (good / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be read \(No such file"):
+        compare_runs([good], out)
+    assert not out.exists()
+
+
+def test_a_line_cut_short_does_not_count(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    whole = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(whole + whole[:30])
+    assert [line["epoch"] for line in read_metrics(run)] == [1, 2]
+    (run / "metrics.jsonl").write_text(whole[:30] + "\n" + whole)
+    with pytest.raises(UserError, match=r"metrics.jsonl: is damaged"):
+        read_metrics(run)
+
+
+@pytest.mark.parametrize("count", [2, 19, 100])
+def test_confusion_picture(count: int, tmp_path: Path) -> None:
+    """The diagonal of a perfect matrix is dark, the rest light; a class without pixels has an empty row."""
+    confusion = 7 * np.eye(count, dtype=int)
+    confusion[-1] = 0
+    confusion_picture(confusion, tuple(f"class {i}" for i in range(count)), tmp_path / "c.png")
+    picture = np.asarray(Image.open(tmp_path / "c.png").convert("RGB")).astype(int)
+    picture = picture[:, : int(0.82 * picture.shape[1])]  # without the scale that stands for the numbers
+    dark_blue = (picture[..., 2] > picture[..., 0] + 60).mean()
+    assert 0.2 / count < dark_blue < 0.9 / count
+
+
+def test_triptych_of_pictures_of_several_sizes() -> None:
+    palette = ((255, 0, 0), (0, 0, 255))
+    rows = []
+    for height, width in ((50, 100), (100, 50), (1024, 2048)):
+        labels = np.zeros((height, width), np.uint8)
+        rows.append((np.zeros((height, width, 3), np.uint8), labels, labels + 1))
+    picture = triptych(rows, ("a", "b"), palette, ["first", "second", "third"])
+    assert picture.size == (3 * 300 + 24, 20 + 150 + 600 + 150 + 3 * 20 + 20 + 6)
+    colors = np.asarray(picture)[20 + 75]
+    assert tuple(colors[6 + 300 + 6 + 150]) == (140, 0, 0)
+    assert tuple(colors[6 + 612 + 150]) == (0, 0, 140)
+    assert triptych(rows[:1], ("a", "b"), palette).size[1] == 20 + 150 + 6 + 20 + 6
+    assert triptych(rows[2:], ("a", "b"), palette).size[0] == 3 * 640 + 24
