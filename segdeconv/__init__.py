@@ -18,6 +18,7 @@ _HOMES = {
     "convert_to_network_deconv": "convert",
     "calibrate": "convert",
     "fold_network_deconv": "fold",
+    "load": "zoo",
     "load_checkpoint": "checkpoint",
     "export_onnx": "export",
     "Segmenter": "runtime",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional, TypeVar
@@ -29,9 +31,30 @@ data_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
+
+zoo_app = typer.Typer(
+    help="Trained networks: list, fetch, check, add and publish them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(zoo_app, name="zoo")
 _SHOWN_PROBLEMS = 50
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+GraphOrRun = Annotated[
+    Path,
+    typer.Argument(
+        help="A file made by segdeconv export; or a run folder, checkpoint or entry of the zoo, which is "
+        "exported first."
+    ),
+]
+AllowCpu = Annotated[
+    bool, typer.Option("--allow-cpu", help="Let --device cuda take the CPU where CUDA cannot be had.")
+]
+Threads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Threads of one run; by default onnxruntime takes all cores."),
+]
 
 
 class Norm(str, Enum):
@@ -43,6 +66,19 @@ class Split(str, Enum):
     train = "train"
     val = "val"
     test = "test"
+
+
+class Task(str, Enum):
+    segmentation = "segmentation"
+    classification = "classification"
+
+
+class Sort(str, Enum):
+    name = "name"
+    miou = "miou"
+    top1 = "top1"
+    parameters = "parameters"
+    gflops = "gflops"
 
 
 class Output(str, Enum):
@@ -103,7 +139,7 @@ def train(
     from segdeconv.train import train as train_run
 
     changes = list(overrides or []) + ([f"model.norm={norm.value}"] if norm else [])
-    loaded = load_recipe(recipe, changes)
+    loaded = load_recipe(_recipe_file(recipe), changes)
     if dry_run:
         console.print(yaml.safe_dump(recipe_to_dict(loaded), sort_keys=False))
         describe_run(loaded, pick_device(device))
@@ -115,7 +151,7 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or an entry of the zoo.")],
     onnx: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Evaluate this exported graph with onnxruntime instead, on the run's data."),
@@ -189,9 +225,10 @@ def evaluate(
     )
     if any(map(any, scores["confusion"])):
         console.print(table(scores, info.task))
+        console.print(f"wrote {write_scores(folder, scores)}, with pictures beside it")
     else:
         console.print("these pictures have no labels, so there is nothing to score")
-    for path in filter(None, (write_scores(folder, scores), save_predictions, submit)):
+    for path in filter(None, (save_predictions, submit)):
         console.print(f"wrote {path}")
 
 
@@ -212,8 +249,39 @@ def compare(
 
 
 @app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or an entry of the zoo.")],
+    filters: Annotated[
+        bool, typer.Option("--filters", help="Whitening filters beside differences of Gaussians.")
+    ] = False,
+    sparsity: Annotated[
+        bool, typer.Option("--sparsity", help="Sparsity of whitened and of standardised activations.")
+    ] = False,
+    spectrum: Annotated[
+        bool, typer.Option("--spectrum", help="Condition numbers and correlation of patches, by layer.")
+    ] = False,
+    root: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Where the data lies, if not where the recipe says."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("runs/inspect"),
+) -> None:
+    """Pictures and numbers of what layers read, raw, standardised and whitened; all three without options."""
+    from segdeconv.inspection import inspect_run, summary
+    from segdeconv.progress import console
+
+    everything = not (filters or sparsity or spectrum)
+    report = inspect_run(
+        run, out, filters or everything, sparsity or everything, spectrum or everything, root
+    )
+    for part in summary(report):
+        console.print(part)
+    console.print(f"wrote inspect.json and its pictures to {out}")
+
+
+@app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or an entry of the zoo.")],
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
     output: Annotated[Output, typer.Option(help="What the graph puts out.")] = Output.labels,
 ) -> None:
@@ -233,19 +301,100 @@ def export(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="A file made by segdeconv export.")],
+    model: GraphOrRun,
     source: Annotated[Path, typer.Argument(help="A picture or a folder of pictures.")],
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("predictions"),
+    window: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="H,W", help="Sliding windows of this size, instead of whole pictures."),
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Least share that a window has in common with the next.")
+    ] = 0.25,
+    device: Device = "auto",
+    allow_cpu: AllowCpu = False,
+    threads: Threads = None,
 ) -> None:
     """Label pictures with onnxruntime: NAME.png holds class numbers, NAME_overlay.jpg shows them."""
     from segdeconv.progress import Bar, console
     from segdeconv.runtime import Segmenter, find_images, predict_images
 
-    segmenter = Segmenter(model)
+    with _graph_file(model) as graph:
+        segmenter = Segmenter(
+            graph,
+            device,
+            allow_cpu=allow_cpu,
+            threads=threads,
+            window=None if window is None else _pair("--window", window),
+            overlap=overlap,
+        )
     images = find_images(source)
+    console.print(_where(segmenter.device, segmenter.why_cpu))
     for _ in Bar(predict_images(segmenter, images, out), len(images), "predicting"):
         pass
     console.print(f"wrote {len(images)} label maps and overlays to {out}")
+
+
+@app.command()
+def serve(
+    model: GraphOrRun,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0 is all of them.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    workers: Annotated[int, typer.Option(help="Pictures worked on at a time.")] = 2,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; further ones get 503.")] = 16,
+    timeout: Annotated[float, typer.Option(help="Seconds to an answer; then 504.")] = 30.0,
+    megabytes: Annotated[float, typer.Option(help="Largest body; above it 413.")] = 20.0,
+    megapixels: Annotated[float, typer.Option(help="Largest picture; above it 413.")] = 25.0,
+    window: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="H,W", help="Sliding windows of this size, instead of whole pictures."),
+    ] = None,
+    device: Device = "auto",
+    allow_cpu: AllowCpu = False,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Threads of one run; by default all cores shared among --workers."),
+    ] = None,
+) -> None:
+    """Answer pictures over HTTP: POST /predict; a page at /; /health and /metrics.
+
+    curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg http://127.0.0.1:8000/predict?output=overlay
+    """
+    from segdeconv.runtime import Segmenter
+    from segdeconv.serve import Limits
+    from segdeconv.serve import serve as serve_model
+
+    limits = Limits(megabytes, megapixels, workers, queue, timeout)
+    with _graph_file(model) as graph:
+        segmenter = Segmenter(
+            graph,
+            device,
+            allow_cpu=allow_cpu,
+            threads=max(1, (os.cpu_count() or 1) // workers) if threads is None else threads,
+            window=None if window is None else _pair("--window", window),
+        )
+    print(_where(segmenter.device, segmenter.why_cpu))
+    serve_model(segmenter, host, port, limits)
+
+
+@app.command()
+def webdemo(
+    model: GraphOrRun,
+    out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("webdemo"),
+    ort: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="onnxruntime-web as npm packs it, for a machine that reaches no registry."),
+    ] = None,
+) -> None:
+    """Write a static page that labels pictures in the browser; no picture leaves it."""
+    from segdeconv.progress import console
+    from segdeconv.webdemo import write_webdemo
+
+    with _graph_file(model) as graph:
+        write_webdemo(graph, out, ort)
+    console.print(f"wrote {out}; next: python -m http.server --bind 127.0.0.1 --directory {out}")
 
 
 @app.command()
@@ -277,7 +426,7 @@ def data_check(
     from segdeconv.data.check import as_keys, check, table
     from segdeconv.progress import console
 
-    report = check(load_recipe(recipe, overrides).data)
+    report = check(load_recipe(_recipe_file(recipe), overrides).data)
     console.print(table(report))
     console.print(as_keys(report))
     for split in report.splits:
@@ -307,6 +456,157 @@ def recipes() -> None:
         print(f"{name:30} {network} on {recipe.data.dataset}, {recipe.train.epochs} epochs  ({path})")
 
 
+@zoo_app.command("list")
+def zoo_list(
+    task: Annotated[Optional[Task], typer.Option(help="Only these.")] = None,  # noqa: UP045
+    dataset: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Only what was trained on this data set."),
+    ] = None,
+    sort: Annotated[Sort, typer.Option(help="miou and top1 list the best first.")] = Sort.name,
+) -> None:
+    """List trained networks with what was measured of them."""
+    from segdeconv.progress import console
+    from segdeconv.zoo import listed, table
+
+    console.print(table(listed(task.value if task else None, dataset, sort.value)))
+
+
+EntryName = Annotated[str, typer.Argument(help="An entry of the zoo (see: segdeconv zoo list).")]
+
+
+@zoo_app.command("info")
+def zoo_info(name: EntryName) -> None:
+    """Show an entry's model card."""
+    from rich.markdown import Markdown
+
+    from segdeconv.entries import entry_folder
+    from segdeconv.progress import console
+    from segdeconv.zoo import card
+
+    console.print(Markdown(card(name)))
+    console.print(f"from {entry_folder(name)}")
+
+
+@zoo_app.command("download")
+def zoo_download(name: EntryName) -> None:
+    """Fetch an entry's weights unless they are here, check them, and print where they lie.
+
+    SEGDECONV_CACHE says where to keep them, SEGDECONV_ZOO_URL names a mirror, SEGDECONV_OFFLINE=1 forbids the
+    network.
+    """
+    from segdeconv.entries import find_weights
+
+    print(find_weights(name))
+
+
+@zoo_app.command("verify")
+def zoo_verify(
+    name: EntryName,
+    root: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Where the data lies, if not where the recipe says."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Check an entry's weights against its SHA-256, load them, and measure them where the data is at hand."""
+    from segdeconv.progress import console
+    from segdeconv.train import pick_device
+    from segdeconv.zoo import verify
+
+    found = verify(name, root, pick_device(device))
+    console.print(f"{found.weights}: has the SHA-256 of its entry, and loads")
+    if found.again is None:
+        console.print(f"{found.metric} {found.claimed:.4f} was not measured again: {found.reason}")
+    else:
+        console.print(f"{found.metric} {found.again:.4f} here, {found.claimed:.4f} in the entry")
+
+
+@zoo_app.command("add")
+def zoo_add(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run, with eval.json.")],
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="By default ARCH_ENCODER.NORM_DATASET, as the recipe says."),
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the weights as float16.")] = False,
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="What the data is and its licence; known of public data sets."),
+    ] = None,
+    machine: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="What the run was trained on; by default this machine."),
+    ] = None,
+    note: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A sentence for the card, such as what is known to fail. Repeatable."),
+    ] = None,
+    root: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Where the data lies, if not where the recipe says."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Write an entry's folder from a finished run; its metrics are measured on the weights as stored."""
+    from segdeconv.progress import console
+    from segdeconv.train import pick_device
+    from segdeconv.zoo import Origin, add
+
+    origin = Origin(data, machine, note or ())
+    folder = add(run, name, half, origin, root, pick_device(device))
+    console.print(f"wrote {folder}; next: read its card.md, then python tools/zoo_table.py")
+
+
+@zoo_app.command("publish")
+def zoo_publish(
+    to: Annotated[str, typer.Option(metavar="DIR|hf://ORG/REPO", help="A folder, or the Hugging Face Hub.")],
+    names: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Entries; by default all."),
+    ] = None,
+) -> None:
+    """Lay weights out for any static web server, or push them to the Hugging Face Hub."""
+    from segdeconv.entries import WEIGHTS
+    from segdeconv.progress import console
+    from segdeconv.zoo import publish
+
+    for name in publish(to, names or ()):
+        console.print(f"{to.rstrip('/')}/{name}/{WEIGHTS}")
+    console.print(
+        "for a mirror, set SEGDECONV_ZOO_URL to the address of that place; of an entry whose weights are not "
+        "committed, put the file's address into the urls of its entry.json"
+    )
+
+
+@contextmanager
+def _graph_file(model: Path) -> Iterator[Path]:
+    """The graph itself; or that of a run, which is not kept."""
+    if model.suffix == ".onnx":
+        yield model
+        return
+    import tempfile
+
+    from segdeconv.checkpoint import load_checkpoint
+    from segdeconv.export import export_onnx
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "model.onnx"
+        export_onnx(*load_checkpoint(model), path)
+        yield path
+
+
+def _where(device: str, why_cpu: str) -> str:
+    return f"running on {device}" + (f": {why_cpu}" if why_cpu else "")
+
+
+def _recipe_file(name: str) -> str | Path:
+    """A recipe's name or file as it is; of a zoo entry, its recipe."""
+    from segdeconv.entries import entry_folder, is_entry
+
+    return entry_folder(name) / "recipe.yaml" if is_entry(name) else name
+
+
 def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
     try:
         return [kind(part) for part in text.split(",")]
@@ -324,7 +624,9 @@ def _pair(option: str, text: str) -> tuple[int, int]:
 def main() -> None:
     """Run the command; bad input is one sentence on standard error and exit code 2."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # what a command gave typer.Exit, otherwise None
+        if code:
+            sys.exit(code)
     except UserError as error:
         _fail(str(error))
     except typer.Abort:
@@ -333,6 +635,10 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os._exit(141)  # Python would complain once more when it flushes standard output
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("", "segdeconv"):
+            raise
+        _fail(f"this command needs {error.name}: pip install 'segdeconv[train]'")
     except OSError as error:
         _fail(f"{error.filename or 'writing'}: {error.strerror or error}")
     except Exception as error:

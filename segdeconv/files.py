@@ -57,6 +57,14 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def cache_folder() -> Path:
+    """Where downloads are kept: SEGDECONV_CACHE, or ``segdeconv`` in the user's cache folder."""
+    chosen = os.environ.get("SEGDECONV_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "segdeconv"
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON text; NaN and infinity, which JSON does not have, become null."""
 

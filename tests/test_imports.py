@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "placement": LEAVES | {"runtime"},
     "bench": LEAVES | {"runtime"},
     "serve": PICTURES | {"runtime"},
-    "webdemo": FILES | {"entries", "runtime"},
+    "webdemo": FILES | {"runtime"},
     "distributed": set(),
     "layers": {"whitening", "config", "distributed"},
     "losses": {"config", "distributed", "models"},
@@ -41,11 +41,13 @@ ALLOWED: dict[str, set[str]] = {
     "data": PICTURES | {"config", "progress"},
     "models": LEAVES | {"config", "convert", "checkpoint"},
     "download": FILES | {"progress"},
-    "entries": LEAVES | {"download", "progress"},
+    "entries": FILES | {"download", "progress"},
     "checkpoint": FILES | {"config", "entries", "models"},
     "evaluate": PICTURES
     | {"checkpoint", "config", "data", "export", "figures", "metrics", "models", "progress", "runtime"},
     "compare": FILES | {"checkpoint", "config", "figures", "metrics"},
+    "inspection": FILES
+    | {"checkpoint", "config", "data", "figures", "layers", "models", "structure", "whitening"},
     "train": FILES
     | {"checkpoint", "config", "convert", "data", "distributed", "evaluate", "figures", "losses", "metrics"}
     | {"models", "progress"},

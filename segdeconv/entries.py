@@ -1,0 +1,144 @@
+"""The entries of the zoo: which there are, what they say about themselves, where their weights lie.
+
+An entry is a folder ``zoo/ARCH_ENCODER.nd_DATASET``, its batch-norm twin ``.bn_DATASET``. It holds
+``recipe.yaml``, ``metrics.json`` (as ``segdeconv eval`` writes it), ``card.md``, a picture, ``entry.json``
+and, where they are small, ``model.safetensors``. Larger weights are at the urls that ``entry.json`` lists.
+The folder zoo/ becomes segdeconv/zoo_entries in a wheel. Entries are made, checked and published in zoo.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from segdeconv.download import fetch, sha256_of
+from segdeconv.errors import UserError
+from segdeconv.files import cache_folder
+from segdeconv.progress import console
+
+WEIGHTS = "model.safetensors"
+NAME = r"[A-Za-z0-9_-]+\.(nd|bn)_[A-Za-z0-9_-]+"
+
+_Positive = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Entry:
+    """``entry.json``.
+
+    Attributes:
+        name: ``ARCH_ENCODER.nd_DATASET`` or ``.bn_DATASET``, as the folder is called.
+        parameters: of the network as it was trained, with its auxiliary heads.
+        gflops: of one forward pass of the folded network on a picture of ``input``; a multiplication and an
+            addition are two operations.
+        input: height and width.
+        storage: the type that large weights are stored in; the metrics were measured on what is stored.
+        bytes, sha256: of the weights.
+        urls: where the weights are, unless they lie beside this file: https, file or hf://ORG/REPO/PATH.
+    """
+
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    task: Literal["segmentation", "classification"]
+    dataset: str
+    architecture: str
+    encoder: str | None
+    norm: Literal["nd", "bn"]
+    parameters: _Positive
+    gflops: Annotated[float, Field(gt=0)]
+    input: tuple[_Positive, _Positive]
+    storage: Literal["float16", "float32"]
+    bytes: _Positive
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    urls: tuple[str, ...] = ()
+
+
+_ENTRY = TypeAdapter(Entry)
+
+
+def zoo_folder() -> Path:
+    """Where the entries lie: in the installed package, or beside it in a clone."""
+    installed = Path(__file__).parent / "zoo_entries"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "zoo"
+
+
+def entry_names() -> list[str]:
+    """All entries, by name."""
+    return sorted(path.parent.name for path in zoo_folder().glob("*/entry.json"))
+
+
+def is_entry(name: str | Path) -> bool:
+    return str(name) in entry_names()
+
+
+def entry_folder(name: str) -> Path:
+    """The folder of an entry.
+
+    Raises:
+        UserError: no entry is called so; the message names what is near.
+    """
+    names = entry_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else "segdeconv zoo list shows what there is"
+        raise UserError(f"no entry of the zoo is called {name!r}; {hint}")
+    return zoo_folder() / name
+
+
+def read_entry(name: str) -> Entry:
+    """What ``entry.json`` says.
+
+    Raises:
+        UserError: no entry is called so, or its file is damaged.
+    """
+    path = entry_folder(name) / "entry.json"
+    try:
+        return _ENTRY.validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else error
+        raise UserError(f"{path}: not an entry of the zoo ({what})") from None
+
+
+def entry_json(entry: Entry) -> str:
+    """The text of ``entry.json``."""
+    return _ENTRY.dump_json(entry, indent=1).decode() + "\n"
+
+
+def find_weights(name: str) -> Path:
+    """The weights of an entry, downloaded where they are neither in its folder nor in the cache.
+
+    Sources are the entry's folder, the mirror that SEGDECONV_ZOO_URL names (a folder, or an address that
+    starts with https, file or hf; laid out by ``segdeconv zoo publish``), then the entry's urls.
+
+    Raises:
+        UserError: no entry is called so, or no source has the file its SHA-256 names.
+    """
+    entry = read_entry(name)
+    own = zoo_folder() / name / WEIGHTS
+    sources = [*_mirror(name), *entry.urls]
+    if own.is_file():
+        if own.stat().st_size == entry.bytes and sha256_of(own) == entry.sha256:
+            return own
+        problem = f"{own}: is not the file that entry.json names (its SHA-256 differs)"
+        if not sources:
+            raise UserError(f"{problem}; restore it, or name a mirror in SEGDECONV_ZOO_URL")
+        console.print(f"{problem}; trying elsewhere")
+    if not sources:
+        raise UserError(f"{own}: is missing and its entry has no urls; name a mirror in SEGDECONV_ZOO_URL")
+    # A new version of an entry is another file in the cache.
+    target = cache_folder() / "zoo" / f"{name}-{entry.sha256[:12]}.safetensors"
+    return fetch(target, sources, entry.bytes, entry.sha256)
+
+
+def _mirror(name: str) -> list[str]:
+    base = os.environ.get("SEGDECONV_ZOO_URL", "").rstrip("/")
+    if not base:
+        return []
+    if "://" not in base:
+        base = Path(base).expanduser().resolve().as_uri()
+    return [f"{base}/{name}/{WEIGHTS}"]

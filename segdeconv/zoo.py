@@ -1,0 +1,534 @@
+"""The zoo: entries made from finished runs, listed, verified and published.
+
+What an entry claims was measured on the very file that it stores, and `verify` measures it again. What an
+entry is, and how its weights are fetched, is in entries.py and download.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, read_info, store_checkpoint
+from segdeconv.config import DataConfig, Recipe, recipe_to_dict
+from segdeconv.data import EvalSet, open_samples
+from segdeconv.download import sha256_of
+from segdeconv.entries import (
+    NAME,
+    WEIGHTS,
+    Entry,
+    entry_folder,
+    entry_json,
+    entry_names,
+    find_weights,
+    read_entry,
+    zoo_folder,
+)
+from segdeconv.errors import UserError
+from segdeconv.evaluate import Inference, evaluate_run, predicted_samples, torch_predictor
+from segdeconv.figures import read_metrics
+from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.fold import fold_network_deconv
+from segdeconv.images import overlay, save_image
+from segdeconv.metrics import MAIN_METRIC
+from segdeconv.models import resolve, size_multiple
+
+Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
+
+TOLERANCE = 1e-3  # of a metric measured again, on a machine that rounds otherwise
+_UNIT = {"miou": "mIoU", "top1": "top-1", "top5": "top-5", "pixel_acc": "pixel accuracy"}
+_FAILURES = 4  # classes and confusions that a card names
+
+# What the data is and under which terms it may be used, by the DATASET of an entry's name.
+DATA = {
+    "toy": "Street scenes drawn by this package (segdeconv/data/toy.py). Licence: MIT, as the package.",
+    "camvid": "CamVid (Brostow, Fauqueur, Cipolla, 2009), 11 classes and split of the SegNet tutorial. "
+    "Licence: the files come without one; they were published for research, so take the weights as for "
+    "research too.",
+    "cityscapes": "Cityscapes (Cordts et al., 2016). Licence: its own, for non-commercial use only.",
+    "cifar10": "CIFAR-10 (Krizhevsky, 2009). Licence: the files come without one; the author asks to be "
+    "cited.",
+    "cifar100": "CIFAR-100 (Krizhevsky, 2009). Licence: the files come without one; the author asks to be "
+    "cited.",
+    "mnist": "MNIST (LeCun, Cortes, Burges). Licence: CC BY-SA 3.0.",
+    "fashion_mnist": "Fashion-MNIST (Xiao, Rasul, Vollgraf, 2017). Licence: MIT.",
+    "imagenet": "ImageNet, ILSVRC 2012. Licence: its own, for non-commercial research and education only.",
+}
+
+
+def load(name: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The trained network of a zoo entry, run folder or checkpoint, in evaluation mode.
+
+    `load_checkpoint` does the same and returns classes and normalisation with it.
+
+    Raises:
+        UserError: nothing is called so, or the weights cannot be fetched or are damaged.
+    """
+    return load_checkpoint(name, device)[0]
+
+
+# Listing.
+
+
+def measured(name: str) -> dict[str, Any]:
+    """The metrics of an entry, as `segdeconv eval` wrote them.
+
+    Raises:
+        UserError: no entry is called so, or its file is damaged.
+    """
+    return _read_json(entry_folder(name) / "metrics.json")
+
+
+def listed(task: str | None = None, dataset: str | None = None, sort: Sort = "name") -> list[Entry]:
+    """Entries of a task and a data set; a metric sorts from high to low, all else from low to high.
+
+    Raises:
+        UserError: an entry's files are damaged.
+    """
+    entries = [read_entry(name) for name in entry_names()]
+    entries = [e for e in entries if task in (None, e.task) and dataset in (None, e.dataset)]
+    if sort in ("miou", "top1"):
+        entries = [entry for entry in entries if sort in measured(entry.name)]
+        return sorted(entries, key=lambda entry: -measured(entry.name)[sort])
+    return sorted(entries, key=lambda entry: getattr(entry, sort))
+
+
+def table(entries: Sequence[Entry]) -> Table:
+    """Entries as a table for the terminal."""
+    out = Table(*_HEADER)
+    out.columns[0].min_width = max((len(entry.name) for entry in entries), default=0)  # to be copied whole
+    for entry in entries:
+        out.add_row(entry.name, *_cells(entry))
+    return out
+
+
+def markdown(entries: Sequence[Entry]) -> str:
+    """Entries as a table for the README, with links to their cards."""
+    rows = [(f"[{entry.name}](zoo/{entry.name}/card.md)", *_cells(entry)) for entry in entries]
+    lines = [_HEADER, ("---",) * len(_HEADER), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+_HEADER = ("entry", "metric", "parameters", "GFLOP", "at", "MB")
+
+
+def _cells(entry: Entry) -> tuple[str, ...]:
+    metric = MAIN_METRIC[entry.task]
+    return (
+        f"{_UNIT[metric]} {measured(entry.name)[metric]:.4f}",
+        f"{entry.parameters / 1e6:.2f} M",
+        f"{entry.gflops:.2f}",
+        f"{entry.input[1]}x{entry.input[0]}",
+        f"{entry.bytes / 1e6:.1f}",
+    )
+
+
+def card(name: str) -> str:
+    """The model card of an entry, Markdown.
+
+    Raises:
+        UserError: no entry is called so, or it has no card.
+    """
+    path = entry_folder(name) / "card.md"
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+# Making an entry.
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a card says that no file of a run knows; None takes what can be found out.
+
+    Attributes:
+        data: what the data is and its licence; by default from `DATA`.
+        machine: what the run was trained on; by default this machine.
+        notes: further sentences, such as what is known to fail.
+    """
+
+    data: str | None = None
+    machine: str | None = None
+    notes: Sequence[str] = ()
+
+
+def add(
+    run: Path,
+    name: str | None = None,
+    half: bool = False,
+    origin: Origin | None = None,
+    root: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Write the folder of a new entry from a finished and evaluated run.
+
+    The weights are stored first and then evaluated as the run's ``eval.json`` was, so that ``metrics.json``
+    describes what is stored.
+
+    Args:
+        name: of the entry; by default ``ARCH_ENCODER.NORM_DATASET`` from the recipe.
+        half: store large tensors as float16.
+        root: where the data lies, if not where the recipe says.
+
+    Raises:
+        UserError: the run is not finished or not evaluated, its data is not here, or there is such an entry.
+    """
+    checkpoint, origin = run / "best.safetensors", origin or Origin()
+    if not checkpoint.is_file():
+        raise UserError(f"{run}: has no best.safetensors; give the folder of a finished run")
+    if not (run / "eval.json").is_file():
+        raise UserError(f"{run}: has no eval.json; first segdeconv eval {run}")
+    info, scores, lines = read_info(checkpoint), _read_json(run / "eval.json"), read_metrics(run)
+    epochs = info.recipe.train.epochs
+    if not lines or lines[-1]["epoch"] != epochs:
+        raise UserError(f"{run}: is not finished ({epochs} epochs); go on with segdeconv train --resume")
+    if scores.get("epoch") != info.epoch or "settings" not in scores:
+        raise UserError(f"{run}: eval.json is not of this checkpoint; evaluate anew: segdeconv eval {run}")
+    name = name or default_name(info.recipe)
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"--name {name!r}: expected ARCH_ENCODER.nd_DATASET, or .bn_DATASET for the twin")
+    norm, _, dataset = name.partition(".")[2].partition("_")
+    if norm != info.recipe.model.norm:
+        raise UserError(f"--name {name!r}: says {norm}, but the run's model.norm is {info.recipe.model.norm}")
+    folder, data = zoo_folder() / name, origin.data or DATA.get(dataset)
+    if folder.exists():
+        raise UserError(f"{folder}: there is such an entry; remove it first, or choose another --name")
+    if data is None:
+        raise UserError(f"--data is missing: what {dataset} is and under which licence, in a sentence or two")
+
+    make_folder(zoo_folder())
+    with tempfile.TemporaryDirectory(prefix=".", dir=zoo_folder()) as temporary:
+        new = make_folder(Path(temporary) / name)
+        store_checkpoint(checkpoint, new / WEIGHTS, half)
+        try:
+            stored_scores = evaluate_run(
+                new / WEIGHTS,
+                device,
+                root=root,
+                split=scores["split"],
+                inference=_inference(scores),
+                figures=Path(temporary),
+            )
+        except UserError as error:
+            raise UserError(
+                f"an entry's metrics are measured on what is stored, which failed: {error}; if the data lies "
+                "elsewhere, say --root"
+            ) from None
+        model, _ = load_checkpoint(new / WEIGHTS, device)
+        picture = _picture(model, info, new, Path(temporary), root, device)
+        size = input_size(info.recipe.data)
+        architecture, encoder = _network(info.recipe)
+        entry = Entry(
+            name=name,
+            task=info.task,  # type: ignore[arg-type]  # pydantic checks it
+            dataset=dataset,
+            architecture=architecture,
+            encoder=encoder,
+            norm=info.recipe.model.norm,
+            parameters=count_parameters(model),
+            gflops=count_gflops(model, size),
+            input=size,
+            storage="float16" if half else "float32",
+            bytes=(new / WEIGHTS).stat().st_size,
+            sha256=sha256_of(new / WEIGHTS),
+        )
+        recipe = yaml.safe_dump(recipe_to_dict(info.recipe), sort_keys=False)
+        origin = Origin(data, origin.machine or machine(device), origin.notes)
+        texts = {
+            "recipe.yaml": recipe,
+            "metrics.json": to_json(stored_scores, indent=1) + "\n",
+            "card.md": _card(entry, info, stored_scores, scores, lines[-1]["seconds"], origin, picture),
+            "entry.json": entry_json(entry),
+        }
+        for file, text in texts.items():
+            write_atomically(new / file, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
+        os.replace(new, folder)
+    return folder
+
+
+def default_name(recipe: Recipe) -> str:
+    """``ARCH_ENCODER.NORM_DATASET``."""
+    return f"{'_'.join(filter(None, _network(recipe)))}.{recipe.model.norm}_{recipe.data.dataset}"
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_gflops(model: nn.Module, size: tuple[int, int]) -> float:
+    """Operations of the folded network on one picture of ``size`` (height, width), in 10^9.
+
+    A multiplication and an addition are two; convolutions and matrix products are counted.
+    """
+    multiple = size_multiple(model)
+    height, width = (side + -side % multiple for side in size)
+    device, folded = next(model.parameters()).device, fold_network_deconv(model)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        folded(torch.zeros(1, 3, height, width, device=device))
+    return round(counter.get_total_flops() / 1e9, 4)
+
+
+def input_size(data: DataConfig) -> tuple[int, int]:
+    """Height and width that an entry's GFLOPs are counted at: of its pictures, or else of its crops.
+
+    Raises:
+        UserError: the recipe fixes neither.
+    """
+    size = (data.crop if data.shorter_side else None) or data.size or data.crop
+    if size is None:
+        raise UserError("the recipe has neither data.size nor data.crop, at which GFLOPs could be counted")
+    return size
+
+
+def machine(device: torch.device | str) -> str:
+    """This machine, in words."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def _network(recipe: Recipe) -> tuple[str, str | None]:
+    _, encoder = resolve(recipe.model)
+    name = recipe.model.architecture
+    encoder = encoder.removeprefix("tu-") if encoder else None  # as a recipe may call timm's
+    return (name.removesuffix(f"_{encoder}") if encoder else name), encoder
+
+
+def _picture(
+    model: nn.Module,
+    info: CheckpointInfo,
+    folder: Path,
+    figures: Path,
+    root: str | None,
+    device: torch.device | str,
+) -> str:
+    """Leave the card's picture in ``folder``; its file name."""
+    if info.task != "segmentation":
+        shutil.copyfile(figures / "confusion.png", folder / "confusion.png")
+        return "confusion.png"
+    data = _at(info.recipe.data, root)
+    samples, multiple = open_samples(data, "val"), size_multiple(model)
+    val_set = EvalSet(samples, data, multiple)
+    rows = predicted_samples(torch_predictor(model), samples, val_set, device)
+    # Only what the network painted: the pictures and masks themselves are not the zoo's to hand on.
+    painted = [overlay(image, labels, samples.palette) for image, _, labels in rows]
+    save_image(Image.fromarray(np.concatenate(painted, axis=1)), folder / "overlay.jpg")
+    return "overlay.jpg"
+
+
+def _card(
+    entry: Entry,
+    info: CheckpointInfo,
+    scores: dict[str, Any],
+    before: dict[str, Any],
+    seconds: float,
+    origin: Origin,
+    picture: str,
+) -> str:
+    metric, recipe = MAIN_METRIC[entry.task], info.recipe
+    twin = entry.name.replace(".bn_", ".nd_") if entry.norm == "bn" else entry.name.replace(".nd_", ".bn_")
+    what = {
+        "nd": f"Network deconvolution (mode {recipe.model.network_deconv.mode}) in place of batch norm; the "
+        f"batch-norm twin is {twin}.",
+        "bn": f"The batch-norm twin of {twin}.",
+    }[entry.norm]
+    size = f"{entry.input[1]}x{entry.input[0]}"
+    place = f" The recipe expects the data in `{recipe.data.root}`." if recipe.data.root else ""
+    start = "from trained weights" if recipe.model.init or recipe.model.options.get("encoder_weights") else ""
+    facts = {
+        f"{_UNIT[metric]} ({scores['split']}, {scores['samples']} pictures)": f"{scores[metric]:.4f}",
+        f"{_UNIT[metric]} of the run, before storage": f"{before[metric]:.4f}",
+        **{_UNIT[key]: f"{scores[key]:.4f}" for key in ("pixel_acc", "top5") if key in scores},
+        "stored as": f"{entry.storage}, {entry.bytes / 1e6:.1f} MB",
+        "parameters": f"{entry.parameters / 1e6:.2f} M",
+        f"operations for {size}": f"{entry.gflops:.2f} GFLOP (a multiplication and an addition are two)",
+        "seed": str(recipe.train.seed),
+    }
+    by_class = scores["iou" if entry.task == "segmentation" else "recall"]
+    classes = [f"{index} {cls}" + (f" ({by_class[cls]:.3f})" if by_class.get(cls) is not None else "")
+               for index, cls in enumerate(info.classes)]  # fmt: skip
+    per_class = "IoU" if entry.task == "segmentation" else "recall"
+    network = "-".join(filter(None, (entry.architecture, entry.encoder)))
+    return "\n".join(
+        [
+            f"# {entry.name}",
+            "",
+            f"{entry.task.capitalize()}, {network}, trained {start or 'from scratch'}. {what}",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in facts.items()),
+            "",
+            f"![{'what it sees' if picture == 'overlay.jpg' else 'confusion matrix'}]({picture})",
+            "",
+            "## Data",
+            "",
+            str(origin.data),
+            "",
+            "## Reproduce",
+            "",
+            f"    segdeconv train {entry.name}",
+            "",
+            f"{recipe.train.epochs} epochs, {seconds / 60:.0f} minutes on {origin.machine}; the stored "
+            f"weights are of epoch {info.epoch}.{place}",
+            "",
+            f"## Classes ({per_class})",
+            "",
+            ", ".join(classes),
+            "",
+            "## Known failures",
+            "",
+            *(f"- {line}" for line in [*_failures(info.classes, by_class, scores, per_class), *origin.notes]),
+            "",
+        ]
+    )
+
+
+def _failures(
+    classes: Sequence[str], by_class: dict[str, float], scores: dict[str, Any], per_class: str
+) -> list[str]:
+    """The weakest classes and the most frequent confusions, in words."""
+    known = {cls: value for cls, value in by_class.items() if value is not None and value == value}
+    weakest = sorted(known, key=lambda cls: known[cls])[:_FAILURES]
+    counts = np.array(scores["confusion"], np.float64)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    np.fill_diagonal(shares, 0)
+    worst = np.argsort(-shares, axis=None)[:_FAILURES]
+    pairs = [np.unravel_index(index, shares.shape) for index in worst]
+    taken = [f"{classes[t]} for {classes[p]} ({shares[t, p]:.0%})" for t, p in pairs if shares[t, p] > 0]
+    return [
+        f"Lowest {per_class}: {', '.join(f'{cls} {known[cls]:.3f}' for cls in weakest)}.",
+        *([f"Most often mistaken, in percent of the true class: {', '.join(taken)}."] if taken else []),
+    ]
+
+
+# Verifying and publishing.
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found; ``again`` is None, with the reason, where the data is not at hand."""
+
+    weights: Path
+    metric: str
+    claimed: float
+    again: float | None
+    reason: str = ""
+
+
+def verify(name: str, root: str | None = None, device: torch.device | str = "cpu") -> Verdict:
+    """Check an entry's weights against its SHA-256, load them, and evaluate them where the data is at hand.
+
+    Raises:
+        UserError: the weights cannot be fetched, do not fit, or do not give what the entry claims.
+    """
+    entry, scores = read_entry(name), measured(name)
+    weights = find_weights(name)
+    model, info = load_checkpoint(weights, device)
+    found, metric = count_parameters(model), MAIN_METRIC[entry.task]
+    if found != entry.parameters:
+        raise UserError(f"{name}: has {found} parameters, but its entry.json says {entry.parameters}")
+    data = _at(info.recipe.data, root)
+    try:
+        open_samples(data, "val")
+    except UserError as error:
+        return Verdict(weights, metric, scores[metric], None, str(error))
+    again = evaluate_run(
+        weights, device, root=root, split=scores["split"], inference=_inference(scores)
+    )[metric]  # fmt: skip
+    if not abs(again - scores[metric]) <= TOLERANCE:
+        raise UserError(
+            f"{name}: {metric} is {again:.4f} here, but the entry says {scores[metric]:.4f}; is the data in "
+            f"{data.root} what the card describes?"
+        )
+    return Verdict(weights, metric, scores[metric], again)
+
+
+def publish(to: str, names: Sequence[str] = ()) -> list[str]:
+    """Lay entries with their weights out for any static web server, or push them to the Hugging Face Hub.
+
+    Args:
+        to: a folder, or ``hf://ORG/REPO``, which is made if need be (huggingface_hub's login holds). Either
+            serves as SEGDECONV_ZOO_URL, as does the address of a server of that folder.
+        names: which entries; by default all.
+
+    Returns:
+        The names.
+
+    Raises:
+        UserError: there is no such entry, its weights are not to be had, or the place cannot be written.
+    """
+    names = list(names) or entry_names()
+    if not to.startswith("hf://"):
+        if "://" in to:
+            raise UserError(f"--to {to}: expected a folder or hf://ORG/REPO")
+        for name in names:
+            _lay_out(name, Path(to))
+        return names
+    repository = to.removeprefix("hf://").strip("/")
+    if repository.count("/") != 1:
+        raise UserError(f"--to {to}: expected hf://ORG/REPO")
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UserError("--to hf://: huggingface_hub is not installed; pip install huggingface_hub") from None
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in names:
+            _lay_out(name, Path(temporary))
+        try:
+            api = HfApi()
+            api.create_repo(repository, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=temporary, commit_message="segdeconv zoo")
+        except Exception as error:  # it lets through what its HTTP library raises, which changes
+            raise UserError(f"--to {to}: the hub refused ({' '.join(str(error).split())[:200]})") from None
+    return names
+
+
+def _lay_out(name: str, place: Path) -> None:
+    folder, weights = make_folder(place / name), find_weights(name)
+    for source in (weights, *sorted(entry_folder(name).iterdir())):
+        if source.name != WEIGHTS or source == weights:
+            target = folder / (WEIGHTS if source == weights else source.name)
+            write_atomically(target, lambda path, source=source: shutil.copyfile(source, path))  # type: ignore[misc]
+
+
+def _at(data: DataConfig, root: str | None) -> DataConfig:
+    return data if root is None else replace(data, root=root)
+
+
+def _inference(scores: dict[str, Any]) -> Inference:
+    """The settings that scores were measured with."""
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in scores["settings"].items()
+        if key != "size"
+    }
+    return Inference(**settings)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping, as segdeconv eval writes it")
+    return values

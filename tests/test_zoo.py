@@ -1,0 +1,434 @@
+"""The zoo: what its entries claim is so; how they are made, found, checked, published and installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_checkpoint import Hostile
+from test_cli import Call, call  # noqa: F401
+from test_train import tiny
+
+import segdeconv
+from segdeconv import entries
+from segdeconv.checkpoint import CheckpointInfo, find_checkpoint, load_checkpoint, read_info
+from segdeconv.config import load_recipe
+from segdeconv.entries import WEIGHTS, entry_json, entry_names, find_weights, read_entry, zoo_folder
+from segdeconv.errors import UserError
+from segdeconv.evaluate import evaluate_run, write_scores
+from segdeconv.metrics import MAIN_METRIC
+from segdeconv.models import build_model
+from segdeconv.train import train
+from segdeconv.zoo import (
+    Origin,
+    add,
+    card,
+    count_gflops,
+    count_parameters,
+    default_name,
+    measured,
+    publish,
+    verify,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "unet_lcnet_050.nd_toy"
+TWIN = "unet_lcnet_050.bn_toy"
+HEADINGS = (
+    "## Data",
+    "Licence:",
+    "## Reproduce",
+    "segdeconv train",
+    "minutes on",
+    "## Classes",
+    "## Known failures",
+)
+
+
+# What lies under zoo/.
+
+
+@pytest.fixture
+def torch_model(name: str) -> torch.nn.Module:
+    info = read_info(find_weights(name))
+    return build_model(info.recipe.model, len(info.classes), pretrained=False)[0].eval()
+
+
+def test_there_is_a_zoo() -> None:
+    assert entry_names()
+    assert {path.name for path in zoo_folder().iterdir() if path.is_dir()} == set(entry_names())
+    total = sum(path.stat().st_size for path in zoo_folder().rglob("*") if path.is_file())
+    assert total < 100e6
+
+
+@pytest.mark.parametrize("name", entry_names())
+def test_an_entry_is_what_it_says(name: str, torch_model: torch.nn.Module) -> None:
+    folder, entry, scores = zoo_folder() / name, read_entry(name), measured(name)
+    assert entry.name == name
+    if (folder / WEIGHTS).exists():
+        content = (folder / WEIGHTS).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (entry.bytes, entry.sha256)
+        info = read_info(folder / WEIGHTS)
+        assert load_recipe(folder / "recipe.yaml") == info.recipe
+        assert (info.task, info.epoch) == (entry.task, scores["epoch"])
+    else:
+        assert entry.urls
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert name == default_name(recipe).replace(f"_{recipe.data.dataset}", f"_{entry.dataset}")
+    assert (recipe.model.norm, recipe.train.seed) == (entry.norm, scores["seed"])
+    assert entry.parameters == count_parameters(torch_model)
+    assert entry.gflops == pytest.approx(count_gflops(torch_model, entry.input), rel=1e-6)
+    assert 0 < scores[MAIN_METRIC[entry.task]] <= 1
+    text = card(name)
+    assert all(heading in text for heading in HEADINGS)
+    assert f"{scores[MAIN_METRIC[entry.task]]:.4f}" in text
+    (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
+    Image.open(folder / picture).verify()
+
+
+def test_the_table_of_the_readme_is_fresh() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "zoo_table.py"))
+    text = (ROOT / "README.md").read_text()
+    assert tool["BEGIN"] in text
+    assert tool["END"] in text
+    assert tool["with_table"](text) == text, "run: python tools/zoo_table.py"
+
+
+# Made here: both twins of a tiny network.
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for norm in ("nd", "bn"):
+        train(tiny(f"model.norm={norm}", "train.epochs=1"), folder / norm)
+        write_scores(folder / norm, evaluate_run(folder / norm))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zoo of both twins, as `zoo add` makes it."""
+    folder = tmp_path_factory.mktemp("zoo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("segdeconv.entries.zoo_folder", lambda: folder)
+        patch.setattr("segdeconv.zoo.zoo_folder", lambda: folder)
+        add(runs / "nd", half=True, origin=Origin(machine="a loom", notes=["It sees ghosts."]))
+        add(runs / "bn")
+    return folder
+
+
+@pytest.fixture
+def zoo(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that zoo, and a cache of its own."""
+    folder = tmp_path / "zoo"
+    shutil.copytree(made, folder)
+    for module in ("entries", "zoo"):
+        monkeypatch.setattr(f"segdeconv.{module}.zoo_folder", lambda: folder)
+    monkeypatch.setenv("SEGDECONV_CACHE", str(tmp_path / "cache"))
+    for name in ("SEGDECONV_ZOO_URL", "SEGDECONV_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def change(zoo: Path, name: str, **values: object) -> None:
+    entry = dataclasses.replace(read_entry(name), **values)  # type: ignore[arg-type]
+    (zoo / name / "entry.json").write_text(entry_json(entry))
+
+
+def move_weights(zoo: Path, name: str, target: Path) -> str:
+    """Weights lie elsewhere, as those too large to commit do; their address."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(zoo / name / WEIGHTS, target)
+    return target.as_uri()
+
+
+def test_what_add_makes(zoo: Path, runs: Path) -> None:
+    assert entry_names() == [TWIN, NAME]
+    entry, twin = read_entry(NAME), read_entry(TWIN)
+    assert (entry.storage, twin.storage) == ("float16", "float32")
+    assert entry.gflops == twin.gflops
+    assert entry.input == (32, 64)
+    stored, trained = load_file(zoo / NAME / WEIGHTS), load_file(runs / "nd" / "best.safetensors")
+    assert stored.keys() == trained.keys()
+    for key, value in trained.items():
+        if value.numel() >= 4096 and value.is_floating_point():
+            assert torch.equal(stored[key], value.half()), key
+        else:
+            assert torch.equal(stored[key], value), key
+    text = card(NAME)
+    assert all(
+        part in text for part in ("a loom", "It sees ghosts.", "drawn by this package", TWIN, *HEADINGS)
+    )
+    assert Image.open(zoo / NAME / "overlay.jpg").size == (3 * 64, 32)
+    assert not [path for path in zoo.iterdir() if path.name.startswith(".")]
+
+
+def test_metrics_are_of_what_is_stored(zoo: Path) -> None:
+    again = evaluate_run(zoo / NAME / WEIGHTS)
+    assert json.loads(json.dumps(again["confusion"])) == measured(NAME)["confusion"]
+    assert measured(NAME)["seed"] == 0
+
+
+def test_a_name_is_good_wherever_a_run_is(zoo: Path, runs: Path) -> None:
+    assert find_checkpoint(TWIN) == zoo / TWIN / WEIGHTS
+    model = segdeconv.load(TWIN)
+    expected, info = load_checkpoint(runs / "bn")
+    x = torch.randn(1, 3, 32, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected(x))
+    assert not model.training
+    recipe = tiny(f"model.init={TWIN}")
+    begun, _ = build_model(recipe.model, len(info.classes))  # the twin's weights, converted
+    assert sum(p.numel() for p in begun.parameters()) == read_entry(NAME).parameters
+
+
+def test_a_run_folder_goes_before_an_entry_of_its_name(zoo: Path, runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "bn", tmp_path / NAME)
+    assert find_checkpoint(NAME) == Path(NAME) / "best.safetensors"
+
+
+def test_the_commands(zoo: Path, call: Call, tmp_path: Path) -> None:  # noqa: F811
+    code, out, _ = call("zoo", "list", "--sort", "miou", "--task", "segmentation")
+    assert code == 0
+    better, worse = sorted((NAME, TWIN), key=lambda name: -measured(name)["miou"])
+    assert 0 < out.index(better) < out.index(worse)
+    assert NAME not in call("zoo", "list", "--dataset", "camvid")[1]
+    assert "Known failures" in call("zoo", "info", NAME)[1]
+    assert call("zoo", "download", NAME)[1].strip() == str(zoo / NAME / WEIGHTS)
+    code, out, _ = call("zoo", "verify", NAME, "--device", "cpu")
+    assert code == 0
+    assert f"miou {measured(NAME)['miou']:.4f} here" in out
+    assert call("eval", NAME, "--device", "cpu")[0] == 0
+    assert json.loads((tmp_path / "runs" / NAME / "eval.json").read_text())["miou"] == measured(NAME)["miou"]
+    code, out, _ = call("train", NAME, "--dry-run", "--device", "cpu")
+    assert code == 0
+    assert "step 2: loss" in out
+    code, out, _ = call("zoo", "publish", "--to", tmp_path / "www", NAME)
+    assert code == 0
+    assert f"www/{NAME}/{WEIGHTS}" in out
+
+
+def test_predict_exports_an_entry(
+    zoo: Path,
+    runs: Path,
+    call: Call,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The export itself, which takes long, is tested in test_cli.py."""
+    exported = []
+
+    def export(model: torch.nn.Module, info: CheckpointInfo, path: Path) -> None:
+        exported.append(info)
+        assert not model.training
+        path.write_bytes(b"no graph")
+
+    monkeypatch.setattr("segdeconv.export.export_onnx", export)
+    Image.new("RGB", (70, 40)).save(tmp_path / "photo.png")
+    code, _, error = call("predict", NAME, "photo.png", "--device", "cpu")
+    assert code == 2
+    assert "onnxruntime cannot load it" in error
+    assert exported == [read_info(runs / "nd" / "best.safetensors")]
+
+
+# Where weights come from.
+
+
+def test_a_mirror_laid_out_by_publish(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(str(tmp_path / "www"))
+    entry = read_entry(NAME)
+    (zoo / NAME / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"is missing and its entry has no urls; .* SEGDECONV_ZOO_URL"):
+        find_weights(NAME)
+    for address in ("www", str(tmp_path / "www"), (tmp_path / "www").as_uri() + "/"):
+        monkeypatch.setenv("SEGDECONV_ZOO_URL", address)
+        path = find_weights(NAME)
+        assert path.parent == tmp_path / "cache" / "zoo"
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256
+        path.unlink()
+    assert (tmp_path / "www" / NAME / "entry.json").read_text() == entry_json(entry)
+
+
+def test_urls_are_tried_in_order(zoo: Path, tmp_path: Path) -> None:
+    url = move_weights(zoo, NAME, tmp_path / "far" / "a.safetensors")
+    change(zoo, NAME, urls=("file:///nowhere/a", url))
+    load_checkpoint(NAME)
+    publish(str(tmp_path / "www"), [NAME])  # also of weights that are not committed
+    assert (tmp_path / "www" / NAME / WEIGHTS).stat().st_size == read_entry(NAME).bytes
+
+
+def test_damaged_own_weights(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = move_weights(zoo, NAME, tmp_path / "a.safetensors")
+    (zoo / NAME / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"is not the file that entry\.json names"):
+        find_weights(NAME)
+    change(zoo, NAME, urls=(url,))
+    load_checkpoint(NAME)
+    assert "trying elsewhere" in capsys.readouterr().out
+
+
+def test_downloaded_pickles_are_not_run(zoo: Path, tmp_path: Path) -> None:
+    evil = pickle.dumps(Hostile())
+    (tmp_path / "evil").write_bytes(evil)
+    (zoo / NAME / WEIGHTS).unlink()
+    sha256 = hashlib.sha256(evil).hexdigest()
+    change(zoo, NAME, urls=((tmp_path / "evil").as_uri(),), bytes=len(evil), sha256=sha256)
+    with pytest.raises(UserError, match="not a safetensors file"):
+        segdeconv.load(NAME)
+    assert not (tmp_path / "hostile-was-run").exists()
+
+
+# What is refused.
+
+
+def test_verify_finds_a_false_claim(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verify(NAME).again == measured(NAME)["miou"]
+    scores = measured(NAME)
+    (zoo / NAME / "metrics.json").write_text(json.dumps(scores | {"miou": scores["miou"] + 0.01}))
+    with pytest.raises(UserError, match=r"miou is 0\.\d+ here, but the entry says"):
+        verify(NAME)
+    change(zoo, NAME, parameters=7)
+    with pytest.raises(UserError, match=r"entry\.json says 7"):
+        verify(NAME)
+
+
+def test_verify_without_the_data(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise UserError("data/toy: no such folder")
+
+    monkeypatch.setattr("segdeconv.zoo.open_samples", missing)
+    verdict = verify(NAME)
+    assert (verdict.again, verdict.reason) == (None, "data/toy: no such folder")
+
+
+BAD_RUNS = {
+    "no checkpoint": (lambda run: (run / "best.safetensors").unlink(), {}, "has no best.safetensors"),
+    "not evaluated": (lambda run: (run / "eval.json").unlink(), {}, "has no eval.json; first segdeconv eval"),
+    "not finished": (lambda run: (run / "metrics.jsonl").write_text(""), {}, "is not finished"),
+    "evaluated before": (lambda run: edit(run / "eval.json", epoch=0), {}, "not of this checkpoint"),
+    "eval.json damaged": (lambda run: (run / "eval.json").write_text("{"), {}, "not readable as JSON"),
+    "there already": (lambda run: None, {"name": NAME}, "there is such an entry"),
+    "no name": (lambda run: None, {"name": "../../x.nd_toy"}, "expected ARCH_ENCODER.nd_DATASET"),
+    "name of the twin": (lambda run: None, {"name": "x.bn_toy"}, "says bn, but the run's model.norm is nd"),
+    "unknown data": (lambda run: None, {"name": "x.nd_photos"}, "--data is missing"),
+}  # fmt: skip
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_runs_that_make_no_entry(zoo: Path, runs: Path, tmp_path: Path, case: str) -> None:
+    spoil, options, message = BAD_RUNS[case]
+    run = tmp_path / "run"
+    shutil.copytree(runs / "nd", run)
+    spoil(run)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        add(run, **{"name": "new.nd_toy", **options})
+    assert "\n" not in str(error.value)
+    assert entry_names() == [TWIN, NAME]
+
+
+def test_an_entry_that_cannot_be_measured_is_not_made(
+    zoo: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise UserError("data/toy: no such folder")
+
+    monkeypatch.setattr("segdeconv.zoo.evaluate_run", missing)
+    with pytest.raises(UserError, match="measured on what is stored, which failed: data/toy: no such folder"):
+        add(runs / "nd", "new.nd_toy", half=True)
+    assert {path.name for path in zoo.iterdir()} == {NAME, TWIN}
+
+
+def test_names_that_are_none(zoo: Path, call: Call) -> None:  # noqa: F811
+    with pytest.raises(UserError, match=rf"did you mean {re.escape(NAME)}\?"):
+        read_entry("unet_lcnet_50.nd_toy")
+    code, _, error = call("zoo", "info", "nothing")
+    assert code == 2
+    assert "no entry of the zoo is called 'nothing'" in error
+    (zoo / NAME / "entry.json").write_text('{"name": "x"}')
+    with pytest.raises(UserError, match=r"entry\.json: not an entry of the zoo \("):
+        read_entry(NAME)
+
+
+@pytest.mark.parametrize("to", ["https://example.org/zoo", "hf://alone", "hf://a/b/c"])
+def test_places_that_cannot_be_published_to(zoo: Path, to: str) -> None:
+    with pytest.raises(UserError, match="expected"):
+        publish(to)
+
+
+def test_publishing_to_the_hub(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: dict[str, list[str]] = {}
+
+    class Api:
+        def create_repo(self, repository: str, exist_ok: bool) -> None:
+            assert exist_ok
+
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> None:
+            files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
+            pushed[repo_id] = sorted(str(path.relative_to(folder_path)) for path in files)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    publish("hf://me/zoo", [NAME])
+    names = ("card.md", "entry.json", "metrics.json", WEIGHTS, "overlay.jpg", "recipe.yaml")
+    assert pushed == {"me/zoo": [f"{NAME}/{name}" for name in names]}
+    monkeypatch.setattr(Api, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("401\nwho?")))
+    with pytest.raises(UserError, match=r"the hub refused \(401 who\?\)"):
+        publish("hf://me/zoo")
+
+
+# The wheel.
+
+
+def test_the_wheel_brings_the_zoo(tmp_path: Path) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in ("segdeconv", "zoo"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    modules = {path.relative_to(source) for path in (source / "segdeconv").rglob("*.py")}
+    assert {path.relative_to(site) for path in (site / "segdeconv").rglob("*.py")} == modules
+    code = (
+        "import segdeconv; from segdeconv.entries import entry_names, find_weights;"
+        f"assert segdeconv.__file__.startswith({str(site)!r}), segdeconv.__file__;"
+        "print(*entry_names(), sep='\\n'); print(find_weights(entry_names()[0]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site), "SEGDECONV_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *names, weights = done.stdout.splitlines()
+    assert names == entry_names()
+    assert weights == str(site / "segdeconv" / "zoo_entries" / names[0] / WEIGHTS)
+    assert entries.zoo_folder() == ROOT / "zoo"
