@@ -190,6 +190,25 @@ class Whitened(nn.Module):
         self.weight.copy_(weight)
         self.bias.copy_(bias)
 
+    @torch.no_grad()
+    def patches(self, x: Tensor, at_most: int) -> Tensor:
+        """What the layer reads at evenly spread positions of ``x``, (N, G, K, F), N about ``at_most``."""
+        x, every = self._batched(x), 1
+        while every < max(self._positions(x)) and self._count(x, every, len(x)) > at_most:
+            every += 1
+        down, right = (min(every, size) // 2 for size in self._positions(x))  # the corner is mostly padding
+        rows = self._sample(x, every, (down, right)).unflatten(1, (self._shape[0], -1))
+        return to_blocks(rows, self.num_blocks, self.interleaved)
+
+    @torch.no_grad()
+    def whitened(self, patches_NGKF: Tensor) -> Tensor:
+        """`patches` as evaluation whitens them, (x - μ) s D. The layer itself has D and s in its weights."""
+        mean_GKF, scale_GKF = self._running_mean_and_scale()
+        centred = patches_NGKF - mean_GKF
+        if scale_GKF is not None:
+            centred = centred * scale_GKF
+        return (centred.unsqueeze(-2) @ self.running_whitening.unsqueeze(1)).squeeze(-2)
+
     def folded_parameters(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer this layer is in evaluation."""
         return self._fold(self.running_whitening, *self._running_mean_and_scale())

@@ -1,0 +1,215 @@
+"""The paper's small experiments on MNIST: how fast linear and small networks converge.
+
+    python tools/reproduce_linear.py --data ../shared/data/mnist        # about twenty minutes on one core
+
+arXiv 1905.11926 says that where the features of a linear model are whitened, gradient descent is Newton's
+method, for regression (L2) and nearly so for logistic regression (cross-entropy); and that networks gain
+likewise. Here: one linear layer under either loss, the three-layer perceptron of the authors' code (128
+sigmoid units) and a small convolutional network, each plain, with batch norm (for the linear layer, of its
+input) and with network deconvolution. SGD with momentum 0.9 in batches of 512, as in the authors' command, at
+a constant learning rate, for each the best of --lrs by the mean training loss of the last 20 steps.
+
+Writes OUT/linear.md, linear.png, and linear.jsonl, a line a training; what is there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segdeconv import convert_to_network_deconv
+from segdeconv.config import DataConfig, NetworkDeconvConfig
+from segdeconv.data import open_samples
+from segdeconv.figures import spread
+from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.train import seed_everything
+
+ARMS = {"plain": "no normalisation", "bn": "batch norm", "nd": "network deconvolution"}
+BATCH, STEPS, LAST = 512, 234, 20  # two passes over the training pictures
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.BatchNorm1d(784), nn.Linear(784, 10))
+
+
+def mlp() -> nn.Module:
+    layers: list[nn.Module] = []
+    for size in (784, 128):
+        layers += [nn.Linear(size, 128), nn.BatchNorm1d(128), nn.Sigmoid()]
+    return nn.Sequential(*layers, nn.Linear(128, 10))
+
+
+def convnet() -> nn.Module:
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 28, 28))]
+    for channels, out in ((1, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(channels, out, 3, stride=2, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+
+
+# name: (title, network, whether the loss is L2)
+TASKS: dict[str, tuple[str, Callable[[], nn.Module], bool]] = {
+    "regression": ("linear, L2", linear, True),
+    "logistic": ("linear, cross-entropy", linear, False),
+    "mlp": ("perceptron, cross-entropy", mlp, False),
+    "convnet": ("convolutions, cross-entropy", convnet, False),
+}
+
+
+def build(task: str, arm: str) -> nn.Module:
+    model = TASKS[task][1]()
+    if arm == "nd":  # all 784 pixels in one block
+        return convert_to_network_deconv(model, NetworkDeconvConfig(linear_block_size=784))[0]
+    if arm == "plain":
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                model.set_submodule(name, nn.Identity())
+    return model
+
+
+def load(root: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Pixels (n, 784), normalised as in the authors' code, and labels."""
+    samples = open_samples(DataConfig("mnist", root=str(root)), split)
+    images = torch.from_numpy(np.array(samples.images)).flatten(1).float() / 255  # type: ignore[attr-defined]
+    return (images - 0.1307) / 0.3081, torch.tensor(samples.labels)  # type: ignore[attr-defined]
+
+
+def run(task: str, arm: str, lr: float, seed: int, data: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    seed_everything(seed)
+    model, squared = build(task, arm), TASKS[task][2]
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    images, labels = data["train"]
+    order = torch.cat([torch.randperm(len(labels)) for _ in range(2)])
+    losses, seconds = [], 0.0
+    for step in range(STEPS):
+        chosen = order[step * BATCH : (step + 1) * BATCH]
+        start = time.process_time()
+        loss = loss_of(model(images[chosen]), labels[chosen], squared)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seconds += time.process_time() - start
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+    images, labels = data["val"]
+    with torch.no_grad():
+        logits = model.eval()(images)
+    whole = len(losses) == STEPS and math.isfinite(losses[-1])
+    return {
+        "task": task, "arm": arm, "lr": lr, "seed": seed, "losses": [round(x, 6) for x in losses],
+        "final": statistics.fmean(losses[-LAST:]) if whole else None, "seconds": round(seconds, 2),
+        "test_loss": loss_of(logits, labels, squared).item(),
+        "top1": (logits.argmax(1) == labels).double().mean().item(),
+    }  # fmt: skip
+
+
+def loss_of(output: Tensor, labels: Tensor, squared: bool) -> Tensor:
+    if squared:
+        return F.mse_loss(output, F.one_hot(labels, 10).to(output.dtype))
+    return F.cross_entropy(output, labels)
+
+
+def best(lines: list[dict[str, Any]], task: str, arm: str) -> list[dict[str, Any]]:
+    """The trainings at the learning rate with the lowest final loss, of those that did not diverge."""
+    by_lr: dict[float, list[dict[str, Any]]] = {}
+    for line in lines:
+        if line["task"] == task and line["arm"] == arm:
+            by_lr.setdefault(line["lr"], []).append(line)
+    whole = [runs for runs in by_lr.values() if all(x["final"] is not None for x in runs)]
+    return min(whole, key=lambda runs: statistics.fmean(x["final"] for x in runs), default=[])
+
+
+def smooth(losses: list[float]) -> np.ndarray:
+    return np.convolve(losses, np.ones(5) / 5, mode="valid")
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    rows = [
+        f"MNIST, {STEPS} steps of {BATCH}, SGD with momentum 0.9 at the best constant learning rate; means "
+        "over seeds. `steps` is how many it takes until the loss, averaged over five steps, is below what "
+        f"plain training ends with (the mean of its last {LAST} steps).",
+        "",
+        "| task | arm | lr | seeds | training loss | test loss | top-1, % | steps | seconds |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for task, (title, _, _) in TASKS.items():
+        goal = statistics.fmean([x["final"] for x in best(lines, task, "plain")] or [math.nan])
+        for arm, name in ARMS.items():
+            runs = best(lines, task, arm)
+            if not runs:
+                continue
+            reached = np.mean([smooth(x["losses"]) for x in runs], 0) < goal
+            steps = str(int(reached.argmax()) + 5) if reached.any() else "-"
+            values = [spread([x[key] for x in runs])[0] for key in ("final", "test_loss", "top1", "seconds")]
+            rows.append(
+                f"| {title} | {name} | {runs[0]['lr']:g} | {len(runs)} | {values[0]:.4f} | {values[1]:.4f} "
+                f"| {100 * values[2]:.2f} | {steps} | {values[3]:.1f} |"
+            )
+    return "\n".join(rows) + "\n"
+
+
+def picture(lines: list[dict[str, Any]], path: Path) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(4 * len(TASKS), 3.6), layout="constrained")
+    for axis, (task, (title, _, _)) in zip(axes, TASKS.items(), strict=True):
+        for i, (arm, name) in enumerate(ARMS.items()):
+            runs = best(lines, task, arm)
+            for j, run in enumerate(runs):
+                curve = smooth(run["losses"])
+                style = dict(color=f"C{i}", alpha=1 if j == 0 else 0.35)
+                label = f"{name}, lr {run['lr']:g}" if j == 0 else None
+                axis.plot(np.arange(len(curve)) + 5, curve, label=label, **style)
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("training loss")
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data/mnist"), help="as torchvision has it"
+    )
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.01, 0.03, 0.1, 0.3, 1.0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/linear"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    path = make_folder(arguments.out) / "linear.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    data = {split: load(arguments.data, split) for split in ("train", "val")}
+    for seed in arguments.seeds:
+        for task in TASKS:
+            for arm in ARMS:
+                for lr in arguments.lrs:
+                    key = {"task": task, "arm": arm, "lr": lr, "seed": seed}
+                    if any(key.items() <= line.items() for line in lines):
+                        continue
+                    lines.append(run(task, arm, lr, seed, data))
+                    with path.open("a") as file:
+                        file.write(to_json(lines[-1]) + "\n")
+                    print(f"{task} {arm} lr {lr:g} seed {seed}: {lines[-1]['final']}", flush=True)
+    text = table(lines)
+    write_atomically(arguments.out / "linear.md", lambda temporary: temporary.write_text(text))
+    picture(lines, arguments.out / "linear.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""The paper's Table 1 on CIFAR-10: ten networks, each with batch norm and with network deconvolution.
+
+    python tools/reproduce_table1.py --seeds 0 1 2 --networks vgg16 resnet18     # hours a network on one core
+    python tools/reproduce_table1.py --epochs 20 --networks pnasnet_a
+    python tools/reproduce_table1.py --networks                                  # table and picture only
+
+Three trainings a network and seed: `bn` and `nd` for the same number of steps, and `bn_for_nds_time`, batch
+norm again, for as many steps as fit into the time that `nd` took, its learning rate falling over all of them.
+Every training is one line of OUT/runs.jsonl, and those that are there are not done again, so a stopped
+reproduction goes on where it was. After each, OUT/table1_EPOCHS.md and .png are written anew. A training has
+one thread, and its time is the processor time of its steps, so that others on the machine do not count.
+
+The data is an image folder, data/cifar10/{train,test}/CLASS/NAME.jpg, read as by the recipe cifar10_resnet18:
+batches of 128, crops of pictures padded by 4, mirrored; SGD at 0.1 with momentum 0.9, and a cosine without
+warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+from segdeconv.config import Recipe, load_recipe
+from segdeconv.data import Samples, eval_loader, open_samples, train_loader
+from segdeconv.evaluate import score, torch_predictor
+from segdeconv.figures import spread
+from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.losses import loss_of
+from segdeconv.models import build_model
+from segdeconv.train import lr_factor, make_optimizer, seed_everything
+
+# Title, and top-1 in percent after so many epochs: batch norm and network deconvolution in the paper (arXiv
+# 1905.11926, table 1), and the same in its reproduction study (ReScience C 10(1)#4, means of three).
+NETWORKS: dict[str, tuple[str, dict[int, tuple[float, ...]]]] = {
+    "vgg16": ("VGG-16", {1: (14.12, 74.18, 14.38, 74.20), 20: (90.07, 93.25, 90.36, 92.83)}),
+    "resnet18": ("ResNet-18", {1: (56.25, 72.89, 46.56, 58.69), 20: (92.64, 94.07, 92.35, 94.20)}),
+    "preact_resnet18": ("Preact-18", {1: (55.15, 72.70, 16.42, 72.33), 20: (91.93, 94.10, 90.32, 94.26)}),
+    "mobilenet_v2": ("MobileNetV2", {1: (54.29, 65.40, 53.26, 59.85), 20: (89.86, 92.52, 90.70, 92.11)}),
+    "senet18": ("SENet-18", {1: (57.63, 67.21, 58.62, 67.80), 20: (92.37, 94.11, 92.74, 94.25)}),
+    "efficientnet_b0": ("EfficientNet", {1: (35.40, 55.67, 40.10, 59.91), 20: (84.21, 86.78, 84.68, 87.77)}),
+    "pnasnet_a": ("PNASNet-A", {1: (21.81, 64.19, 10.55, 65.19), 20: (75.85, 81.97, 58.84, 81.61)}),
+    "densenet121": ("DenseNet-121", {1: (59.56, 76.63, 55.78, 76.31), 20: (93.25, 94.89, 93.11, 94.87)}),
+    "resnext29_32x4d": ("ResNeXt-29", {1: (52.14, 69.22, 25.70, 69.35), 20: (93.12, 94.05, 92.34, 93.57)}),
+    "dpn92": ("DPN-92", {1: (34.00, 53.02, 23.27, 50.61), 20: (92.87, 93.74, 91.79, 93.55)}),
+}
+ARMS = {"bn": "batch norm", "nd": "network deconvolution", "bn_for_nds_time": "batch norm for nd's time"}
+WEIGHT_DECAY = {"bn": 5e-4, "nd": 1e-3}
+POINTS = 5  # of a curve, an epoch
+ALL = 50_000
+
+
+def train(
+    network: str, arm: str, seed: int, arguments: argparse.Namespace, steps: int | None
+) -> dict[str, Any]:
+    """One training of ``steps`` steps, or of ``arguments.epochs`` epochs; the line it leaves."""
+    norm = arm[:2]
+    recipe = load_recipe(
+        "cifar10_resnet18",
+        [
+            f"model.architecture=cifar_{network}",
+            f"model.norm={norm}",
+            f"data.root={arguments.data}",
+            f"train.epochs={arguments.epochs}",
+            f"train.weight_decay={WEIGHT_DECAY[norm]}",
+            f"train.seed={seed}",
+        ],
+    )
+    config = recipe.train
+    samples, held_out = (fewer(open_samples(recipe.data, s), arguments.pictures) for s in ("train", "val"))
+    seed_everything(seed)
+    model, _ = build_model(recipe.model, len(samples.classes))
+    loader = train_loader(samples, recipe.data, config.batch_size, seed, 1)
+    optimizer = make_optimizer(model, config)
+    an_epoch = len(loader)
+    steps = steps or config.epochs * an_epoch
+    curve: list[list[float]] = []
+    losses: list[float] = []
+    seconds = 0.0
+    for step, (images, targets) in enumerate(endless(loader, steps), 1):
+        model.train()
+        start = time.process_time()
+        optimizer.param_groups[0]["lr"] = config.lr * lr_factor(step - 1, steps, 0, config.schedule, 1)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(model(images), targets, config, recipe.data.ignore_index)
+        loss.backward()
+        optimizer.step()
+        seconds += time.process_time() - start
+        losses.append(loss.item())
+        if step == steps or step % max(an_epoch // POINTS, 1) == 0:
+            share = 1 if step == steps else 5
+            top1 = accuracy(model, recipe, held_out, share)
+            curve.append([step, round(seconds, 2), float(np.mean(losses)), round(top1, 5)])
+            losses = []
+        if not math.isfinite(loss.item()):
+            break
+    return {
+        "network": network,
+        "arm": arm,
+        "seed": seed,
+        "epochs": arguments.epochs,
+        "pictures": arguments.pictures,
+        "weight_decay": config.weight_decay,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": steps,
+        "seconds": round(seconds, 2),
+        "top1": curve[-1][3] if curve and curve[-1][0] == steps else 1 / len(samples.classes),
+        "curve": curve,
+    }
+
+
+def fewer(samples: Samples, count: int) -> Samples:
+    """At most ``count`` pictures, evenly from all classes."""
+    samples.items = samples.items[:: -(-len(samples) // count)]  # type: ignore[attr-defined]
+    return samples
+
+
+def endless(loader: Any, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for step in range(steps):
+        if step % len(loader) == 0:
+            loader.batch_sampler.epoch = step // len(loader)
+            batches = iter(loader)
+        yield next(batches)
+
+
+def accuracy(model: Any, recipe: Recipe, held_out: Samples, share: int) -> float:
+    """Top-1 on every ``share``-th test picture."""
+    loader = eval_loader(held_out, recipe.data, 500, 1, rank=0, world=share)
+    return float(score(torch_predictor(model), loader, held_out, 255, "cpu")["top1"])
+
+
+def read(path: Path, epochs: int, pictures: int) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["epochs"] == epochs and line["pictures"] == pictures]
+
+
+def by_arm(lines: Iterable[dict[str, Any]], network: str) -> dict[str, list[dict[str, Any]]]:
+    return {arm: [x for x in lines if x["network"] == network and x["arm"] == arm] for arm in ARMS}
+
+
+def table(lines: list[dict[str, Any]], epochs: int) -> str:
+    steps = max((line["steps"] for line in lines if line["arm"] == "nd"), default=0)
+    pictures = max((line["pictures"] for line in lines), default=0)
+    known = ["paper bn", "paper nd", "study bn", "study nd"]
+    titles = ["network", "M parameters", *known, *ARMS, "seeds", "s bn", "s nd"]
+    rows = [
+        f"CIFAR-10 (JPEG, {pictures} training pictures), {epochs} epochs of {steps // epochs} steps: top-1 "
+        "in percent on the test pictures, the mean over seeds and its standard error. `bn_for_nds_time` is "
+        "batch norm trained for as long as `nd` took. Seconds of training are those of one core. `paper` is "
+        "arXiv 1905.11926, table 1; `study` its reproduction, ReScience C 10(1)#4."
+        + ("" if pictures == ALL else " **Not all pictures: a trial of the program, not a result.**"),
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|---|{'---:|' * (len(titles) - 1)}",
+    ]
+    for network, (title, known_figures) in NETWORKS.items():
+        runs = by_arm(lines, network)
+        if not any(runs.values()):
+            continue
+        columns = [title, f"{max(x['parameters'] for arm in runs.values() for x in arm) / 1e6:.2f}"]
+        columns += [f"{value:.2f}" for value in known_figures.get(epochs, ())] or [""] * len(known)
+        columns += [shown([100 * x["top1"] for x in arm]) for arm in runs.values()]
+        columns.append(str(max(map(len, runs.values()))))
+        columns += [
+            f"{np.mean([x['seconds'] for x in runs[a]]):.0f}" if runs[a] else "" for a in WEIGHT_DECAY
+        ]
+        rows.append(f"| {' | '.join(columns)} |")
+    return "\n".join(rows) + "\n"
+
+
+def shown(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean, error, _, _ = spread(values)
+    return f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+
+
+def picture(lines: list[dict[str, Any]], path: Path) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    networks = [n for n in NETWORKS if any(line["network"] == n for line in lines)]
+    figure, axes = plt.subplots(
+        len(networks), 3, figsize=(11, 2.6 * len(networks)), squeeze=False, layout="constrained"
+    )
+    columns = (("step", 0, 2), ("step", 0, 3), ("seconds of training on one core", 1, 3))
+    for row, network in zip(axes, networks, strict=True):
+        for arm, runs in by_arm(lines, network).items():
+            for axis, (label, x, y) in zip(row, columns, strict=True):
+                if arm == "bn_for_nds_time" and x == 0:
+                    continue
+                for i, run in enumerate(runs):
+                    points = np.array(run["curve"])
+                    style = dict(color=f"C{list(ARMS).index(arm)}", marker=".", alpha=1 if i == 0 else 0.4)
+                    name = ARMS[arm] if i == 0 else None
+                    axis.plot(points[:, x], points[:, y] * (100 if y == 3 else 1), label=name, **style)
+                axis.set_xlabel(label)
+                axis.set_ylabel("training loss" if y == 2 else "top-1, %")
+                axis.grid(alpha=0.3)
+        row[0].set_yscale("log")
+        row[0].set_title(NETWORKS[network][0], loc="left")
+    for axis in axes[:, 2]:
+        axis.legend(loc="lower right", fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--pictures", type=int, default=ALL, help="fewer, to try the program")
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
+    parser.add_argument("--out", type=Path, default=Path("runs/table1"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = make_folder(arguments.out) / "runs.jsonl"
+    report = arguments.out / f"table1_{arguments.epochs}.md"
+    for seed in arguments.seeds:
+        for network in arguments.networks:
+            for arm in sorted(arguments.arms, key=list(ARMS).index):
+                done = by_arm(read(runs, arguments.epochs, arguments.pictures), network)
+                here = {a: next((x for x in lines if x["seed"] == seed), None) for a, lines in done.items()}
+                if here[arm] is not None:
+                    continue
+                steps = None
+                if arm == "bn_for_nds_time":
+                    bn, nd = here["bn"], here["nd"]
+                    if bn is None or nd is None:
+                        continue  # nothing says how long yet
+                    steps = max(round(bn["steps"] * nd["seconds"] / bn["seconds"]), 1)
+                line = train(network, arm, seed, arguments, steps)
+                with runs.open("a") as file:
+                    file.write(to_json(line) + "\n")
+                print(f"{network} {arm} seed {seed}: {line['top1']:.4f}, {line['seconds']:.0f} s", flush=True)
+                write_report(runs, report, arguments)
+    write_report(runs, report, arguments)
+    print(report.read_text())
+
+
+def write_report(runs: Path, report: Path, arguments: argparse.Namespace) -> None:
+    lines = read(runs, arguments.epochs, arguments.pictures)
+    write_atomically(report, lambda temporary: temporary.write_text(table(lines, arguments.epochs)))
+    if lines:
+        picture(lines, report.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
