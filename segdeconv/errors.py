@@ -1,8 +1,15 @@
-"""The one exception for what a user can mend: a wrong path, key, value or file."""
+"""The exceptions for what a user can mend: a wrong path, key, value or file, and what was made and refused."""
 
 
 class UserError(ValueError):
     """Bad input. The message is one sentence that names the file or value, what was expected and what to do.
 
     The command line prints it and exits with code 2, without a traceback.
+    """
+
+
+class Refused(UserError):
+    """What was asked for was made, measured and found wanting, so it was not written.
+
+    The command line exits with code 3.
     """

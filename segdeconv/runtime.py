@@ -7,9 +7,10 @@ metadata, so this file imports nothing of the training side, and no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +29,14 @@ from segdeconv.images import (
     resize_image,
     resize_labels,
     save_image,
+    window_starts,
 )
 
-_REQUIRED = ("task", "classes", "palette", "mean", "std", "size_multiple", "resize", "output")
+Labels = NDArray[Any]  # uint8, or int32 above 256 classes
+
+_REQUIRED = ("task", "classes", "palette", "mean", "std", "size_multiple", "resize")
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def import_onnxruntime() -> Any:
@@ -42,35 +48,115 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise UserError("onnxruntime is not installed; pip install 'segdeconv[cpu]' (or '[gpu]')") from None
+        raise UserError(
+            "onnxruntime is not installed; pip install 'segdeconv[runtime]' (or '[gpu]')"
+        ) from None
     return onnxruntime
+
+
+def open_session(
+    path: str | Path, device: str = "auto", allow_cpu: bool = False, options: Any = None
+) -> tuple[Any, str, str]:
+    """An onnxruntime session that runs where it was asked to, or says why it does not.
+
+    onnxruntime itself goes on with the CPU when CUDA cannot be had, with no more than a line in its log.
+
+    Args:
+        path: the ONNX file.
+        device: ``cpu``; ``cuda`` or ``cuda:N``; ``auto`` takes CUDA where it works, else the CPU.
+        allow_cpu: let ``cuda`` take the CPU where CUDA cannot be had.
+        options: onnxruntime's ``SessionOptions``.
+
+    Returns:
+        The session; ``cpu`` or ``cuda:N``; and why it is the CPU where CUDA was asked for or possible.
+
+    Raises:
+        UserError: the file is missing or damaged, or CUDA was asked for and cannot be had: cause and fix.
+    """
+    onnxruntime = import_onnxruntime()
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; make one with segdeconv export")
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (":" in device and not (kind == "cuda" and number.isdigit())):
+        raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+
+    def session(providers: list[Any]) -> Any:
+        # Without enable_fallback=0 a session whose CUDA fails in the middle is made anew on the CPU.
+        return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+
+    opened, error = None, ""
+    if kind != "cpu" and _CUDA in onnxruntime.get_available_providers():
+        if hasattr(onnxruntime, "preload_dlls"):  # since 1.21: finds the CUDA that pip installed
+            onnxruntime.preload_dlls()
+        try:
+            opened = session([(_CUDA, {"device_id": number or "0"}), _CPU])
+        except Exception as raised:  # onnxruntime raises its own unrelated classes
+            error = first_line(raised)
+        if opened is not None and _CUDA in opened.get_providers():
+            return opened, f"cuda:{number or 0}", ""
+    if opened is None:
+        try:
+            opened = session([_CPU])
+        except Exception as raised:
+            raise UserError(f"{path}: onnxruntime cannot load it ({first_line(raised)})") from None
+    if kind == "cpu":
+        return opened, "cpu", ""
+    from segdeconv.doctor import gather, why_no_cuda
+
+    finding = why_no_cuda(gather(), error)
+    if kind == "cuda" and not allow_cpu:
+        raise UserError(
+            f"--device {device}: {finding.what}; mend it with: {finding.fix} (or pass --allow-cpu)"
+        )
+    return opened, "cpu", finding.what
 
 
 class Segmenter:
     """A segmentation graph made by ``segdeconv export``.
 
     ``Segmenter("model.onnx")(image)`` takes RGB (H, W, 3) uint8 and returns class numbers (H, W) uint8 at the
-    picture's own size.
+    picture's own size. Nothing in it changes after construction and onnxruntime's sessions may be run by many
+    threads at once: make one ``Segmenter`` in a process and let all its threads call it. The threads that one
+    call uses are ``threads``; with N callers at once, cores / N is a good number.
 
     Args:
         path: the ONNX file.
-        providers: onnxruntime execution providers; None takes CUDA where onnxruntime offers it, then the CPU.
+        device: ``cpu``; ``cuda`` or ``cuda:N``; ``auto`` takes CUDA where it works, else the CPU.
+        allow_cpu: let ``cuda`` take the CPU where CUDA cannot be had, instead of failing.
+        threads: threads that compute one operator; None lets onnxruntime take all cores.
+        window: height and width of sliding windows for pictures that are larger; None runs pictures whole.
+            Probabilities are averaged where windows overlap; of a graph that puts out labels alone, every
+            window gives what is nearer to its own middle than to its neighbours'.
+        overlap: least share of its height or width that a window has in common with the next.
+
+    Attributes:
+        device: ``cpu`` or ``cuda:N``, where the graph runs.
+        why_cpu: why it is the CPU, where ``auto`` or ``allow_cpu`` settled for it.
+        metadata: what the graph says about itself.
+        classes: names of the classes.
+        palette: colours of the classes.
 
     Raises:
-        UserError: the file is missing or damaged, or was not made by segdeconv.
+        UserError: the file is missing or damaged, or was not made by segdeconv; CUDA was asked for and cannot
+            be had; or the windows make no sense.
     """
 
-    def __init__(self, path: str | Path, providers: list[str] | None = None) -> None:
-        onnxruntime = import_onnxruntime()
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file; make one with segdeconv export")
-        if providers is None:
-            wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-            providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), providers=providers)
-        except Exception as error:  # onnxruntime raises its own unrelated classes
-            raise UserError(f"{path}: onnxruntime cannot load it ({first_line(error)})") from None
+    def __init__(
+        self,
+        path: str | Path,
+        device: str = "auto",
+        *,
+        allow_cpu: bool = False,
+        threads: int | None = None,
+        window: tuple[int, int] | None = None,
+        overlap: float = 0.25,
+    ) -> None:
+        options = import_onnxruntime().SessionOptions()
+        if threads is not None:
+            if threads < 1:
+                raise UserError(f"--threads {threads}: expected at least 1")
+            options.intra_op_num_threads = threads
+        self.session, self.device, self.why_cpu = open_session(path, device, allow_cpu, options)
         metadata = self.session.get_modelmeta().custom_metadata_map
         missing = [key for key in _REQUIRED if key not in metadata]
         if missing:
@@ -81,33 +167,221 @@ class Segmenter:
             raise UserError(f"{path}: its metadata is damaged ({error})") from None
         self.classes = tuple(self.metadata["classes"])
         self.palette: Palette = tuple(tuple(color) for color in self.metadata["palette"])
+        self._raw = self.metadata.get("preprocess", "none") == "graph"  # takes uint8 NHWC of any size
         self._mean = np.array(self.metadata["mean"], np.float32) * 255
         self._std = np.array(self.metadata["std"], np.float32) * 255
-        self._input = self.session.get_inputs()[0].name
+        self._resize = None if self._raw else self.metadata["resize"]
+        self._label_type = np.uint8 if len(self.classes) <= 256 else np.int32
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.integer]:
-        """The graph as it is: normalised (n, 3, H, W) float32 to class numbers (n, H, W), or (n,)."""
-        (output,) = self.session.run(None, {self._input: batch})
-        return output if self.metadata["output"] == "labels" else output.argmax(1)
+        source = self.session.get_inputs()[0]
+        self._input = source.name
+        self._input_type = np.dtype(_TYPES[source.type])
+        fixed = [side if isinstance(side, int) else None for side in source.shape]
+        self._batch = fixed[0]
+        height, width = fixed[1:3] if self._raw else fixed[2:4]
+        self._size = None if height is None or width is None else (height, width)
+        self._outputs = [output.name for output in self.session.get_outputs()]
+        self._main = "labels" if "labels" in self._outputs else self._outputs[0]
+        self._window, self._overlap = window or self._size, overlap
+        self._check_windows(path)
 
-    def __call__(self, image: Picture) -> Picture:
-        """Class numbers (H, W) of an RGB picture (H, W, 3), both uint8."""
+    def _check_windows(self, path: str | Path) -> None:
+        if not 0 <= self._overlap < 1:
+            raise UserError(f"--overlap {self._overlap}: expected a share from 0 to below 1, such as 0.25")
+        if self._window is None:
+            return
+        height, width = self._window
+        if min(height, width) < 1:
+            raise UserError(f"--window {height},{width}: expected pixels, such as 512,1024")
+        if self._size is not None and (height > self._size[0] or width > self._size[1]):
+            raise UserError(f"--window {height},{width}: {path} takes no more than {self._size}")
+        if self._raw and self.metadata["resize"] is not None:
+            raise UserError(
+                f"--window {height},{width}: {path} resizes what it gets, so windows too; export it with "
+                "--preprocess none"
+            )
+
+    @overload
+    def __call__(self, images: Picture) -> Labels: ...
+    @overload
+    def __call__(self, images: Sequence[Picture]) -> list[Labels]: ...
+    def __call__(self, images: Picture | Sequence[Picture]) -> Labels | list[Labels]:
+        """Class numbers at the pictures' own sizes.
+
+        Args:
+            images: RGB uint8: one picture (H, W, 3), a batch (n, H, W, 3), or a sequence of pictures of any
+                sizes, of which those of one size run as one batch.
+
+        Returns:
+            (H, W), (n, H, W) or a list, uint8 (int32 above 256 classes).
+
+        Raises:
+            UserError: the graph is a classifier, the arrays are no pictures, or onnxruntime fails.
+        """
         if self.metadata["task"] != "segmentation":
             raise UserError(f"the graph does {self.metadata['task']}, not segmentation")
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise UserError(f"expected RGB (H, W, 3) uint8, not {image.shape} {image.dtype}")
-        height, width = image.shape[:2]
-        image = resize_image(image, self.metadata["resize"])
-        labels = self.run(self.preprocess(image))[0, : image.shape[0], : image.shape[1]].astype(np.uint8)
-        return resize_labels(labels, (height, width))
+        if isinstance(images, np.ndarray):
+            return self._label(images) if images.ndim == 4 else self._label(images[None])[0]
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            by_shape.setdefault(image.shape, []).append(index)
+        found: dict[int, Labels] = {}
+        for indices in by_shape.values():
+            labels = self._label(np.stack([images[index] for index in indices]))
+            found.update(zip(indices, labels, strict=True))
+        return [found[index] for index in range(len(images))]
 
-    def preprocess(self, image: Picture) -> NDArray[np.float32]:
-        """(H, W, 3) uint8 to normalised (1, 3, H', W'), zero-padded right and below to the size multiple."""
-        normalised = (image.astype(np.float32) - self._mean) / self._std
-        multiple = self.metadata["size_multiple"]
-        bottom, right = (-side % multiple for side in image.shape[:2])
-        padded = np.pad(normalised, ((0, bottom), (0, right), (0, 0)))
-        return np.ascontiguousarray(padded.transpose(2, 0, 1)[None])
+    def _label(self, images: Picture) -> Labels:
+        """Class numbers (n, H, W) of RGB (n, H, W, 3)."""
+        if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape or images.dtype != np.uint8:
+            raise UserError(f"expected RGB (H, W, 3) uint8, not {images.shape[1:]} {images.dtype}")
+        height, width = images.shape[1:3]
+        if self._resize is not None:
+            images = np.stack([resize_image(image, self._resize) for image in images])
+        labels = self._whole(images) if self._fits(images) else self._by_windows(images)
+        if labels.shape[1:] == (height, width):
+            return labels
+        return np.stack([resize_labels(label, (height, width)) for label in labels])
+
+    def _fits(self, images: Picture) -> bool:
+        return self._window is None or all(
+            side <= limit for side, limit in zip(images.shape[1:3], self._window, strict=True)
+        )
+
+    def _whole(self, images: Picture) -> Labels:
+        return self.postprocess(self.infer(self.preprocess(images)), images.shape[1:3])
+
+    def _by_windows(self, images: Picture) -> Labels:
+        assert self._window is not None
+        size = images.shape[1:3]
+        height, width = (min(side, whole) for side, whole in zip(self._window, size, strict=True))
+        tops = window_starts(size[0], height, self._overlap)
+        lefts = window_starts(size[1], width, self._overlap)
+        windows = [(slice(top, top + height), slice(left, left + width)) for top in tops for left in lefts]
+        if not {"probabilities", "logits"} & set(self._outputs):
+            labels = np.empty(images.shape[:3], self._label_type)
+            parts = [(rows, columns) for rows in _parts(tops, height) for columns in _parts(lefts, width)]
+            for (down, across), (rows, columns) in zip(windows, parts, strict=True):
+                inner_rows = slice(rows.start - down.start, rows.stop - down.start)
+                inner_columns = slice(columns.start - across.start, columns.stop - across.start)
+                found = self._whole(images[:, down, across])
+                labels[:, rows, columns] = found[:, inner_rows, inner_columns]
+            return labels
+        total = np.zeros((len(images), len(self.classes), *size), np.float32)
+        times = np.zeros(size, np.float32)
+        for down, across in windows:
+            scores = self._probabilities(self.preprocess(images[:, down, across]))
+            total[:, :, down, across] += scores[:, :, :height, :width]
+            times[down, across] += 1
+        return (total / times).argmax(1).astype(self._label_type)
+
+    def preprocess(self, images: Picture) -> NDArray[Any]:
+        """What the graph takes, from RGB (n, H, W, 3) uint8.
+
+        Returns:
+            Normalised (n, 3, H', W') float32 (float16 where the graph takes that), padded with zeros right
+            and below to the size multiple, or to the one size the graph was exported for; the pictures
+            themselves where the graph prepares them.
+        """
+        count, height, width = images.shape[:3]
+        multiple = 1 if self._raw else self.metadata["size_multiple"]
+        rows, columns = self._size or (height + -height % multiple, width + -width % multiple)
+        if self._raw:
+            if (rows, columns) == (height, width):
+                return np.ascontiguousarray(images)
+            return np.pad(images, ((0, 0), (0, rows - height), (0, columns - width), (0, 0)))
+        made = np.zeros((count, 3, rows, columns), np.float32)
+        for channel in range(3):  # much faster than arithmetic with three channels innermost
+            plane = made[:, channel, :height, :width]
+            np.subtract(images[..., channel], self._mean[channel], out=plane)
+            plane /= self._std[channel]
+        return made.astype(self._input_type, copy=False)
+
+    def infer(self, batch: NDArray[Any]) -> NDArray[Any]:
+        """The graph's labels for what `preprocess` made, or its scores where it puts out no labels.
+
+        Raises:
+            UserError: the batch does not suit the graph, or onnxruntime fails.
+        """
+        return self._infer(batch, self._main)
+
+    def postprocess(self, found: NDArray[Any], size: tuple[int, ...] | None = None) -> Labels:
+        """Class numbers (n, H, W) from what `infer` found, without the padding around ``size``; (n,) from a
+        classifier's.
+        """
+        labels = found if self._main == "labels" else found.argmax(1)
+        if size is not None and labels.ndim == 3:
+            labels = labels[:, : size[0], : size[1]]
+        return labels.astype(self._label_type, copy=False)
+
+    def run(self, batch: NDArray[Any]) -> Labels:
+        """Class numbers (n, H, W), or (n,) of a classifier, for what `preprocess` made, padding and all."""
+        return self.postprocess(self.infer(batch))
+
+    def _probabilities(self, batch: NDArray[Any]) -> NDArray[np.float32]:
+        if "probabilities" in self._outputs:
+            return self._infer(batch, "probabilities")
+        logits = self._infer(batch, "logits").astype(np.float32, copy=False)
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        return powers / powers.sum(1, keepdims=True)
+
+    def _infer(self, batch: NDArray[Any], output: str) -> NDArray[Any]:
+        """One output for a batch, in as many runs as the graph's own batch size asks for."""
+        if batch.dtype != self._input_type:
+            raise UserError(
+                f"the graph takes {self._input_type}, not {batch.dtype}; see Segmenter.preprocess"
+            )
+        if self._batch is None:
+            return self._bound(batch, output)
+        found = []
+        for first in range(0, len(batch), self._batch):
+            part = batch[first : first + self._batch]
+            full = np.concatenate([part, np.zeros_like(batch[:1]).repeat(self._batch - len(part), 0)])
+            found.append(self._bound(full, output)[: len(part)])
+        return np.concatenate(found)
+
+    def _bound(self, batch: NDArray[Any], output: str) -> NDArray[Any]:
+        # One copy to the device, the output made there, one copy back; every call has a binding of its own,
+        # so that threads do not meet.
+        kind, _, number = self.device.partition(":")
+        try:
+            value = import_onnxruntime().OrtValue.ortvalue_from_numpy(batch, kind, int(number or 0))
+            binding = self.session.io_binding()
+            binding.bind_ortvalue_input(self._input, value)
+            binding.bind_output(output, kind, int(number or 0))
+            self.session.run_with_iobinding(binding)
+            return binding.copy_outputs_to_cpu()[0]
+        except Exception as error:  # onnxruntime raises its own unrelated classes
+            raise UserError(
+                f"onnxruntime cannot run {batch.shape} on {self.device} ({first_line(error)})"
+            ) from None
+
+    def warm_up(self, size: tuple[int, int] | None = None, batch: int = 1) -> None:
+        """Run a black picture twice, so that the first real one does not wait for allocation and tuning.
+
+        Args:
+            size: height and width the pictures will have; by default the one the network was trained at.
+            batch: pictures a call.
+
+        Raises:
+            UserError: no size is given and the graph knows none.
+        """
+        size = size or self.metadata["resize"] or self._window
+        if size is None:
+            raise UserError("warm_up needs the pictures' height and width, the graph takes any")
+        for _ in range(2):
+            self(np.zeros((batch, *size, 3), np.uint8))
+
+    def overlay(self, image: Picture, labels: Labels | None = None, alpha: float = 0.55) -> Picture:
+        """RGB (H, W, 3) with its class numbers (H, W), by default what the graph says, painted over it."""
+        return overlay(image, self(image) if labels is None else labels, self.palette, alpha)
+
+
+def _parts(starts: list[int], length: int) -> list[slice]:
+    """What each window along an axis gives: up to the middle of what it shares with its neighbour."""
+    middles = [(first + length + second) // 2 for first, second in pairwise(starts)]
+    edges = [0, *middles, starts[-1] + length]
+    return [slice(*pair) for pair in pairwise(edges)]
 
 
 def find_images(source: str | Path) -> list[Path]:
@@ -137,10 +411,9 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
     for path in images:
         image = read_rgb(path)
         labels = segmenter(image)
-        painted = Image.fromarray(overlay(image, labels, segmenter.palette))
         made = {
             out / f"{path.stem}.png": label_png(labels, segmenter.palette),
-            out / f"{path.stem}_overlay.jpg": painted,
+            out / f"{path.stem}_overlay.jpg": Image.fromarray(segmenter.overlay(image, labels)),
         }
         for target, picture in made.items():
             if target.resolve() in inputs:

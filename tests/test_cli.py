@@ -76,6 +76,42 @@ def test_eval_of_pytorch_and_onnx_agree(road: Path, call: Call) -> None:
     assert onnx_scores["miou"] == pytest.approx(torch_scores["miou"], abs=1e-4)
 
 
+def test_eval_with_everything(road: Path, call: Call, tmp_path: Path) -> None:
+    options = [
+        "--window",
+        "32,32",
+        "--overlap",
+        "0.5",
+        "--flip",
+        "--scales",
+        "0.75,1",
+        "--original",
+        "--split",
+        "train",
+    ]
+    out, labels = tmp_path / "out", tmp_path / "labels"
+    code, told, _ = call("eval", road / "run", *options, "--out", out, "--save-predictions", labels)
+    assert code == 0
+    assert f"wrote {labels}" in told
+    assert {path.name for path in out.iterdir()} == {"eval.json", "confusion.png", "worst.jpg"}
+    scores = json.loads((out / "eval.json").read_text())
+    settings = {"size": [32, 64], "window": [32, 32], "overlap": 0.5, "flip": True, "scales": [0.75, 1.0]}
+    assert scores["settings"] == {**settings, "original": True}
+    assert len(list(labels.iterdir())) == scores["samples"] == 12
+    assert (scores["split"], Image.open(next(labels.iterdir())).size) == ("train", (256, 128))
+
+
+def test_compare(road: Path, call: Call, tmp_path: Path) -> None:
+    code, told, _ = call("compare", road / "run", "--out", tmp_path / "out")
+    assert code == 0
+    assert "run: one run" in told
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "compare.png",
+        "compare.md",
+        "compare.json",
+    }
+
+
 def test_predict(road: Path, call: Call, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "a.png")
     code, out, _ = call("predict", road / "model.onnx", tmp_path / "a.png", "--out", tmp_path / "out")
@@ -96,7 +132,7 @@ def test_demo_end_to_end(tmp_path: Path, call: Call) -> None:
 def test_help_and_version(call: Call) -> None:
     code, out, _ = call("--help")
     assert code == 0
-    assert all(name in out for name in ("train", "eval", "export", "predict", "demo", "recipes"))
+    assert all(name in out for name in ("train", "eval", "compare", "export", "predict", "demo", "recipes"))
     assert call("--version") == (0, "0.1.0\n", "")
     code, out, _ = call("recipes")
     assert "camvid_unet_mobilenet_v2" in out
@@ -190,6 +226,25 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
     "ignored class": (lambda r, t: ["train", own_images(t, ignore_index=0)], "data.ignore_index = 0"),
     "evaluating on other classes": (
         lambda r, t: ["eval", write_other_classes(r, t)], "check data.dataset and data.classes"),
+    "window of one number": (lambda r, t: ["eval", r / "run", "--window", "64"], "expected height and width"),
+    "window is no number": (lambda r, t: ["eval", r / "run", "--window", "a,b"], "--window 'a,b': expected numbers"),
+    "window of no pixels": (lambda r, t: ["eval", r / "run", "--window", "0,64"], "--window 0,64: expected pixels"),
+    "overlap of one": (lambda r, t: ["eval", r / "run", "--overlap", "1"], "--overlap 1.0: expected a share"),
+    "scale of zero": (lambda r, t: ["eval", r / "run", "--scales", "1,0"], "--scales 1.0,0.0: expected factors"),
+    "scales are no numbers": (lambda r, t: ["eval", r / "run", "--scales", "1;2"], "--scales '1;2': expected numbers"),
+    "no such split": (lambda r, t: ["eval", r / "run", "--split", "all"], "'all' is not one of"),
+    "graph in windows": (
+        lambda r, t: ["eval", r / "run", "--onnx", r / "model.onnx", "--flip"], "evaluates the graph as it is"),
+    "submitting another data set": (
+        lambda r, t: ["eval", r / "run", "--split", "test", "--submit", t / "s.zip"], "data is not Cityscapes"),
+    "predictions into no folder": (
+        lambda r, t: ["eval", r / "run", "--save-predictions", read_only(t)], "cannot make the folder"),
+    "scores into no folder": (lambda r, t: ["eval", r / "run", "--out", read_only(t)], "cannot make the folder"),
+    "nothing to compare": (lambda r, t: ["compare"], "Missing argument"),
+    "comparing what is no run": (lambda r, t: ["compare", r / "run", t / "no"], "no: no run"),
+    "comparing a run with itself": (lambda r, t: ["compare", r / "run", r / "run"], "is given twice"),
+    "comparison into no folder": (
+        lambda r, t: ["compare", r / "run", "--out", read_only(t)], "cannot make the folder"),
     "export to another suffix": (lambda r, t: ["export", r / "run", "--out", t / "m.pt"], "must end in .onnx"),
     "export into no folder": (lambda r, t: ["export", r / "run", "--out", t / "no/m.onnx"], "there is no folder"),
     "missing graph": (lambda r, t: ["predict", t / "m.onnx", t], "m.onnx: no such file"),
@@ -251,5 +306,7 @@ def test_bad_input_in_a_real_process(tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "40"},
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr == "segdeconv: error: nothing: no such run folder or checkpoint\n"
+    assert done.stderr == (
+        "segdeconv: error: nothing: no such run folder or checkpoint, and no entry of the zoo is called so\n"
+    )
     assert done.stdout == ""

@@ -1,21 +1,27 @@
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto, helper
 from PIL import Image
 from test_export import make
 
+from segdeconv import doctor, runtime
 from segdeconv.errors import UserError
 from segdeconv.export import export_onnx
 from segdeconv.fold import fold_network_deconv
-from segdeconv.images import colored, label_png, overlay
-from segdeconv.runtime import Segmenter, find_images, predict_images
+from segdeconv.images import colored, label_png, overlay, window_starts
+from segdeconv.runtime import Segmenter, find_images, open_session, predict_images
 
 PALETTE = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 
@@ -41,7 +47,7 @@ def test_segmenter_does_what_training_did(exported: tuple[Path, torch.nn.Module]
     image = picture(96, 192)
     mean, std = torch.tensor(segmenter.metadata["mean"]), torch.tensor(segmenter.metadata["std"])
     normalised = ((torch.from_numpy(image).float() / 255 - mean) / std).permute(2, 0, 1)[None]
-    np.testing.assert_allclose(segmenter.preprocess(image), normalised, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(segmenter.preprocess(image[None]), normalised, rtol=0, atol=2e-6)
     with torch.no_grad():
         want = model(normalised).argmax(1)[0].numpy()
     got = segmenter(image)
@@ -52,10 +58,10 @@ def test_segmenter_does_what_training_did(exported: tuple[Path, torch.nn.Module]
 def test_pictures_of_any_size_come_back_at_their_own(exported: tuple[Path, torch.nn.Module]) -> None:
     segmenter = Segmenter(exported[0])
     assert segmenter(picture(51, 77)).shape == (51, 77)
-    segmenter.metadata["resize"] = None
-    assert segmenter.preprocess(picture(51, 77)).shape == (1, 3, 64, 96)
-    assert (segmenter.preprocess(picture(51, 77))[:, :, 51:] == 0).all()
-    assert segmenter(picture(51, 77)).shape == (51, 77)
+    padded = segmenter.preprocess(picture(51, 77)[None])
+    assert padded.shape == (1, 3, 64, 96)
+    assert (padded[:, :, 51:] == 0).all()
+    assert (padded[:, :, :, 77:] == 0).all()
 
 
 def test_logits_graphs_work_too(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
@@ -98,27 +104,6 @@ def test_painting() -> None:
     assert np.array_equal(np.asarray(png.convert("RGB"))[:1], colored(labels, PALETTE)[:1])
 
 
-def test_runs_with_torch_blocked(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
-    """numpy, Pillow and onnxruntime are enough; whatever else is imported is an error here."""
-    Image.fromarray(picture(30, 50)).save(tmp_path / "a.png")
-    code = """
-import sys
-for name in ("torch torchvision timm segmentation_models_pytorch albumentations cv2 pydantic yaml "
-             "torchmetrics matplotlib onnx safetensors tensorboard rich typer").split():
-    sys.modules[name] = None
-from pathlib import Path
-from segdeconv import Segmenter
-from segdeconv.runtime import find_images, predict_images
-model, source, out = sys.argv[1:]
-print(*(path.name for path in predict_images(Segmenter(model), find_images(source), out)))
-"""
-    command = [sys.executable, "-c", code, exported[0], tmp_path / "a.png", tmp_path / "out"]
-    command = [sys.executable, "-c", code, exported[0], tmp_path / "a.png", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "a.png"
-
-
 @pytest.mark.parametrize("what", ["missing", "not onnx", "foreign", "truncated"])
 def test_wrong_graphs(what: str, tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
     path = tmp_path / "x.onnx"
@@ -140,3 +125,268 @@ def test_wrong_graphs(what: str, tmp_path: Path, exported: tuple[Path, torch.nn.
 def test_wrong_arrays(shape: tuple, dtype: str, exported: tuple[Path, torch.nn.Module]) -> None:
     with pytest.raises(UserError, match="expected RGB"):
         Segmenter(exported[0])(np.zeros(shape, dtype))
+
+
+METADATA = {
+    "task": "segmentation",
+    "classes": ["r", "g", "b"],
+    "palette": PALETTE,
+    "mean": [0.0, 0.0, 0.0],
+    "std": [1.0, 1.0, 1.0],
+    "size_multiple": 1,
+    "resize": None,
+}
+
+
+def handmade(
+    path: Path,
+    outputs: tuple[str, ...] = ("labels",),
+    sides: tuple = ("n", 3, "h", "w"),
+    raw: bool = False,
+    **metadata: Any,
+) -> Path:
+    """Logits are the colours less their mean over the picture, so that what a window says is its own."""
+    nodes = [
+        helper.make_node("ReduceMean", ["pixels"], ["mean"], axes=[2, 3]),
+        helper.make_node("Sub", ["pixels", "mean"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+        helper.make_node("ArgMax", ["logits"], ["classes"], axis=1, keepdims=0),
+        helper.make_node("Cast", ["classes"], ["labels"], to=TensorProto.UINT8),
+    ]
+    if raw:
+        first = [
+            helper.make_node("Transpose", ["image"], ["turned"], perm=[0, 3, 1, 2]),
+            helper.make_node("Cast", ["turned"], ["whole"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["whole", "scale"], ["pixels"]),
+        ]
+        nodes = [*first, *nodes]
+        sides = (sides[0], *sides[2:], sides[1])
+        metadata["preprocess"] = "graph"
+    else:
+        nodes = [helper.make_node("Identity", ["image"], ["pixels"]), *nodes]
+    kinds = {"labels": TensorProto.UINT8}
+    graph = helper.make_graph(
+        nodes,
+        "handmade",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8 if raw else TensorProto.FLOAT, sides)],
+        [helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), None) for name in outputs],
+        [helper.make_tensor("scale", TensorProto.FLOAT, [], [1 / 255])] if raw else [],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    for key, value in {**METADATA, **metadata}.items():
+        model.metadata_props.add(key=key, value=json.dumps(value))
+    onnx.save(model, path)
+    return path
+
+
+def logits_of(image: np.ndarray) -> np.ndarray:
+    """What `handmade` computes, in float64: (H, W, 3)."""
+    pixels = image / 255
+    return pixels - pixels.mean((0, 1))
+
+
+def windows_of(image: np.ndarray, window: tuple[int, int]) -> list[tuple[slice, slice]]:
+    sides = [min(side, whole) for side, whole in zip(window, image.shape[:2], strict=True)]
+    starts = [window_starts(whole, side, 0.25) for side, whole in zip(sides, image.shape[:2], strict=True)]
+    return [(slice(t, t + sides[0]), slice(x, x + sides[1])) for t in starts[0] for x in starts[1]]
+
+
+def close_calls(scores: np.ndarray) -> np.ndarray:
+    """Where float32 may choose another class."""
+    second, first = np.sort(scores, -1)[..., -2:].transpose(2, 0, 1)
+    return first - second < 1e-6
+
+
+@pytest.mark.parametrize("outputs", [("logits",), ("probabilities",), ("labels", "logits")])
+@pytest.mark.parametrize("shape", [(50, 70), (20, 70), (50, 20), (32, 48)])
+def test_windows_average_probabilities(outputs: tuple, shape: tuple, tmp_path: Path) -> None:
+    image = picture(*shape)
+    total, times = np.zeros((*shape, 3)), np.zeros((*shape, 1))
+    for here in windows_of(image, (32, 48)):
+        powers = np.exp(logits_of(image[here]))
+        total[here] += powers / powers.sum(-1, keepdims=True)
+        times[here] += 1
+    scores = total / times
+    got = Segmenter(handmade(tmp_path / "m.onnx", outputs), window=(32, 48))(image)
+    assert ((got == scores.argmax(-1)) | close_calls(scores)).all()
+    whole = Segmenter(tmp_path / "m.onnx")(image)
+    assert np.array_equal(whole, got) == (shape == (32, 48))
+
+
+@pytest.mark.parametrize("shape", [(50, 70), (20, 90)])
+def test_windows_of_labels_are_cut_between_their_middles(shape: tuple, tmp_path: Path) -> None:
+    image = picture(*shape)
+    windows = windows_of(image, (32, 48))
+    by_window = [logits_of(image[here]) for here in windows]
+    got = Segmenter(handmade(tmp_path / "m.onnx"), window=(32, 48))(image)
+    for row, column in np.ndindex(*shape):
+
+        def distance(index: int, at: tuple[float, float] = (row + 0.5, column + 0.5)) -> tuple[float, ...]:
+            middles = ((part.start + part.stop) / 2 for part in windows[index])
+            return tuple(abs(m - a) for m, a in zip(middles, at, strict=True))
+
+        nearest = min(range(len(windows)), key=lambda i: (*distance(i), -i))
+        down, across = windows[nearest]
+        scores = by_window[nearest][row - down.start, column - across.start]
+        assert got[row, column] == scores.argmax() or np.diff(np.sort(scores))[-1] < 1e-6
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["none", "graph"])
+def test_batches_and_lists(raw: bool, tmp_path: Path) -> None:
+    segmenter = Segmenter(handmade(tmp_path / "m.onnx", raw=raw))
+    images = [picture(20, 30), picture(24, 30)[::-1], 255 - picture(20, 30)]
+    singly = [segmenter(image) for image in images]
+    for image, labels in zip(images, singly, strict=True):
+        scores = logits_of(image)
+        assert ((labels == scores.argmax(-1)) | close_calls(scores)).all()
+    assert all(map(np.array_equal, segmenter(images), singly))
+    assert np.array_equal(segmenter(np.stack(images[::2])), np.stack(singly[::2]))
+    assert segmenter([]) == []
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["none", "graph"])
+def test_graphs_of_one_size(raw: bool, tmp_path: Path) -> None:
+    """Pictures are padded to it, batches filled up, larger pictures cut into windows."""
+    segmenter = Segmenter(handmade(tmp_path / "m.onnx", sides=(2, 3, 32, 48), raw=raw))
+    free = Segmenter(handmade(tmp_path / "free.onnx", raw=raw))
+    images = np.stack([picture(32, 48), 255 - picture(32, 48), picture(32, 48)[::-1]])
+    assert np.array_equal(segmenter(images), free(images))
+    padded = np.pad(images[0, :20, :40], ((0, 12), (0, 8), (0, 0)))
+    assert np.array_equal(segmenter(images[0, :20, :40]), free(padded)[:20, :40])
+    windows = Segmenter(tmp_path / "free.onnx", window=(32, 48))
+    assert np.array_equal(segmenter(picture(50, 70)), windows(picture(50, 70)))
+
+
+def test_half_precision_inputs(tmp_path: Path) -> None:
+    model = onnx.load(handmade(tmp_path / "m.onnx", ("logits",)))
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, tmp_path / "half.onnx")
+    image = picture(20, 30)
+    half, full = (Segmenter(tmp_path / f"{name}.onnx", window=(16, 16))(image) for name in ("half", "m"))
+    assert (half != full).mean() < 0.01
+
+
+def test_threads_share_a_segmenter(tmp_path: Path) -> None:
+    segmenter = Segmenter(handmade(tmp_path / "m.onnx", ("logits",)), threads=1, window=(32, 48))
+    images = [np.roll(picture(50, 70), shift, 1) for shift in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(segmenter, images))
+    assert all(map(np.array_equal, together, map(segmenter, images)))
+
+
+def test_warm_up_and_overlay(tmp_path: Path) -> None:
+    segmenter = Segmenter(handmade(tmp_path / "m.onnx"))
+    segmenter.warm_up((20, 30), batch=2)
+    with pytest.raises(UserError, match="needs the pictures' height and width"):
+        segmenter.warm_up()
+    Segmenter(handmade(tmp_path / "sized.onnx", resize=[20, 30])).warm_up()
+    image = picture(20, 30)
+    assert np.array_equal(segmenter.overlay(image), overlay(image, segmenter(image), PALETTE))
+    blank = np.full((20, 30), 255, np.uint8)
+    assert np.array_equal(segmenter.overlay(image, blank), image)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"window": (0, 5)}, "--window 0,5: expected pixels"),
+        ({"overlap": 1.0}, "--overlap 1.0"),
+        ({"threads": 0}, "--threads 0"),
+        ({"device": "gpu"}, "--device gpu: expected auto, cpu, cuda"),
+        ({"device": "cpu:1"}, "--device cpu:1"),
+        ({"device": "cuda:x"}, "--device cuda:x"),
+    ],
+)
+def test_wrong_settings(changes: dict, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        Segmenter(handmade(tmp_path / "m.onnx"), **changes)
+
+
+def test_windows_that_a_graph_cannot_have(tmp_path: Path) -> None:
+    fixed = handmade(tmp_path / "fixed.onnx", sides=(1, 3, 32, 48))
+    with pytest.raises(UserError, match=r"fixed.onnx takes no more than \(32, 48\)"):
+        Segmenter(fixed, window=(64, 48))
+    resizing = handmade(tmp_path / "resizing.onnx", raw=True, resize=[20, 30])
+    with pytest.raises(UserError, match="export it with --preprocess none"):
+        Segmenter(resizing, window=(16, 16))
+    assert Segmenter(resizing)(picture(40, 60)).shape == (40, 60)  # the graph does it, not we
+    with pytest.raises(UserError, match="takes uint8, not float32"):
+        Segmenter(resizing).run(np.zeros((1, 3, 20, 30), np.float32))
+
+
+def test_what_onnxruntime_refuses_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot run \(1, 4, 20, 30\) on cpu"):
+        Segmenter(handmade(tmp_path / "m.onnx")).run(np.zeros((1, 4, 20, 30), np.float32))
+
+
+class FakeSession:
+    """A session as onnxruntime makes it where CUDA works, is silently left out, or fails."""
+
+    def __init__(self, how: str, providers: list) -> None:
+        names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+        if how == "fails" and len(names) == 2:
+            raise RuntimeError("CUDA failure 101: invalid device ordinal\nmore")
+        self.names = names[1:] if how == "left out" and len(names) == 2 else names
+        self.asked = providers
+
+    def get_providers(self) -> list[str]:
+        return self.names
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    def session(path: str, options: Any, providers: list, enable_fallback: int) -> FakeSession:
+        assert enable_fallback == 0
+        return FakeSession(how, providers)
+
+    module = SimpleNamespace(
+        get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        InferenceSession=session,
+    )
+    sound = doctor.Facts(
+        {"onnxruntime-gpu": "1.31.1"}, gpu="GPU", driver_cuda="13.0", onnxruntime_cuda="13.0"
+    )
+    library = "libcudnn.so.9: cannot open shared object file" if how == "left out" else None
+    monkeypatch.setattr(runtime, "import_onnxruntime", lambda: module)
+    monkeypatch.setattr(doctor, "gather", lambda: replace(sound, library_error=library))
+
+
+def test_cuda_where_it_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake(monkeypatch, "works")
+    path = handmade(tmp_path / "m.onnx")
+    for device, got in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
+        session, where, why_cpu = open_session(path, device)
+        assert (where, why_cpu) == (got, "")
+        assert session.asked[0] == ("CUDAExecutionProvider", {"device_id": got[-1]})
+    assert open_session(path, "cpu")[0].names == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize(
+    ("how", "cause"), [("left out", "libcudnn.so.9"), ("fails", r"CUDA failure 101: invalid device ordinal")]
+)
+def test_cuda_that_cannot_be_had_is_an_error(
+    how: str, cause: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Cause and fix; auto and --allow-cpu take the CPU and say why."""
+    fake(monkeypatch, how)
+    path = handmade(tmp_path / "m.onnx")
+    with pytest.raises(UserError, match=rf"--device cuda: .*{cause}.*mend it with: pip .*--allow-cpu"):
+        open_session(path, "cuda")
+    for options in ({"device": "auto"}, {"device": "cuda", "allow_cpu": True}):
+        session, where, why_cpu = open_session(path, **options)
+        assert session.names == ["CPUExecutionProvider"]
+        assert where == "cpu"
+        assert cause in why_cpu
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="onnxruntime offers CUDA here"
+)
+def test_no_cuda_on_this_machine(tmp_path: Path) -> None:
+    path = handmade(tmp_path / "m.onnx")
+    with pytest.raises(UserError, match=r"--device cuda: .*mend it with: "):
+        Segmenter(path, "cuda")
+    segmenter = Segmenter(path, "cuda", allow_cpu=True)
+    assert segmenter.device == "cpu"
+    assert segmenter.why_cpu == Segmenter(path).why_cpu != ""
+    assert Segmenter(path, "cpu").why_cpu == ""

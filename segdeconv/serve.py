@@ -1,0 +1,355 @@
+"""An exported graph over HTTP: POST a picture, get labels, an overlay or class areas; and a page for people.
+
+One process, one graph. Pictures are decoded, labelled and encoded in a bounded pool of threads, never on the
+event loop. Whatever clients send costs a bounded amount of memory: a request counts from its first byte to
+its answer, and more than ``workers + queue`` of them at a time are turned away with 503.
+
+Not here: TLS, authentication, several processes. A proxy in front does these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import socket
+import time
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from segdeconv.errors import UserError
+from segdeconv.images import Picture, label_png, overlay, to_rgb
+from segdeconv.runtime import Segmenter
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request, Response
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import FileResponse, JSONResponse
+    from prometheus_client import (
+        CollectorRegistry,
+        Counter,
+        Gauge,
+        Histogram,
+        ProcessCollector,
+        generate_latest,
+    )
+    from prometheus_client.exposition import CONTENT_TYPE_LATEST
+    from starlette.requests import ClientDisconnect
+except ImportError:
+    raise UserError("segdeconv serve needs FastAPI; pip install 'segdeconv[serve]'") from None
+
+Output = Literal["labels", "overlay", "areas"]
+T = TypeVar("T")
+
+WEB = Path(__file__).parent / "web"
+PAGE = {"": "page.html", "page.css": "page.css", "page.js": "page.js", "segment.js": "segment_server.js"}
+
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")  # those of images.SUFFIXES; Pillow knows riskier ones
+_MAX_SIDE = 1 << 14  # pixels; a picture one pixel wide is padded to the graph's size multiple
+_PICTURE = Path("picture")  # what a request's body is called in messages
+_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes.
+
+    Attributes:
+        megabytes: of a request's body, in 10^6 bytes.
+        megapixels: of a picture, in 10^6 pixels, known from its header before anything is decoded.
+        workers: pictures worked on at a time.
+        queue: requests that may wait for a worker or still be on their way in.
+        timeout: seconds that a request's body may take to arrive, and then its answer.
+    """
+
+    megabytes: float = 20.0
+    megapixels: float = 25.0
+    workers: int = 2
+    queue: int = 16
+    timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("megabytes", 0),
+            ("megapixels", 0),
+            ("timeout", 0),
+            ("workers", 0),
+            ("queue", -1),
+        ):
+            if not getattr(self, name) > least:
+                raise UserError(f"--{name} {getattr(self, name)}: expected more than {least}")
+
+
+class _Metrics:
+    """What ``/metrics`` tells. A registry of its own, so that a process can hold several applications."""
+
+    def __init__(self, working: Callable[[], int], waiting: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter(
+            "segdeconv_requests", "Answers of /predict by HTTP status.", ["code"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "segdeconv_request_seconds",
+            "From a picture's first byte to its answer, answers of status 200 only.",
+            buckets=_BUCKETS,
+            registry=self.registry,
+        )
+        for name, text, read in (
+            ("segdeconv_working", "Pictures being worked on.", working),
+            ("segdeconv_queue_length", "Requests waiting for a worker or on their way in.", waiting),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(read)
+
+
+class _House:
+    """Who may come in and who works: at most ``workers`` busy threads, and ``queue`` requests besides."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._inside = self.working = 0
+        self._free = asyncio.Semaphore(limits.workers)
+        self._pool = ThreadPoolExecutor(limits.workers, thread_name_prefix="segdeconv")
+
+    @property
+    def waiting(self) -> int:
+        return max(0, self._inside - self.working)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A request's place in the house, from the first byte of its body to its answer.
+
+        Raises:
+            HTTPException: 503, there is none left.
+        """
+        if self._inside >= self._limits.workers + self._limits.queue:
+            raise HTTPException(503, "the queue is full; try again", headers={"Retry-After": "1"})
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    async def run(self, work: Callable[[], Response]) -> Response:
+        """Run ``work`` in a thread when one is free; nothing can stop it there, not even a timeout."""
+        await self._free.acquire()
+        self.working += 1
+        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        future.add_done_callback(self._leave)
+        return await asyncio.shield(future)
+
+    def _leave(self, future: asyncio.Future[Response]) -> None:
+        self.working -= 1
+        self._free.release()
+        future.exception()  # seen, also where nobody waits any more
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def make_app(segmenter: Segmenter, limits: Limits) -> FastAPI:
+    """The application: ``/predict``, ``/health``, ``/metrics``, ``/model.json`` and the page at ``/``."""
+    house = _House(limits)
+    metrics = _Metrics(lambda: house.working, lambda: house.waiting)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        house.close()
+
+    # FastAPI's own pages of documentation load scripts from elsewhere; /openapi.json stays.
+    app = FastAPI(title="segdeconv", lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    @app.middleware("http")
+    async def measure(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        begun, code = time.perf_counter(), 500
+        try:
+            response = await call_next(request)
+            code = response.status_code
+        finally:
+            if request.url.path == "/predict":
+                metrics.requests.labels(code).inc()
+                if code == 200:
+                    metrics.seconds.observe(time.perf_counter() - begun)
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        sentence = f"{first['loc'][-1]} {first.get('input')!r}: {first['msg'].lower()}"
+        return JSONResponse({"detail": sentence}, 422)
+
+    @app.post(
+        "/predict",
+        response_class=Response,
+        responses={
+            200: {"content": {"image/png": {}, "application/json": {}}},
+            413: {"description": "The body has too many bytes, or the picture too many pixels."},
+            415: {"description": "The body is no picture."},
+            422: {"description": "The picture is damaged."},
+            503: {"description": "The queue is full."},
+            504: {"description": "No answer in time."},
+        },
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
+            }
+        },
+    )
+    async def predict(request: Request, output: Output = "labels") -> Response:
+        """Label the picture in the body.
+
+        The answer is class numbers as palette PNG, an overlay as PNG, or class areas as JSON; its header
+        ``Class-Pixels`` holds the number of pixels of each class as JSON.
+        """
+
+        _check_type(request)
+        with house.place():
+            body = await _within(limits.timeout, _read(request, limits), 408, "the body did not arrive")
+            work = house.run(lambda: _respond(segmenter, body, limits, output))
+            return await _within(limits.timeout, work, 504, "no answer")
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "working": house.working, "waiting": house.waiting}
+
+    @app.get("/metrics", response_class=Response)
+    async def prometheus() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/model.json")
+    async def model() -> dict[str, Any]:
+        return segmenter.metadata
+
+    for route, name in PAGE.items():
+        app.get(f"/{route}", include_in_schema=False)(_file(WEB / name))
+    return app
+
+
+def serve(segmenter: Segmenter, host: str, port: int, limits: Limits) -> None:
+    """Serve a graph until SIGINT or SIGTERM; requests that are in are answered first.
+
+    Raises:
+        UserError: the graph does not segment, has too many classes for PNGs, or the address is taken.
+    """
+    if segmenter.metadata["task"] != "segmentation":
+        raise UserError(f"the graph does {segmenter.metadata['task']}; the server needs a segmentation graph")
+    if len(segmenter.classes) > 256:
+        raise UserError(f"the graph has {len(segmenter.classes)} classes; label PNGs hold at most 256")
+    try:
+        listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{host} port {port}: cannot listen there ({reason}); choose another --port"
+        ) from None
+    shown = f"[{host}]" if ":" in host else host
+    print(
+        f"serving on http://{shown}:{listener.getsockname()[1]}/; Ctrl-C stops",
+        flush=True,
+    )
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_decode` has its own limit
+    config = uvicorn.Config(
+        make_app(segmenter, limits),
+        log_level="warning",  # /metrics counts
+        server_header=False,
+        timeout_graceful_shutdown=2 * int(limits.timeout) + 1,
+    )
+    uvicorn.Server(config).run([listener])
+
+
+def _file(path: Path) -> Callable[[], Awaitable[FileResponse]]:
+    async def send() -> FileResponse:
+        return FileResponse(path, headers={"Cache-Control": "no-cache"})
+
+    return send
+
+
+def _check_type(request: Request) -> None:
+    """Only types that a page of another origin cannot send unless the server allows it, which it does not."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not kind.startswith("image/") and kind != "application/octet-stream":
+        raise HTTPException(
+            415,
+            f"content type {kind!r}: expected a picture's bytes as the body, with Content-Type image/jpeg "
+            "or the like, or application/octet-stream",
+        )
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, T], code: int, sentence: str) -> T:
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except asyncio.TimeoutError:
+        raise HTTPException(code, f"{sentence} within {seconds:g} s") from None
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
+    most = int(limits.megabytes * 1e6)
+
+    def too_large() -> NoReturn:
+        raise HTTPException(413, f"the body has more than {limits.megabytes:g} MB; send a smaller picture")
+
+    if int(request.headers.get("content-length", 0)) > most:
+        too_large()
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > most:
+                too_large()
+    except ClientDisconnect:
+        raise HTTPException(400, "the client went away") from None  # for the metrics; nobody reads it
+    return bytes(body)
+
+
+def _decode(body: bytes, limits: Limits) -> Picture:
+    try:
+        image = Image.open(io.BytesIO(body), formats=_FORMATS)
+    except Image.DecompressionBombError:
+        raise HTTPException(413, "the picture has too many pixels; Pillow does not open it") from None
+    except (OSError, SyntaxError, ValueError):
+        raise HTTPException(415, f"the body is no picture; expected {', '.join(_FORMATS)}") from None
+    if image.width * image.height > limits.megapixels * 1e6 or max(image.size) > _MAX_SIDE:
+        raise HTTPException(
+            413,
+            f"the picture has {image.width} x {image.height} pixels; expected at most "
+            f"{limits.megapixels:g} megapixels and {_MAX_SIDE} a side",
+        )
+    return to_rgb(image, _PICTURE)
+
+
+def _respond(segmenter: Segmenter, body: bytes, limits: Limits, output: Output) -> Response:
+    try:
+        image = _decode(body, limits)
+        labels = segmenter(image).astype(np.uint8, copy=False)  # `serve` takes no more than 256 classes
+    except UserError as error:
+        raise HTTPException(422, str(error)) from None
+    counts = np.bincount(labels.ravel(), minlength=len(segmenter.classes)).tolist()
+    pixels = dict(zip(segmenter.classes, counts, strict=False))
+    headers = {"Class-Pixels": json.dumps(pixels)}
+    if output == "areas":
+        height, width = labels.shape
+        shares = {name: count / labels.size for name, count in pixels.items()}
+        return JSONResponse(
+            {"height": height, "width": width, "pixels": pixels, "shares": shares}, headers=headers
+        )
+    if output == "labels":
+        png = label_png(labels, segmenter.palette)
+    else:
+        png = Image.fromarray(overlay(image, labels, segmenter.palette))
+    file = io.BytesIO()
+    png.save(file, "PNG", compress_level=1)  # a fifth of the default's time, files little larger
+    return Response(file.getvalue(), media_type="image/png", headers=headers)

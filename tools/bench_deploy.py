@@ -1,0 +1,214 @@
+"""What deployed networks cost, network deconvolution beside batch norm: writes docs/latency.md.
+
+    python tools/bench_deploy.py                   # six networks at two sizes: hours on a CPU
+    python tools/bench_deploy.py unet_mobilenet_v2 --sizes 512,1024 --engines onnxruntime eager --runs 5
+    python tools/bench_deploy.py --device cuda     # adds the CUDA rows
+    python tools/bench_deploy.py --table           # the page again, from what was measured
+
+The networks are untrained, with 19 classes, folded after their statistics have seen some noise: weights do not
+change what a layer costs. All arms of a network and size take turns in one process. Each network and size leaves
+a JSON file in runs/latency, and is not measured again while that is there, so a stopped run goes on where it was.
+The ratio nd/bn is the median over the rounds; folded, both are the same layers, so it should be within 2% of 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from segdeconv.bench import Stages, interleave, machine, noise, peak_mib, stages
+from segdeconv.checkpoint import CheckpointInfo
+from segdeconv.config import load_recipe
+from segdeconv.export import export_onnx
+from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.fold import fold_network_deconv
+from segdeconv.models import build_model, main_output
+from segdeconv.runtime import Segmenter, import_onnxruntime
+
+NETWORKS = {
+    "unet_mobilenet_v2": "U-Net, MobileNetV2",
+    "deeplabv3plus_resnet50": "DeepLabV3+, ResNet-50",
+    "fcn_resnet50": "FCN, ResNet-50",
+    "pspnet_resnet50": "PSPNet, ResNet-50",
+    "fpn_resnet50": "FPN, ResNet-50",
+    "segformer_mit_b0": "SegFormer, MiT-B0",
+}
+ENGINES = ("onnxruntime", "eager", "compiled")
+CLASSES = 19
+RESULTS = Path("runs/latency")
+
+
+def make(architecture: str, norm: str) -> tuple[nn.Module, CheckpointInfo]:
+    """A network with running values, in evaluation mode."""
+    changes = {
+        "model.architecture": architecture,
+        "model.encoder": "null",
+        "model.options": "{}",
+        "model.norm": norm,
+        "data.size": "null",
+    }
+    recipe = load_recipe("demo", [f"{key}={value}" for key, value in changes.items()])
+    torch.manual_seed(0)
+    model, _ = build_model(recipe.model, CLASSES)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(2, 3, 128, 128))
+    names = tuple(f"class {number}" for number in range(CLASSES))
+    palette = tuple((number, number, number) for number in range(CLASSES))
+    return model.eval(), CheckpointInfo(recipe, "segmentation", names, palette, 1, {})
+
+
+def torch_stages(model: nn.Module, pictures: np.ndarray, device: torch.device) -> Callable[[], Stages]:
+    """As `segdeconv.bench.stages`, in PyTorch."""
+    mean, std = np.float32(127.5), np.float32(64.0)
+
+    def finish() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @torch.inference_mode()
+    def call() -> Stages:
+        start = time.perf_counter()
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device, torch.float32)
+        images = ((images - mean) / std).contiguous()
+        prepared = finish()
+        logits = main_output(model(images))
+        inferred = finish()
+        logits.argmax(1).to(torch.uint8).cpu().numpy()
+        return prepared - start, inferred - prepared, finish() - inferred
+
+    return call
+
+
+def measure(architecture: str, size: tuple[int, int], options: argparse.Namespace) -> dict[str, Any]:
+    """All arms of one network at one size: a dictionary for JSON."""
+    pictures, device = noise(options.batch, *size), torch.device(options.device)
+    arms: dict[str, Callable[[], Stages]] = {}
+    memory: dict[str, float | None] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for norm in ("bn", "nd"):
+            model, info = make(architecture, norm)
+            if "onnxruntime" in options.engines:
+                path = Path(folder) / f"{norm}.onnx"
+                export_onnx(model, info, path)
+                segmenter = Segmenter(path, options.device, threads=options.threads)
+                arms[f"onnxruntime fp32 {norm}"] = stages(segmenter, pictures)
+                shape = (options.batch, *size)
+                memory[f"onnxruntime fp32 {norm}"] = peak_mib(path, segmenter.device, options.threads, shape)
+            folded = fold_network_deconv(model).eval().to(device)
+            if "eager" in options.engines:
+                arms[f"PyTorch eager fp32 {norm}"] = torch_stages(folded, pictures, device)
+            if "compiled" in options.engines:
+                compiled = torch.compile(folded, dynamic=False)
+                arms[f"PyTorch compiled fp32 {norm}"] = torch_stages(compiled, pictures, device)
+        over = {name: name[:-2] + "bn" for name in arms}
+        timings = interleave(arms, options.runs, options.batch, warm_up=2, over=over)
+    return {
+        **machine("cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"),
+        "network": architecture,
+        "size": list(size),
+        "batch": options.batch,
+        "threads": options.threads,
+        "runs": options.runs,
+        "onnxruntime": import_onnxruntime().__version__,
+        "torch": torch.__version__,
+        "timings": [asdict(timing) | {"peak_mib": memory.get(timing.name)} for timing in timings],
+    }
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """docs/latency.md. What was not measured is a row of empty cells."""
+    lines = [
+        "# Latency",
+        "",
+        "Written by `python tools/bench_deploy.py`, which says how it measures. Times are of one call with "
+        "preparation of the picture and labels at the end, in milliseconds. Peak memory is that of a process "
+        "of its own, or what it takes of the GPU's.",
+        "",
+    ]
+    lines += sorted({f"- {_conditions(result)}" for result in results})
+    for architecture, title in NETWORKS.items():
+        for result in (r for r in results if r["network"] == architecture and r["device"] == "cpu"):
+            height, width = result["size"]
+            lines += ["", f"## {title}, {height}x{width}", ""]
+            lines += [
+                "| device | engine | norm | p50 | p95 | images/s | nd/bn | peak MiB |",
+                "|---" * 8 + "|",
+            ]
+            on_gpu = [
+                r
+                for r in results
+                if (r["network"], r["size"]) == (architecture, result["size"]) and r["device"] != "cpu"
+            ]
+            lines += [_row("CPU", timing) for timing in result["timings"]]
+            for timing in on_gpu[0]["timings"] if on_gpu else []:
+                lines.append(_row("CUDA", timing))
+            if not on_gpu:
+                lines += [f"| CUDA | onnxruntime fp32 | {norm} | | | | | |" for norm in ("bn", "nd")]
+    return "\n".join(lines) + "\n"
+
+
+def _conditions(result: dict[str, Any]) -> str:
+    threads = f"{result['threads']} threads" if result["threads"] else "threads as the engines choose"
+    return (
+        f"{result['device_name']} ({result['device']}, {result['cores']} cores), {threads}, batch "
+        f"{result['batch']}, {result['runs']} runs, onnxruntime {result['onnxruntime']}, "
+        f"PyTorch {result['torch']}"
+    )
+
+
+def _row(device: str, timing: dict[str, Any]) -> str:
+    engine, _, norm = timing["name"].rpartition(" ")
+    ratio = f"{timing['ratio']:.3f}" if norm == "nd" else ""
+    peak = f"{timing['peak_mib']:.0f}" if timing["peak_mib"] else ""
+    return (
+        f"| {device} | {engine} | {norm} | {timing['p50']:.0f} | {timing['p95']:.0f} | "
+        f"{timing['images_per_s']:.2f} | {ratio} | {peak} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("networks", nargs="*", choices=[*NETWORKS, []], help=", ".join(NETWORKS))
+    parser.add_argument("--sizes", nargs="+", default=["512,1024", "1024,2048"], metavar="H,W")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="of both engines")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--table", action="store_true", help="measure nothing, write the page")
+    parser.add_argument("--out", type=Path, default=Path("docs/latency.md"))
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    make_folder(RESULTS)
+    for architecture in [] if options.table else options.networks or NETWORKS:
+        for size in options.sizes:
+            height, width = map(int, size.split(","))
+            path = RESULTS / f"{architecture}_{height}x{width}_{options.device.partition(':')[0]}.json"
+            if path.exists():
+                continue
+            result = measure(architecture, (height, width), options)
+            text = to_json(result, indent=2)
+            write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+            for timing in result["timings"]:
+                print(f"{architecture} {height}x{width} {_row(options.device, timing)}", flush=True)
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    text = page(found)
+    write_atomically(options.out, lambda temporary: temporary.write_text(text))
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
