@@ -254,6 +254,9 @@ class _Run:
         self.best, self.seconds = -1.0, 0.0
         self.board: SummaryWriter | None = None
         self.loss_total = torch.zeros((), device=device)  # of the epoch so far
+        # Losses not looked at yet, with their images: on a GPU looking means waiting.
+        self.patience = 1 if device.type == "cpu" else 10
+        self.recent: list[tuple[Tensor, Tensor]] = []
 
     def _parallel(self) -> nn.Module:
         if world_size() == 1:
@@ -411,17 +414,12 @@ class _Run:
         bar = Bar(source, len(self.loader), f"epoch {epoch}/{config.epochs}")
         begin = saved = time.monotonic()
         before, first = self.seconds, self.batches.start
-        recent: list[Tensor] = []  # losses not looked at yet: on a GPU looking means waiting
-        patience = 1 if self.device.type == "cpu" else 10
         for images, targets in bar:
-            recent.append(self._guarded_step(images.to(self.device), targets.to(self.device)))
-            self.loss_total += recent[-1]
+            self.loss_total += self._guarded_step(images, targets)
             self.step += 1
             done = self.step - (epoch - 1) * self.steps_per_epoch
-            if len(recent) < patience and done < self.steps_per_epoch:
+            if self.recent:
                 continue
-            self._check_finite(recent, images.to(self.device), done, epoch)
-            recent.clear()
             lr = self.optimizer.param_groups[0]["lr"]
             bar.note = (
                 f"loss {self.loss_total.item() / done:.4f}, lr {lr:.3g}, {memory_mib(self.device):.0f} MiB"
@@ -449,6 +447,8 @@ class _Run:
     def _guarded_step(self, images: Tensor, targets: Tensor) -> Tensor:
         try:
             return self._step(images, targets)
+        except UserError:
+            raise
         except torch.OutOfMemoryError:
             raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
         except (RuntimeError, ValueError) as error:
@@ -475,10 +475,18 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(self.step, steps, warmup, config.schedule, config.poly_power)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-            output = self.parallel(images)
-        loss = loss_of(output, targets, config, self.ignore_index)
+        with self._autocast():
+            output = self.parallel(images.to(self.device))
+        loss = loss_of(output, targets.to(self.device), config, self.ignore_index)
+        self.recent.append((loss.detach(), images))
+        if len(self.recent) == self.patience or (self.step + 1) % self.steps_per_epoch == 0:
+            self._check_finite()
         self.scaler.scale(loss).backward()
+        if self.recent:  # not looked at yet: it must not spoil the weights, which are to tell where it went
+            bad = ~loss.detach().isfinite()
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(bad, 0)
         if config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
@@ -488,17 +496,24 @@ class _Run:
             self.ema.update_parameters(self.model)
         return loss.detach()
 
-    def _check_finite(self, losses: list[Tensor], images: Tensor, done: int, epoch: int) -> None:
-        finite = torch.stack(losses).isfinite()
-        if finite.all():
-            return
-        late = len(losses) - int(finite.int().argmin())  # steps since the first bad one, itself included
-        bad = losses[-late].item()
-        raise UserError(
-            f"the loss became {bad} at step {done - late + 1} of epoch {epoch}; "
-            f"{first_bad_layer(self.model, images)}; try a lower train.lr (now {self.recipe.train.lr}), "
-            "a longer train.warmup_epochs, train.clip_grad, or train.amp: off"
-        )
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def _check_finite(self) -> None:
+        """Look at the recent losses, the last of which is that of the step that is being made."""
+        finite = torch.stack([loss for loss, _ in self.recent]).isfinite()
+        if not finite.all():
+            first = int(finite.int().argmin())
+            loss, images = self.recent[first]
+            epoch, done = divmod(self.step + 1 - len(self.recent) + first, self.steps_per_epoch)
+            with self._autocast():
+                where = first_bad_layer(self.model, images.to(self.device))
+            raise UserError(
+                f"the loss became {loss.item()} at step {done + 1} of epoch {epoch + 1}; {where}; try a "
+                f"lower train.lr (now {self.recipe.train.lr}), a longer train.warmup_epochs, train.clip_grad, "
+                "or train.amp: off"
+            )
+        self.recent.clear()
 
     def _asked_to_stop(self) -> bool:
         if world_size() == 1:
@@ -563,15 +578,16 @@ class _Run:
         self._announce()
         if self.report is not None:
             console.print(str(self.report))
-        images, targets = (part.to(self.device) for part in next(iter(self.loader)))
+        images, targets = next(iter(self.loader))
         self.model.train()
         with FlopCounterMode(display=False) as counter:
-            self.model(images)
+            self.model(images.to(self.device))
         operations = counter.get_total_flops() / len(images) / 1e9
         console.print(
             f"{tuple(images.shape)} images a batch, {self.steps_per_epoch} steps an epoch, "
             f"{operations:.2f} GFLOP an image forward (a multiplication and an addition are two)"
         )
+        self.patience = 1
         kept: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -581,7 +597,6 @@ class _Run:
         for step in (1, 2):
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 loss = self._guarded_step(images, targets)
-            self._check_finite([loss], images, step, 1)
             console.print(f"step {step}: loss {loss.item():.4f}")
             self.step += 1
         weights = sum(p.nbytes for p in self.model.parameters())
@@ -646,19 +661,18 @@ def memory_mib(device: torch.device) -> float:
 @torch.no_grad()
 def first_bad_layer(model: nn.Module, images: Tensor) -> str:
     """Which layer is the first whose weights or output are not finite, in a forward pass of ``images``."""
-    found: list[str] = []
+    weights: list[str] = []
+    outputs: list[str] = []
 
     def look(name: str, module: nn.Module) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if found:
-                return
             if not all(p.isfinite().all() for p in module.parameters(recurse=False)):
-                found.append(f"first the weights of {name} were not finite")
+                weights.append(f"first the weights of {name} were not finite")
             elif isinstance(output, Tensor) and not output.isfinite().all():
                 largest = max(
                     (x.abs().max().item() for x in inputs if isinstance(x, Tensor)), default=math.nan
                 )
-                found.append(
+                outputs.append(
                     f"first {name} put out values that are not finite (its largest input {largest:.3g})"
                 )
 
@@ -674,4 +688,6 @@ def first_bad_layer(model: nn.Module, images: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
+    # A bad gradient spoils the weights of all layers before the one where it arose.
+    found = weights[-1:] or outputs
     return found[0] if found else "every layer's output is finite, so it was the loss itself"

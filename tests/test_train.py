@@ -18,7 +18,7 @@ from segdeconv.errors import UserError
 from segdeconv.evaluate import evaluate_run, table, write_scores
 from segdeconv.layers import Whitened
 from segdeconv.losses import loss_of
-from segdeconv.train import lr_factor, make_optimizer, pick_device, train
+from segdeconv.train import _Run, first_bad_layer, lr_factor, make_optimizer, pick_device, train
 
 TINY = [
     "model.encoder=lcnet_050",
@@ -152,6 +152,54 @@ def test_a_diverged_loss_stops_the_run_with_advice(tmp_path: Path) -> None:
     message = str(caught.value)
     assert re.search(r"at step \d of epoch 1; first (the weights of )?[\w.]+ (were|put out)", message)
     assert "lower train.lr" in message
+
+
+@pytest.mark.parametrize("patience", [1, 10])  # of the CPU; of a GPU, which looks at the epoch's end here
+@pytest.mark.parametrize("what", ["weights", "output", "images"])
+def test_the_layer_that_went_first_is_named(
+    what: str, patience: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer, or the pictures of one step, is made infinite in the second of three steps."""
+    step, name = _Run._step, "decoder.blocks.0.conv1.0"
+
+    def poisoned(self: _Run, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.patience = patience
+        layer = self.model.get_submodule(name)
+        if self.step == 1 and what == "weights":
+            layer.weight.data[0] = torch.inf  # type: ignore[union-attr]
+        elif self.step == 1 and what == "output":
+            layer.register_forward_hook(lambda module, inputs, output: output * torch.inf)
+        return step(self, images * torch.inf if self.step == 1 and what == "images" else images, targets)
+
+    monkeypatch.setattr(_Run, "_step", poisoned)
+    says = {
+        "weights": f"first the weights of {name} were not finite",
+        "output": rf"first {name} put out values that are not finite \(its largest input [\d.]+\)",
+        "images": r"first encoder.model.conv_stem put out values that are not finite",
+    }
+    with pytest.raises(UserError, match=rf"the loss became nan at step 2 of epoch 1; {says[what]}"):
+        train(tiny(), tmp_path / "run")
+
+
+def test_the_probe_runs_in_the_precision_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What overflows in half precision only is found in half precision."""
+    step, name = _Run._step, "decoder.blocks.0.conv1.0"
+
+    def poisoned(self: _Run, *batch: torch.Tensor) -> torch.Tensor:
+        layer = self.model.get_submodule(name)
+        layer.register_forward_hook(lambda module, inputs, output: output * 1e4 * 1e4)
+        return step(self, *batch)
+
+    monkeypatch.setattr(_Run, "_step", poisoned)
+    with pytest.raises(UserError, match=f"first {name} put out values that are not finite"):
+        train(tiny("train.amp=fp16"), tmp_path / "run")
+
+
+def test_a_bad_gradient_is_told_from_what_it_spoils() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(4)))
+    for layer in model[:3]:
+        layer.weight.data.fill_(torch.nan)
+    assert first_bad_layer(model, torch.zeros(1, 2)) == "first the weights of 2 were not finite"
 
 
 def test_task_and_data_must_agree(tmp_path: Path) -> None:
