@@ -420,9 +420,9 @@ class _Run:
             done = self.step - (epoch - 1) * self.steps_per_epoch
             if self.recent:
                 continue
-            lr = self.optimizer.param_groups[0]["lr"]
             bar.note = (
-                f"loss {self.loss_total.item() / done:.4f}, lr {lr:.3g}, {memory_mib(self.device):.0f} MiB"
+                f"loss {self.loss_total.item() / done:.4f}, lr {self._lr(self.step - 1):.3g}, "
+                f"{memory_mib(self.device):.0f} MiB"
             )
             self.seconds = before + time.monotonic() - begin
             if self._asked_to_stop():
@@ -437,7 +437,7 @@ class _Run:
             "epoch": epoch,
             "step": self.step,
             "loss": self.loss_total.item() / self.steps_per_epoch,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self._lr(self.step - 1),  # of a run that resumed here, the optimiser has made no step yet
             "seconds": self.seconds,
             "images_per_second": (self.steps_per_epoch - first) * config.batch_size / max(took, 1e-9),
             "loader_share": source.seconds / max(took, 1e-9),
@@ -465,15 +465,18 @@ class _Run:
                 f"({first}); check train.batch_size, data.crop and model.options"
             ) from error
 
+    def _lr(self, step: int) -> float:
+        config, an_epoch = self.recipe.train, self.steps_per_epoch
+        warmup = round(config.warmup_epochs * an_epoch)
+        return config.lr * lr_factor(
+            step, config.epochs * an_epoch, warmup, config.schedule, config.poly_power
+        )
+
     def _step(self, images: Tensor, targets: Tensor) -> Tensor:
         config = self.recipe.train
         seed_everything(int(np.random.SeedSequence((config.seed, self.step, rank())).generate_state(1)[0]))
-        steps, warmup = (
-            config.epochs * self.steps_per_epoch,
-            round(config.warmup_epochs * self.steps_per_epoch),
-        )
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * lr_factor(self.step, steps, warmup, config.schedule, config.poly_power)
+            group["lr"] = self._lr(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             output = self.parallel(images.to(self.device))
@@ -509,9 +512,9 @@ class _Run:
             with self._autocast():
                 where = first_bad_layer(self.model, images.to(self.device))
             raise UserError(
-                f"the loss became {loss.item()} at step {done + 1} of epoch {epoch + 1}; {where}; try a "
-                f"lower train.lr (now {self.recipe.train.lr}), a longer train.warmup_epochs, train.clip_grad, "
-                "or train.amp: off"
+                f"the loss became {loss.item()} at step {done + 1} of epoch {epoch + 1}; {where}; try "
+                f"a lower train.lr (now {self.recipe.train.lr}), a longer train.warmup_epochs, "
+                "train.clip_grad, or train.amp: off"
             )
         self.recent.clear()
 
