@@ -4,7 +4,6 @@ share of the batch each have the loss, and the gradients, of one process with al
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -47,15 +46,36 @@ def _cross_entropy(logits: Tensor, targets: Tensor, config: TrainConfig, ignore_
     )
     # Summed and divided by hand: the mean over a batch without a single labelled pixel would be NaN.
     if config.ohem is not None:
-        losses = losses.flatten()
-        kept = losses.topk(math.ceil(config.ohem * losses.numel())).values  # ignored pixels have a loss of 0
-        total, count = kept.sum(), (kept > 0).sum()
+        share = _hardest(losses.detach(), (targets != ignore_index).sum(), config.ohem)
+        total, count = (losses * share).sum(), share.sum()
     else:
         labelled = targets != ignore_index
         count = labelled.sum() if weights is None else weights[targets[labelled]].sum()
         total = losses
     total, count = sum_over_ranks(torch.stack((total, count.to(total.dtype))))
     return total / count.clamp(min=1 if weights is None else 1e-6)
+
+
+def _hardest(losses: Tensor, labelled: Tensor, share: float) -> Tensor:
+    """What every pixel counts, 1 or 0, such that the hardest ceil(share * labelled) of the whole batch do.
+    Equal ones at the border share what is left to them.
+
+    The border, the least loss that counts, is found bit by bit: the order of floats that are not negative is
+    that of their bits as integers. So ranks exchange counts and not pixels, and nothing waits for the device.
+
+    Args:
+        losses: float32, at least 0; 0 where nothing is labelled.
+        labelled: how many pixels of this rank are, ().
+    """
+    wanted = (sum_over_ranks(labelled).double() * share).ceil()
+    bits = losses.abs().view(torch.int32)  # abs, because -0.0 has the bits of a negative number
+    border = torch.zeros_like(labelled, dtype=torch.int32)
+    for bit in reversed(range(31)):
+        higher = border | 1 << bit
+        border = higher.where(sum_over_ranks((bits >= higher).sum()) >= wanted, border)
+    above, at = bits > border, bits == border
+    taken, there = sum_over_ranks(torch.stack((above.sum(), at.sum())))
+    return above + at * ((wanted - taken) / there.clamp(min=1)).float()
 
 
 def _dice(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

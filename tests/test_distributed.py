@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 from torch import Tensor
 
-from segdeconv.config import NetworkDeconvConfig
+from segdeconv.config import NetworkDeconvConfig, TrainConfig
 from segdeconv.layers import WhitenedConv2d, WhitenedLinear
+from segdeconv.losses import loss_of
 
 STEPS = 3
 CASES = {
@@ -53,10 +55,35 @@ def run_case(name: str, rank: int, world: int) -> dict[str, Tensor]:
     return found | {f"buffer {key}": value.clone() for key, value in layer.named_buffers()}
 
 
+LOSSES: dict[str, dict[str, Any]] = {
+    "weights": {"class_weights": (0.5, 2.0, 1.0)},
+    "ohem": {"ohem": 0.2},
+    "ohem, weights and dice": {"ohem": 0.4, "class_weights": (0.5, 2.0, 1.0), "dice_weight": 0.5},
+}
+
+
+def run_loss(name: str, rank: int, world: int) -> dict[str, Tensor]:
+    """The loss and the gradient of this rank's share, whose pictures are not equally hard or labelled."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.arange(1.0, 9)[:, None, None]
+    logits = torch.randn(8, 3, 6, 7, generator=generator) * size[:, None]
+    targets = torch.randint(0, 3, (8, 6, 7), generator=generator)
+    targets[torch.rand(8, 6, 7, generator=generator) * 12 < size] = 255
+    split = SPLITS.get(world, (8,))
+    here = slice(sum(split[:rank]), sum(split[: rank + 1]))
+    logits = logits[here].requires_grad_()
+    loss = loss_of(logits, targets[here], TrainConfig(**LOSSES[name]), 255)
+    loss.backward()
+    assert logits.grad is not None
+    return {"loss": loss.detach(), "grad": logits.grad / world}
+
+
 def work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.save({name: run_case(name, rank, world) for name in CASES}, f"{folder}/{rank}.pt")
+    found = {name: run_case(name, rank, world) for name in CASES}
+    found |= {name: run_loss(name, rank, world) for name in LOSSES}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -78,6 +105,15 @@ def test_layers_compute_what_one_process_does(name: str, shares: list[dict]) -> 
         else:
             got = sum(parts) if key.startswith("weight") else torch.cat(parts)
         assert torch.allclose(got, value, rtol=0, atol=1e-10 * value.abs().max().item()), key
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_is_that_of_the_whole_batch(name: str, shares: list[dict]) -> None:
+    want = run_loss(name, 0, 1)
+    for share in shares:
+        assert share[name]["loss"].item() == pytest.approx(want["loss"].item(), rel=1e-6)
+    got = torch.cat([share[name]["grad"] for share in shares])
+    torch.testing.assert_close(got, want["grad"], rtol=1e-5, atol=1e-9)
 
 
 TINY = [

@@ -1,0 +1,84 @@
+"""The loss against a loop over pixels in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from segdeconv.config import TrainConfig
+from segdeconv.losses import loss_of
+
+IGNORED = 255
+WEIGHTS = (0.5, 2.0, 0.0, 1.25)
+
+
+def batch(ignored: float = 0.4) -> tuple[Tensor, Tensor]:
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 3, (3, 5, 7))  # nothing is of the last class
+    targets[rng.random(targets.shape) < ignored] = IGNORED
+    return torch.from_numpy(rng.normal(size=(3, 4, 5, 7)) * 3).float(), torch.from_numpy(targets)
+
+
+def slow_loss(logits: Tensor, targets: Tensor, config: TrainConfig) -> float:
+    """Pixel by pixel."""
+    weights = config.class_weights or (1.0,) * 4
+    losses, counts = [], []
+    both, predicted, true = np.zeros((3, 4))
+    for scores, target in zip(logits.double().movedim(1, -1).reshape(-1, 4), targets.ravel(), strict=True):
+        if target == IGNORED:
+            continue
+        exps = [math.exp(score) for score in scores]
+        p = np.array(exps) / sum(exps)
+        losses.append(-math.log(p[target]) * weights[target])
+        counts.append(weights[target])
+        both[target] += p[target]
+        predicted += p
+        true[target] += 1
+    if config.ohem is None:
+        loss = sum(losses) / max(sum(counts), 1e-6)
+    else:
+        kept = sorted(losses)[::-1][: math.ceil(config.ohem * len(losses))]
+        loss = sum(kept) / max(len(kept), 1)
+    there = [1 - 2 * both[c] / (predicted[c] + true[c]) for c in range(4) if true[c]]
+    return loss + config.dice_weight * sum(there) / max(len(there), 1)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 0.97, 1.0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"class_weights": WEIGHTS},
+        {"dice_weight": 0.7},
+        {"ohem": 0.3},
+        {"ohem": 0.01},
+        {"ohem": 0.95, "class_weights": WEIGHTS},
+        {"ohem": 0.25, "class_weights": WEIGHTS, "dice_weight": 0.5},
+    ],
+)
+def test_the_loss_is_that_of_a_loop(settings: dict[str, Any], ignored: float) -> None:
+    logits, targets = batch(ignored)
+    config = TrainConfig(**settings)
+    got = loss_of(logits, targets, config, IGNORED).item()
+    assert got == pytest.approx(slow_loss(logits, targets, config), rel=1e-6, abs=1e-12)
+
+
+def test_the_hardest_are_a_share_of_the_labelled_pixels() -> None:
+    """Pixels with a gradient, counted; equal losses count in part, so that their order does not matter."""
+    logits, targets = batch(0.8)
+    loss_of(logits.requires_grad_(), targets, TrainConfig(ohem=0.5), IGNORED).backward()
+    assert logits.grad is not None
+    labelled = int((targets != IGNORED).sum())
+    assert int(logits.grad.any(1).sum()) == math.ceil(0.5 * labelled) < math.ceil(0.5 * targets.numel())
+
+    equal = torch.zeros(1, 2, 1, 8, requires_grad=True)
+    loss = loss_of(equal, torch.zeros(1, 1, 8, dtype=torch.long), TrainConfig(ohem=0.3), IGNORED)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert equal.grad is not None
+    torch.testing.assert_close(equal.grad[0, 1, 0], torch.full((8,), 0.5 / 8))
