@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from segdeconv.config import NetworkDeconvConfig
-from segdeconv.distributed import mean_over_ranks, world_size
+from segdeconv.distributed import mean_over_ranks, sum_over_ranks, world_size
 from segdeconv.whitening import (
     channel_moments,
     channels_per_block,
@@ -242,19 +242,22 @@ class Whitened(nn.Module):
             if world_size() > 1:
                 wide = mean.double()
                 outer = wide.mT @ wide / mean.shape[1]
-                (wide, second), _ = mean_over_ranks(len(rows), wide, cov + outer)
+                (wide, second), total = mean_over_ranks(len(rows), wide, cov + outer)
                 mean, cov = wide.to(mean.dtype), (second - wide.mT @ wide / mean.shape[1]).to(cov.dtype)
-        return mean, cov, len(rows) * world_size()
+                return mean, cov, int(total)
+        return mean, cov, len(rows)
 
     def sampling_stride(self, x: Tensor) -> int:
         """How many output positions apart patches are sampled: ``config.sampling_stride``, or less where that
-        would leave fewer than eight samples a feature and a smaller stride has more to offer.
+        would leave fewer than eight samples a feature and a smaller stride has more to offer. All ranks agree,
+        because the images of all count.
         """
         every = self.config.sampling_stride
-        if self.config.mode == "reference":
+        if self.config.mode == "reference" or every == 1:
             return every
         wanted = _SAMPLES_PER_FEATURE * self.running_whitening.shape[-1] / self.num_blocks
-        while every > 1 and self._count(x, every, len(x) * world_size()) < wanted:
+        images = int(sum_over_ranks(torch.tensor(len(x), device=x.device))) if world_size() > 1 else len(x)
+        while every > 1 and self._count(x, every, images) < wanted:
             every -= 1
         return every
 

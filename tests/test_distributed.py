@@ -28,6 +28,11 @@ CASES = {
     "fast grouped conv": (lambda: WhitenedConv2d(8, 6, 3, stride=2, groups=2), (8, 8, 9, 10)),
     "fast linear": (lambda: WhitenedLinear(6, 5), (8, 6)),
     "exact conv": (lambda: WhitenedConv2d(8, 6, 3, padding=1, config=CONFIG["exact"]), (8, 8, 9, 10)),
+    # A rank with 5 of 8 images that takes them for half of the batch would choose a larger stride.
+    "exact conv on small maps": (
+        lambda: WhitenedConv2d(8, 6, 3, padding=1, config=CONFIG["exact"]),
+        (8, 8, 12, 11),
+    ),
     "reference conv": (lambda: WhitenedConv2d(8, 6, 3, config=CONFIG["reference"]), (8, 8, 9, 10)),
     "exact linear": (lambda: WhitenedLinear(6, 5, config=CONFIG["exact"]), (8, 6)),
 }
