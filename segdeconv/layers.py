@@ -249,7 +249,7 @@ class Whitened(nn.Module):
 
     def sampling_stride(self, x: Tensor) -> int:
         """How many output positions apart patches are sampled: ``config.sampling_stride``, or less where that
-        would leave fewer than eight samples a feature and a smaller stride has more to offer. All ranks agree,
+        would leave fewer than eight samples a feature and a smaller stride has more to offer. Ranks agree,
         because the images of all count.
         """
         every = self.config.sampling_stride

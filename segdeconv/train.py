@@ -146,7 +146,10 @@ def _train(recipe: Recipe, out: Path, device: torch.device, resume: bool) -> dic
         distributed.wait()  # before rank 0 leaves traces of a new run, the others have looked
         if rank() == 0 and not resume:
             create_run_folder(out, recipe)
-        return run.fit(out, resume, stop)
+        try:
+            return run.fit(out, resume, stop)
+        finally:
+            run.end_workers()
 
 
 def dry_run(recipe: Recipe, device: torch.device | str = "cpu") -> None:
@@ -280,6 +283,14 @@ class _Run:
     def evaluated(self) -> nn.Module:
         """The network that is scored and kept: the averaged one, where there is an average."""
         return self.model if self.ema is None else self.ema.module
+
+    def end_workers(self) -> None:
+        """End the loader's processes, which would otherwise live as long as a traceback holds this run, and
+        hang Python's exit: they ignore its SIGTERM.
+        """
+        workers = getattr(self.loader, "_iterator", None)  # there is no public way
+        if workers is not None:
+            workers._shutdown_workers()
 
     # What a stopped run goes on from.
 

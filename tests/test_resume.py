@@ -74,6 +74,7 @@ def test_a_signal_leaves_a_state_to_resume_from(
         with pytest.raises(SystemExit) as left:
             train(recipe, tmp_path / "stopped", resume=True)
         assert left.value.code == (130 if number == signal.SIGINT else 0)
+        assert not multiprocessing.active_children()  # though ``left`` holds the run
     train(recipe, tmp_path / "stopped", resume=True)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     # A finished run has nothing left to do, and says what it came to.
