@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -81,6 +81,14 @@ def wait() -> None:
     """Until every process is here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def take_buffers_of_rank_0(*modules: nn.Module) -> None:
+    """Give all processes the buffers that the modules have on rank 0."""
+    if world_size() > 1:
+        for module in modules:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
 
 
 def stop() -> None:

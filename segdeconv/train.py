@@ -26,6 +26,7 @@ import numpy as np
 import timm.layers
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -265,9 +266,10 @@ class _Run:
         if world_size() == 1:
             return self.model
         on_cpu = self.device.type == "cpu"
-        if self.recipe.model.norm == "bn" and not on_cpu:
+        batch_norm = any(isinstance(m, _BatchNorm) for m in self.model.modules())  # the twin, or model.keep
+        if batch_norm and not on_cpu:
             self.model = timm.layers.convert_sync_batchnorm(self.model)
-        elif self.recipe.model.norm == "bn" and rank() == 0:
+        elif batch_norm:
             console.print("note: on the CPU, batch norm takes its statistics from each process's own share")
         with warnings.catch_warnings():  # newer torch has another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
@@ -275,7 +277,7 @@ class _Run:
                 self.model,
                 device_ids=None if on_cpu else [self.device],
                 # Whitened layers have the same running values on all ranks; batch norm on the CPU has not.
-                broadcast_buffers=self.recipe.model.norm == "bn",
+                broadcast_buffers=batch_norm,
                 static_graph=True,
             )
 
@@ -360,6 +362,8 @@ class _Run:
         with self.board or contextlib.nullcontext():
             for epoch in range(self.finished_epochs + 1, config.epochs + 1):
                 line = self._epoch(epoch)
+                # Batch norm on the CPU has left each rank running values, and averages of them, of its own.
+                distributed.take_buffers_of_rank_0(self.model, self.evaluated)
                 scores: dict[str, Any] = {}
                 if epoch % config.eval_every == 0 or epoch == config.epochs:
                     scores = self._score(epoch)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from segdeconv.config import NetworkDeconvConfig, TrainConfig
+from segdeconv.evaluate import evaluate_run
 from segdeconv.layers import WhitenedConv2d, WhitenedLinear
 from segdeconv.losses import loss_of
 
@@ -170,6 +171,18 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         assert torch.allclose(weights[key], value, rtol=0, atol=2e-5 * value.abs().max().item()), key
     state = load_file(two / "state.safetensors")
     assert all(torch.equal(state[f"model.{key}"], value) for key, value in weights.items())
+
+
+def test_batch_norms_that_are_kept_validate_as_rank_0_has_them(tmp_path: Path) -> None:
+    """Each rank has statistics of its own share, but the scores are those of the network that is saved."""
+    changes = ("model.keep=[encoder.model.bn1]", "train.ema_decay=0.5", "train.epochs=1")
+    out, _ = finish(launch(2, tmp_path / "run", *changes))
+    assert "batch norm takes its statistics from each process's own share" in out
+    (line,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    scores = evaluate_run(tmp_path / "run")
+    assert {key: scores[key] for key in ("miou", "pixel_acc", "iou")} == {
+        key: line[key] for key in ("miou", "pixel_acc", "iou")
+    }
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
