@@ -366,6 +366,9 @@ class _Run:
                 distributed.take_buffers_of_rank_0(self.model, self.evaluated)
                 scores: dict[str, Any] = {}
                 if epoch % config.eval_every == 0 or epoch == config.epochs:
+                    self.save_state(
+                        out
+                    )  # ranks cannot leave a validation, and a scheduler may not wait for its end
                     scores = self._score(epoch)
                     line |= {key: value for key, value in scores.items() if key != "confusion"}
                 shown = f", {metric} {scores[metric]:.4f}" if scores else ""

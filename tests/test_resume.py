@@ -82,6 +82,19 @@ def test_a_signal_leaves_a_state_to_resume_from(
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_a_validation_that_is_cut_short_costs_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny("train.epochs=1", "train.schedule=poly"), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module._Run, "_score", lambda run, epoch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tiny("train.epochs=1", "train.schedule=poly"), tmp_path / "run")
+    monkeypatch.setattr(train_module._Run, "_step", None)  # none is left to make
+    train(tiny("train.epochs=1", "train.schedule=poly"), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 KILLED = ("train.epochs=4", "train.checkpoint_minutes=0", "train.ema_decay=0.9")
 
 
@@ -177,7 +190,7 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path: Path, monkeypatch: py
 
     def full(tensors: dict, path: Path, metadata: dict) -> None:
         calls.append(path)
-        if len(calls) == 5:  # begin; last, best, state of the first epoch; last of the second
+        if len(calls) == 7:  # begin; state, last, best, state of the first epoch; state, last of the second
             path.write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
         save_file(tensors, path, metadata)
