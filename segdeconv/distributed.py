@@ -91,6 +91,12 @@ def take_buffers_of_rank_0(*modules: nn.Module) -> None:
                 dist.broadcast(buffer, 0)
 
 
+def says_a_process_is_gone(error: Exception) -> bool:
+    """Whether an error of a collective, which may be anywhere, comes from the loss of another process."""
+    words = ("Connection", "gloo", "NCCL", "peer")
+    return launched_by_torchrun() and any(word in str(error).partition("\n")[0] for word in words)
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

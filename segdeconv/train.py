@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import random
 import shutil
 import signal
@@ -129,10 +130,17 @@ def train(
     device = torch.device(device)
     if not distributed.launched_by_torchrun():
         return _train(recipe, out, device, resume)
-    device = distributed.start(device)
-    console.quiet = rank() != 0
     try:
+        device = distributed.start(device)
+        console.quiet = rank() != 0
         return _train(recipe, out, device, resume)
+    except RuntimeError as error:
+        if not distributed.says_a_process_is_gone(error):
+            raise
+        raise UserError(
+            f"rank {os.environ['RANK']}: another process of this run ended or hangs "
+            f"({str(error).splitlines()[0]}); its own message says why; start again with --resume"
+        ) from None
     finally:
         distributed.stop()
 
@@ -465,22 +473,14 @@ class _Run:
     def _guarded_step(self, images: Tensor, targets: Tensor) -> Tensor:
         try:
             return self._step(images, targets)
-        except UserError:
-            raise
         except torch.OutOfMemoryError:
             raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
         except (RuntimeError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            if world_size() > 1 and any(word in first for word in ("Connection", "gloo", "NCCL", "peer")):
-                raise UserError(
-                    f"rank {rank()}: another process of this run ended or hangs ({first}); its own message "
-                    "says why; start again with --resume"
-                ) from None
-            if self.step > 0:
+            if self.step > 0 or isinstance(error, UserError) or distributed.says_a_process_is_gone(error):
                 raise
             raise UserError(
                 f"the network cannot train on batches of shape {tuple(images.shape)} "
-                f"({first}); check train.batch_size, data.crop and model.options"
+                f"({str(error).splitlines()[0]}); check train.batch_size, data.crop and model.options"
             ) from error
 
     def _lr(self, step: int) -> float:

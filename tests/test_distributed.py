@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
+from test_resume import assert_same_run
 from torch import Tensor
 
+from segdeconv.checkpoint import has_state, load_state
 from segdeconv.config import NetworkDeconvConfig, TrainConfig
 from segdeconv.evaluate import evaluate_run
 from segdeconv.layers import WhitenedConv2d, WhitenedLinear
@@ -138,7 +142,12 @@ TINY = [
 def launch(processes: int, out: Path, *changes: str) -> subprocess.Popen[str]:
     torchrun = ["torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", "-m"]
     command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "segdeconv", "train", "demo"]
-    command += ["--out", str(out), *(part for change in (*TINY, *changes) for part in ("--set", change))]
+    command += [
+        "--resume",
+        "--out",
+        str(out),
+        *(part for change in (*TINY, *changes) for part in ("--set", change)),
+    ]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -185,19 +194,66 @@ def test_batch_norms_that_are_kept_validate_as_rank_0_has_them(tmp_path: Path) -
     }
 
 
+def ranks_of(job: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks that torchrun has started."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    if not children.exists():
+        job.kill()
+        pytest.skip("needs /proc to find the ranks")
+    return [int(child) for child in children.read_text().split()]
+
+
+def says_no_more_than_sentences(err: str) -> bool:
+    """torchrun shows a traceback of its own."""
+    return not re.search(r'File ".*segdeconv/\w+\.py"', err)
+
+
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = launch(2, run, "train.epochs=500", "train.checkpoint_minutes=0")
     while not (run / "metrics.jsonl").exists():
         assert job.poll() is None
         time.sleep(0.2)
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
-    if not children.exists():
-        job.kill()
-        pytest.skip("needs /proc to find the ranks")
-    ranks = [int(child) for child in children.read_text().split()]
+    ranks = ranks_of(job)
     os.kill(ranks[-1], signal.SIGKILL)
     _, err = finish(job, code=1)
-    assert "SIGKILL" in err or "another process of this run ended" in err
+    assert "rank 0: another process of this run ended" in err
+    assert says_no_more_than_sentences(err)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert (run / "state.safetensors").exists()
+
+
+def test_a_folder_that_another_run_holds_is_refused_by_all(tmp_path: Path) -> None:
+    """Rank 0 alone looks at the lock; the other one waits for it at a barrier."""
+    with filelock.FileLock(tmp_path / ".lock"):
+        _, err = finish(launch(2, tmp_path), code=1)
+    assert "another process trains in this folder" in err
+    assert "rank 1: another process of this run ended" in err
+    assert says_no_more_than_sentences(err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_two_processes_resume_from_their_validation(tmp_path: Path, number: int) -> None:
+    """Asked to stop they finish it first; killed, they have left a state before it."""
+    changes = ["model.norm=bn", "train.ema_decay=0.9", "data.count=[12, 500]", "data.num_workers=1"]
+    changes += ["train.eval_every=1"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    finish(launch(2, whole, *changes))
+    job = launch(2, run, *changes)
+    while not (has_state(run) and load_state(run)[1]["step"] == 4):  # of four steps an epoch
+        assert job.poll() is None
+        time.sleep(0.05)
+    if number == signal.SIGKILL:
+        for process in (job.pid, *ranks_of(job)):
+            os.kill(process, number)
+    else:
+        job.send_signal(number)
+    out, _ = finish(job, code=-9 if number == signal.SIGKILL else 1)  # torchrun's, whatever the ranks say
+    values = load_state(run)[1]
+    if number == signal.SIGKILL:
+        assert (values["step"], values["finished_epochs"]) == (4, 0)
+    else:
+        assert f"stopped by a signal at step {values['step']}" in out
+    finish(launch(2, run, *changes))
+    assert_same_run(run, whole)
