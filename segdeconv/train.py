@@ -358,6 +358,7 @@ class _Run:
         self._announce()
         if resume:
             self.load_state(out)
+            self._check_room()
             self._forget_later_lines()
             console.print(
                 f"resuming at step {self.step % self.steps_per_epoch} of epoch {self.finished_epochs + 1}"
@@ -397,7 +398,8 @@ class _Run:
         return line
 
     def _begin(self) -> None:
-        """Statistics for trained weights, and a first state: a folder that cannot hold one says so now."""
+        """Statistics for trained weights, and a first state: a folder that cannot be written says so now."""
+        self._check_room()
         if self.report is not None and starts_trained(self.recipe.model):
             images = (images.to(self.device) for images, _ in islice(self.loader, _CALIBRATION_BATCHES))
             calibrate(self.model, images)
@@ -406,16 +408,28 @@ class _Run:
                 text = f"{self.report}\n"
                 write_atomically(self.out / "conversion.txt", lambda temporary: temporary.write_text(text))
             self.save_state(self.out)
-            size = (self.out / "state.safetensors").stat().st_size
-            wanted, free = (
-                5 * size,
-                shutil.disk_usage(self.out).free,
-            )  # momenta and averages are still to come
-            if free < wanted:
-                raise UserError(
-                    f"{self.out}: the run's checkpoints need about {wanted / 2**20:.0f} MiB, and "
-                    f"{free / 2**20:.0f} MiB are free; make room or choose another --out"
-                )
+
+    def _check_room(self) -> None:
+        if rank() != 0 or self.finished_epochs == self.recipe.train.epochs:
+            return
+        there = sum(path.stat().st_size for path in self.out.glob("*.safetensors"))
+        wanted, free = self.bytes_wanted() - there, shutil.disk_usage(self.out).free
+        if free < wanted:
+            raise UserError(
+                f"{self.out}: the run's checkpoints need about {wanted / 2**20:.1f} MiB, and "
+                f"{free / 2**20:.1f} MiB are free; make room or choose another --out"
+            )
+
+    def bytes_wanted(self) -> int:
+        """What files with weights hold when there are most: three states (the last, the one before and the
+        one that is written), and the last, the best and a temporary checkpoint.
+        """
+        config = self.recipe.train
+        network = sum(value.nbytes for value in self.model.state_dict().values())
+        parameters = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        momenta = {"sgd": int(config.momentum > 0), "adamw": 2}[config.optimizer] * parameters
+        state = network + momenta + (network if self.ema else 0)
+        return 3 * state + 3 * network
 
     def _announce(self) -> None:
         if self.report is not None:

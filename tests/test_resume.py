@@ -149,6 +149,34 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
         load_state(tmp_path)
 
 
+def child_with_small_files(out: str) -> None:
+    import resource
+
+    torch.set_num_threads(1)
+    size = Path(out, "state.safetensors").stat().st_size // 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    with pytest.raises(UserError, match=r"state\.new\.safetensors: cannot be written"):
+        train(tiny("train.epochs=2"), Path(out), resume=True)
+
+
+def test_a_write_that_the_system_refuses_leaves_the_state_before(tmp_path: Path) -> None:
+    pytest.importorskip("resource")
+    train(tiny("train.epochs=2"), tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module._Run, "_score", lambda run, epoch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tiny("train.epochs=2"), tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.safetensors")}
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=child_with_small_files, args=(str(tmp_path / "run"),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.safetensors")} == before
+    train(tiny("train.epochs=2"), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_resume_wants_the_same_recipe(tmp_path: Path) -> None:
     train(tiny("train.epochs=1"), tmp_path / "run")
     with pytest.raises(UserError, match=r"was begun with train.lr = .*, not 0.5; resume it with the same"):
@@ -175,11 +203,47 @@ def test_one_process_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     train(tiny("train.epochs=1"), tmp_path / "run")
 
 
-def test_no_room_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"the run's checkpoints need about \d+ MiB, and 0 MiB are free"):
-        train(tiny(), tmp_path / "run")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["train.momentum=0"],
+        ["train.optimizer=adamw", "train.lr=0.001", "train.ema_decay=0.9"],
+    ],
+)
+def test_no_room_is_said_at_once(changes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for three states and three checkpoints, less what is there already; also when a run goes on."""
+    every_layer = "model.options={encoder_depth: 5, decoder_channels: [16, 16, 8, 8, 8]}"  # has momenta
+    recipe, out, wanted = tiny("train.epochs=1", every_layer, *changes), tmp_path / "run", 0
+    bytes_wanted, usage, free = train_module._Run.bytes_wanted, shutil.disk_usage(tmp_path), 1000
+
+    def noted(run: train_module._Run) -> int:
+        nonlocal wanted
+        wanted = bytes_wanted(run)
+        return wanted
+
+    monkeypatch.setattr(train_module._Run, "bytes_wanted", noted)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+    with pytest.raises(UserError, match=r"the run's checkpoints need about [\d.]+ MiB, and 0.0 MiB are free"):
+        train(recipe, out)
+    assert not list(out.glob("*.safetensors"))
+    free = wanted
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module._Run, "_score", lambda run, epoch: 1 / 0)  # so that there is more to do
+        with pytest.raises(ZeroDivisionError):
+            train(recipe, out)
+    free = wanted - sum(path.stat().st_size for path in out.glob("*.safetensors")) - 1
+    with pytest.raises(UserError, match="make room"):
+        train(recipe, out, resume=True)
+    free += 1
+    train(recipe, out, resume=True)
+    free = 0
+    train(recipe, out, resume=True)  # which has nothing left to write
+    state, last = (
+        sum(value.nbytes for value in load_file(out / f"{name}.safetensors").values())
+        for name in ("state", "last")
+    )
+    assert wanted == pytest.approx(3 * (state + last), rel=0.01)
 
 
 def test_a_full_disk_leaves_the_last_state_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
