@@ -460,11 +460,12 @@ class _Run:
             done = self.step - (epoch - 1) * self.steps_per_epoch
             if self.recent:
                 continue
+            took = time.monotonic() - begin
             bar.note = (
                 f"loss {self.loss_total.item() / done:.4f}, lr {self._lr(self.step - 1):.3g}, "
-                f"{memory_mib(self.device):.0f} MiB"
+                f"{(done - first) * config.batch_size / took:.1f} images/s, {memory_mib(self.device):.0f} MiB"
             )
-            self.seconds = before + time.monotonic() - begin
+            self.seconds = before + took
             if self._asked_to_stop():
                 self._leave()
             if time.monotonic() - saved >= 60 * config.checkpoint_minutes and done < self.steps_per_epoch:

@@ -4,7 +4,9 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from segdeconv import train as train_module
 from segdeconv.checkpoint import load_checkpoint
 from segdeconv.config import Recipe, TrainConfig, load_recipe
 from segdeconv.errors import UserError
 from segdeconv.evaluate import evaluate_run, table, write_scores
 from segdeconv.layers import Whitened
 from segdeconv.losses import loss_of
+from segdeconv.progress import Bar
 from segdeconv.train import _Run, first_bad_layer, lr_factor, make_optimizer, pick_device, train
 
 TINY = [
@@ -59,6 +63,22 @@ def test_a_run_leaves_what_it_promises(run: Path) -> None:
     assert load_recipe(run / "recipe.yaml") == tiny()
     report = (run / "conversion.txt").read_text()
     assert "swapped segmentation_head.0" in report
+
+
+def test_the_progress_shows_how_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = []
+
+    class Noted(Bar[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for item in self.items:
+                yield item
+                notes.append(self.note)
+
+    monkeypatch.setattr(train_module, "Bar", Noted)
+    train(tiny("train.epochs=1"), tmp_path / "run")
+    assert len(notes) == 3
+    for note in notes:
+        assert re.fullmatch(r"loss \d\.\d{4}, lr 0\.\d+, \d+\.\d images/s, \d+ MiB", note)
 
 
 def test_a_seed_gives_the_same_run(run: Path, tmp_path: Path) -> None:
