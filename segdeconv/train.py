@@ -365,7 +365,9 @@ class _Run:
             )
         else:
             self._begin()
-        line: dict[str, Any] = read_metrics(out)[-1] if self.finished_epochs else {}
+        line: dict[str, Any] = {}
+        if self.finished_epochs:
+            line = next(reversed(read_metrics(out)), {})  # a file system may have lost them all the same
         if rank() == 0:
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=self.step + 1)
         with self.board or contextlib.nullcontext():
@@ -581,6 +583,8 @@ class _Run:
         try:
             with open(path, "a") as file:
                 file.write(to_json(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # the state that follows says that the epoch is finished
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from None
         scalars = {key: value for key, value in line.items() if not isinstance(value, dict)}

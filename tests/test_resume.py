@@ -177,6 +177,23 @@ def test_a_write_that_the_system_refuses_leaves_the_state_before(tmp_path: Path)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_lost_lines_do_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """metrics.jsonl is on the disk before the state that follows it; and if it is not, a run goes on."""
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    train(tiny("train.epochs=2"), tmp_path / "run")
+    metrics, state = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "state.safetensors"
+    assert synced.count(metrics.stat().st_ino) == 2
+    assert state.stat().st_ino in synced[synced.index(metrics.stat().st_ino) :]
+    metrics.write_text("")
+    assert train(tiny("train.epochs=2"), tmp_path / "run", resume=True) == {}
+
+
 def test_resume_wants_the_same_recipe(tmp_path: Path) -> None:
     train(tiny("train.epochs=1"), tmp_path / "run")
     with pytest.raises(UserError, match=r"was begun with train.lr = .*, not 0.5; resume it with the same"):
