@@ -91,6 +91,13 @@ def test_splits_can_be_joined_and_test_needs_no_labels(tree: Path) -> None:
     assert (mask == 255).all()
 
 
+def test_a_mask_that_vanished_is_no_unlabelled_picture(tree: Path) -> None:
+    samples = cityscapes(tree, "train")
+    samples.pairs[0][1].unlink()
+    with pytest.raises(UserError, match=r"aachen_000001_000019_gtFine_labelIds\.png"):
+        samples.load(0)
+
+
 def test_instances(tree: Path) -> None:
     instances = cityscapes(tree, "train+train_extra").instances
     for index in (0, 2):

@@ -72,7 +72,7 @@ class Cityscapes(PairedSamples):
 
     def load(self, index: int) -> tuple[Picture, Picture]:
         picture, mask = self.pairs[index]
-        if mask.is_file():
+        if mask.is_file() or picture.parts[-3] != "test":
             return super().load(index)
         image = resize_image(read_rgb(picture), self.config.size)
         return image, np.full(image.shape[:2], self.config.ignore_index, np.uint8)
