@@ -424,3 +424,17 @@ def test_registry_and_palette() -> None:
     colors = even_palette(12)
     assert len(set(colors)) == 12
     assert all(0 <= channel <= 255 for color in colors for channel in color)
+
+
+@pytest.mark.parametrize(("count", "world"), [(7, 2), (8, 4), (10, 4), (3, 4), (1, 2)])
+def test_shares_of_an_evaluation_are_all_pictures_once(count: int, world: int) -> None:
+    config = DataConfig("toy", size=(32, 64), count=(count, 1))
+    samples = open_samples(config, "train")
+    loaders = [eval_loader(samples, config, 2, 1, rank, world) for rank in range(world)]
+    shares = [list(loader.dataset.indices) for loader in loaders]  # type: ignore[attr-defined]
+    assert sorted(index for share in shares for index in share) == list(range(count))
+    for loader, share in zip(loaders, shares, strict=True):
+        pictures = [image for images, _ in loader for image in images]
+        assert len(pictures) == len(share)
+        for image, index in zip(pictures, share, strict=True):
+            assert torch.equal(image, EvalSet(samples, config, 1)[index][0])
