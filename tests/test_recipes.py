@@ -1,4 +1,5 @@
-"""Recipes for data that is not here, two training steps each on generated files laid out as that data."""
+"""Recipes for data that is not here, two training steps each on generated files laid out as that data; and
+what the paper (arXiv 1905.11926) says of its own."""
 
 from __future__ import annotations
 
@@ -24,6 +25,26 @@ OVERRIDES = {
     "imagenet_densenet121": (*SMALL, "data.crop=[64, 64]"),
 }
 QUICK = ("citycam_unet_mobilenet_v2", "imagenet_resnet18")
+
+
+@pytest.mark.parametrize("name", ["cityscapes_deeplabv3_resnet50", "cityscapes_fcn_resnet50"])
+def test_the_papers_segmentation(name: str) -> None:
+    recipe = load_recipe(name)
+    data, train = recipe.data, recipe.train
+    assert recipe.model.architecture == name.removeprefix("cityscapes_")
+    assert data.dataset == "cityscapes"
+    assert data.size is not None
+    assert (min(data.size), data.scale, data.crop) == (520, (0.5, 2.0), (480, 480))
+    assert (train.epochs, train.batch_size, train.optimizer, train.lr) == (30, 8, "sgd", 0.1)
+    assert (train.schedule, train.poly_power, train.warmup_epochs) == ("poly", 0.9, 0)
+
+
+@pytest.mark.parametrize(("network", "lr"), [("vgg11", 0.01), ("resnet18", 0.1), ("densenet121", 0.1)])
+def test_the_papers_classification(network: str, lr: float) -> None:
+    recipe = load_recipe(f"imagenet_{network}")
+    train = recipe.train
+    assert (recipe.model.architecture, recipe.data.dataset) == (network, "imagenet")
+    assert (train.epochs, train.batch_size, train.optimizer, train.lr) == (90, 256, "sgd", lr)
 
 
 @pytest.mark.parametrize(
