@@ -58,6 +58,9 @@ Observe = Callable[[int, Picture, Picture], None]
 _WORST = 10
 
 
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by train.amp
+
+
 def torch_predictor(model: nn.Module, amp: torch.dtype | None = None) -> Predict:
     """The logits of a network in evaluation mode."""
     model.eval()
@@ -346,7 +349,10 @@ def evaluate_run(
         num_workers=data.num_workers,
         pin_memory=torch.cuda.is_available(),
     )
-    predict = torch_predictor(model) if onnx is None else onnx_predictor(onnx, info, multiple)
+    if onnx is None:
+        predict = torch_predictor(model, AMP[info.recipe.train.amp])
+    else:
+        predict = onnx_predictor(onnx, info, multiple)
     predict = inference.around(padded(predict, multiple))
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -49,7 +49,7 @@ from segdeconv.convert import ConversionReport, calibrate
 from segdeconv.data import EvalSet, Samples, eval_loader, open_samples, train_loader
 from segdeconv.distributed import rank, sum_over_ranks, world_size
 from segdeconv.errors import UserError
-from segdeconv.evaluate import ignore_index_of, predicted_samples, score, torch_predictor
+from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
 from segdeconv.figures import read_metrics, training_curves, triptych
 from segdeconv.files import make_folder, to_json, write_atomically
 from segdeconv.losses import loss_of
@@ -57,7 +57,6 @@ from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import build_model, resolve, size_multiple, starts_trained
 from segdeconv.progress import Bar, console
 
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CALIBRATION_BATCHES = 16
 
 

@@ -208,7 +208,7 @@ def test_the_official_script_finds_the_same_scores(
     size: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tree_recipe(tree, f"data.size={size}")
-    monkeypatch.setattr(evaluate, "torch_predictor", lambda model: corrupted(recipe.data))
+    monkeypatch.setattr(evaluate, "torch_predictor", lambda model, amp: corrupted(recipe.data))
     scores = evaluate_run(untrained(recipe, tmp_path / "run"), predictions=tmp_path / "predictions")
     environment = {"CITYSCAPES_DATASET": str(tree), "CITYSCAPES_RESULTS": str(tmp_path / "predictions")}
     done = subprocess.run(

@@ -113,7 +113,7 @@ def test_evaluation_repeats_what_training_logged(run: Path) -> None:
 def test_other_roads(changes: list[str], tmp_path: Path) -> None:
     line = train(tiny("train.epochs=1", *changes), tmp_path / "run")
     assert math.isfinite(line["loss"])
-    evaluate_run(tmp_path / "run")
+    assert evaluate_run(tmp_path / "run")["miou"] == line["miou"]  # in the same precision
 
 
 def test_auxiliary_head(tmp_path: Path) -> None:
