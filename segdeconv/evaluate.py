@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint
 from segdeconv.config import DataConfig
-from segdeconv.data import EvalSet, Samples, open_samples
+from segdeconv.data import EvalSet, Samples, eval_batch_size, open_samples
 from segdeconv.data.cityscapes import Cityscapes
 from segdeconv.data.transforms import EvalTransform
 from segdeconv.errors import UserError
@@ -56,8 +56,6 @@ Observe = Callable[[int, Picture, Picture], None]
 """Called for every segmented picture with its index, its class numbers and its truth, both (H, W) uint8."""
 
 _WORST = 10
-
-
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by train.amp
 
 
@@ -342,10 +340,9 @@ def evaluate_run(
     if submission is not None:
         _check_submission(submission, samples, split)
     ignore_index, multiple = ignore_index_of(samples, data), size_multiple(model)
-    batch_size = info.recipe.train.batch_size if samples.same_size else 1
     loader = DataLoader(
         _Pictures(samples, data),
-        batch_size,
+        eval_batch_size(samples, data, info.recipe.train.batch_size),
         num_workers=data.num_workers,
         pin_memory=torch.cuda.is_available(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import make_set
+from test_data import make_set, write
 from torch import Tensor
 
 from segdeconv import evaluate
@@ -313,6 +314,22 @@ def test_the_worst_pictures_are_the_worst(tmp_path: Path) -> None:
     worst(12, truth, np.full_like(truth, 255))  # without labels there is nothing to be bad at
     kept = sorted((7 * index) % 12 for _, index, _ in worst.kept)
     assert kept == list(range(2, 12))
+
+
+def test_central_crops_are_evaluated_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, size in enumerate([(36, 40), (50, 38), (40, 40)]):
+        for split, name in itertools.product(("train", "val"), ("cat", "dog")):
+            write(tmp_path / split / name / f"{number}.png", np.zeros((*size, 3), np.uint8))
+    changes = ["model.architecture=mobilenetv3_small_050", f"data.root={tmp_path}", "data.val=val", "data.pad=0",
+               "data.size=null", "data.crop=[32, 32]", "data.shorter_side=36", "train.batch_size=4"]  # fmt: skip
+    batches: list[int] = []
+    monkeypatch.setattr(
+        evaluate,
+        "torch_predictor",
+        lambda model, amp: lambda images: batches.append(len(images)) or torch.zeros(len(images), 2),
+    )
+    evaluate_run(untrained(load_recipe("cifar10_resnet18", changes), tmp_path / "run"))
+    assert batches == [4, 2]
 
 
 def test_top_five() -> None:

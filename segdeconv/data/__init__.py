@@ -207,6 +207,11 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def eval_batch_size(samples: Samples, config: DataConfig, batch_size: int) -> int:
+    """How many pictures to evaluate at a time, ``batch_size``, or 1 where they keep sizes of their own."""
+    return batch_size if samples.same_size or config.shorter_side is not None else 1
+
+
 def eval_loader(
     samples: Samples, config: DataConfig, batch_size: int, multiple: int, rank: int = 0, world: int = 1
 ) -> DataLoader:
@@ -215,7 +220,7 @@ def eval_loader(
     """
     return DataLoader(
         Subset(EvalSet(samples, config, multiple), range(rank, len(samples), world)),
-        batch_size if samples.same_size or config.shorter_side is not None else 1,
+        eval_batch_size(samples, config, batch_size),
         num_workers=config.num_workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_run,
