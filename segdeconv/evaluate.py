@@ -29,6 +29,7 @@ from segdeconv.config import DataConfig
 from segdeconv.data import EvalSet, Samples, eval_batch_size, open_samples
 from segdeconv.data.cityscapes import Cityscapes
 from segdeconv.data.transforms import EvalTransform
+from segdeconv.distributed import sum_over_ranks
 from segdeconv.errors import UserError
 from segdeconv.figures import confusion_picture, triptych
 from segdeconv.files import make_folder, to_json, write_atomically
@@ -273,7 +274,10 @@ def score(
     counts = confusion.compute()
     if not segments:
         scores = classification_scores(counts, samples.classes)
-        return scores | ({"top5": top5.compute().item()} if top5 is not None and top5.update_called else {})
+        if top5 is not None:  # all ranks compute it, or none does: one may have had no pictures
+            updated = sum_over_ranks(torch.tensor(int(top5.update_called), device=device))
+            scores |= {"top5": top5.compute().item()} if updated else {}
+        return scores
     scores = segmentation_scores(counts, samples.classes)
     return scores | (category_scores(counts, samples.categories) if isinstance(samples, Cityscapes) else {})
 

@@ -320,8 +320,9 @@ def test_central_crops_are_evaluated_in_batches(tmp_path: Path, monkeypatch: pyt
     for number, size in enumerate([(36, 40), (50, 38), (40, 40)]):
         for split, name in itertools.product(("train", "val"), ("cat", "dog")):
             write(tmp_path / split / name / f"{number}.png", np.zeros((*size, 3), np.uint8))
-    changes = ["model.architecture=mobilenetv3_small_050", f"data.root={tmp_path}", "data.val=val", "data.pad=0",
-               "data.size=null", "data.crop=[32, 32]", "data.shorter_side=36", "train.batch_size=4"]  # fmt: skip
+    changes = ["model.architecture=mobilenetv3_small_050", f"data.root={tmp_path}", "data.val=val",
+               "data.pad=0", "data.size=null", "data.crop=[32, 32]", "data.shorter_side=36",
+               "train.batch_size=4"]  # fmt: skip
     batches: list[int] = []
     monkeypatch.setattr(
         evaluate,

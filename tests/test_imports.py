@@ -44,7 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "entries": FILES | {"download", "progress"},
     "checkpoint": FILES | {"config", "entries", "models"},
     "evaluate": PICTURES
-    | {"checkpoint", "config", "data", "export", "figures", "metrics", "models", "progress", "runtime"},
+    | {"checkpoint", "config", "data", "distributed", "export", "figures", "metrics", "models"}
+    | {"progress", "runtime"},
     "compare": FILES | {"checkpoint", "config", "figures", "metrics"},
     "inspection": FILES
     | {"checkpoint", "config", "data", "figures", "layers", "models", "structure", "whitening"},
