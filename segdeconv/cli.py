@@ -38,7 +38,6 @@ zoo_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(zoo_app, name="zoo")
-_SHOWN_PROBLEMS = 50
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 GraphOrRun = Annotated[
@@ -432,14 +431,10 @@ def data_check(
     for split in report.splits:
         for warning in split.warnings:
             console.print(f"warning: {warning}")
-    for problem in report.problems[:_SHOWN_PROBLEMS]:
+    for problem in report.problems:
         console.print(f"wrong: {problem}")
     if report.problems:
-        more = len(report.problems) - _SHOWN_PROBLEMS
-        raise UserError(
-            f"{recipe}: {len(report.problems)} things are wrong with the data"
-            + (f", of which {more} are not shown" if more > 0 else "")
-        )
+        raise UserError(f"{recipe}: {len(report.problems)} things are wrong with the data")
     console.print(
         " and ".join(f"{s.pictures} pictures of {s.name}" for s in report.splits) + ": nothing is wrong"
     )

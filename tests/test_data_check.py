@@ -140,12 +140,12 @@ def test_the_command(
     assert "3 pictures of train and 2 pictures of val: nothing is wrong" in out
     assert "train.class_weights: [" in out
 
-    monkeypatch.setattr(cli, "_SHOWN_PROBLEMS", 1)
-    break_pair(tmp_path, "wrong label")
-    break_pair(tmp_path, "no mask")
-    (tmp_path / "val" / "masks" / "0.png").write_text("no picture")
+    two_splits(tmp_path, 60)
+    for path in (tmp_path / "train" / "masks").iterdir():
+        path.write_text("no picture")
+    (tmp_path / "val" / "masks" / "0.png").unlink()
     assert run(tmp_path, monkeypatch) == 2
     captured = capsys.readouterr()
-    assert captured.out.count("wrong: ") == 1
+    assert captured.out.count("wrong: ") == 61
     assert captured.err.count("\n") == 1
-    assert "r.yaml: 2 things are wrong with the data, of which 1 are not shown" in captured.err
+    assert "r.yaml: 61 things are wrong with the data" in captured.err
