@@ -1,37 +1,45 @@
 """From a trained network to one ONNX file, compared with PyTorch before it is written.
 
 The network is folded first, so the graph holds plain convolutions: the same operators and nodes as the export
-of its batch-norm twin. What the runtime must know is in the file's metadata as JSON.
+of its batch-norm twin. What goes in and out is interface.py's; what the runtime must know is in the file's
+metadata as JSON. Smaller types are precision.py's.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from segdeconv import __version__
 from segdeconv.checkpoint import CheckpointInfo
+from segdeconv.entries import DATA
 from segdeconv.errors import UserError
 from segdeconv.files import write_atomically
 from segdeconv.fold import fold_network_deconv
+from segdeconv.interface import Interface, Preparation, around
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import main_output, size_multiple
 from segdeconv.runtime import import_onnxruntime
 
-OPSET = 18  # later opsets put Resize on the CPU in many CUDA builds of onnxruntime
 TOLERANCE = 1e-4  # of the largest logit; more only where float32 itself is less exact, see compare
-Output = Literal["labels", "logits"]
 
 _TRACED_SIZE = (96, 160)
-_CHECKED = ((1, 64, 96), (2, 128, 64), (3, 192, 224))  # batch, height, width; none of them is traced
+_CHECKED = ((1, 64, 96), (2, 97, 131), (3, 192, 224))  # batch, height, width; none of them is traced
+_PREPARED = 1e-3  # of a standard deviation: a sixteenth of a grey level, the most that resizing may differ
+_LARGEST = (1 << 31) - (1 << 20)  # bytes; protobuf ends at 2 GiB
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,9 @@ class Parity:
     """How an exported graph compares with PyTorch at one input size.
 
     Attributes:
-        shape: batch, height, width.
-        max_diff: largest difference of logits over the largest logit; NaN where the graph gives labels.
+        shape: batch, height, width of the input.
+        max_diff: largest difference over the largest logit, of logits or else of probabilities; NaN where the
+            graph gives labels alone.
         labels_differ: share of differing labels.
         tolerance: what ``max_diff`` may be; labels may differ only where PyTorch's two best logits are closer
             than twice that.
@@ -53,66 +62,79 @@ class Parity:
     passed: bool
 
 
-class _Deployed(nn.Module):
-    """What the graph computes: logits, or their arg max as uint8 (int32 above 256 classes)."""
-
-    def __init__(self, model: nn.Module, output: Output, num_classes: int) -> None:
-        super().__init__()
-        self.model, self.output = model, output
-        self.label_type = torch.uint8 if num_classes <= 256 else torch.int32
-
-    def forward(self, image: Tensor) -> Tensor:
-        logits = main_output(self.model(image))
-        return logits if self.output == "logits" else logits.argmax(1).to(self.label_type)
-
-
 def export_onnx(
-    model: nn.Module, info: CheckpointInfo, path: str | Path, output: Output = "labels"
+    model: nn.Module, info: CheckpointInfo, path: str | Path, interface: Interface | None = None
 ) -> list[Parity]:
-    """Fold a network and write it as ONNX, opset 18, with dynamic batch, height and width.
-
-    Input ``image``: (n, 3, H, W) float32, RGB, normalised with the metadata's mean and std. Output
-    ``labels``: (n, H, W) uint8 class numbers, or ``logits``: (n, classes, H, W) float32; without H and W for
-    a classifier.
+    """Fold a network and write it as ONNX.
 
     Args:
         model: from `load_checkpoint`, or any network that ``info`` describes.
+        interface: what goes in and comes out; by default normalised planes of any size, and labels.
 
     Returns:
-        The comparison with PyTorch at three sizes that were not traced.
+        The comparison with PyTorch, at three sizes that were not traced or at the one that is fixed.
 
     Raises:
         UserError: the network cannot be exported, the graph disagrees with PyTorch (nothing is written), or
             ``path`` cannot be written.
+    """
+    path, interface = check_place(path), interface or Interface()
+    preparation = preparation_of(info, model)
+    model = copy.deepcopy(model).cpu().eval()
+    core = network_graph(model, interface, preparation)
+    graph = finish(core, info, interface, preparation)
+    results = compare_all(graph, model, info, interface, preparation)
+    failed = next((result for result in results if not result.passed), None)
+    if failed is not None:
+        raise UserError(
+            f"{path}: not written, the graph disagrees with PyTorch at {failed.shape}: by "
+            f"{failed.max_diff:.1e} of the largest logit (allowed {failed.tolerance:.1e}), "
+            f"{failed.labels_differ:.2%} of labels"
+        )
+    write_graph(graph, path)
+    return results
+
+
+def check_place(path: str | Path) -> Path:
+    """The path of a graph that is going to be written.
+
+    Raises:
+        UserError: its suffix is another, or its folder is not there.
     """
     path = Path(path)
     if path.suffix != ".onnx":
         raise UserError(f"{path}: the file's name must end in .onnx")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent} to write into")
-    multiple = size_multiple(model)
-    model = copy.deepcopy(model).cpu().eval()
-    deployed = _Deployed(fold_network_deconv(model), output, len(info.classes)).eval()
-    graph = _to_onnx(deployed, output, multiple)
-    for key, value in graph_metadata(info, multiple, output).items():
-        graph.metadata_props.add(key=key, value=json.dumps(value))
-    onnx.checker.check_model(graph, full_check=True)
+    return path
 
-    results = [compare(graph, model, output, shape, multiple) for shape in _CHECKED]
-    failed = next((result for result in results if not result.passed), None)
-    if failed is not None:
-        raise UserError(
-            f"{path}: not written, the graph disagrees with PyTorch at {failed.shape}: logits by "
-            f"{failed.max_diff:.1e} of the largest (allowed {failed.tolerance:.1e}), "
-            f"{failed.labels_differ:.2%} of labels"
-        )
+
+def write_graph(graph: onnx.ModelProto, path: Path) -> None:
+    """Write a graph with its weights inside, atomically.
+
+    Raises:
+        UserError: it is larger than ONNX files can be, or the place cannot be written.
+    """
+    if graph.ByteSize() > _LARGEST:
+        raise UserError(f"{path}: not written, the graph has 2 GB or more, which one ONNX file cannot hold")
     write_atomically(path, lambda temporary: temporary.write_bytes(graph.SerializeToString()))
-    return results
 
 
-def graph_metadata(info: CheckpointInfo, multiple: int, output: Output) -> dict[str, Any]:
-    """What an exported file says about itself; each value is stored as JSON under its key."""
+def preparation_of(info: CheckpointInfo, model: nn.Module) -> Preparation:
+    """How a checkpoint's recipe brings pictures to the network in evaluation."""
     data = info.recipe.data
+    return Preparation(
+        mean=data.mean,
+        std=data.std,
+        size_multiple=size_multiple(model),
+        resize=data.size,
+        shorter_side=data.shorter_side,
+        central_crop=data.crop if data.shorter_side else None,
+    )
+
+
+def graph_metadata(info: CheckpointInfo, interface: Interface, preparation: Preparation) -> dict[str, Any]:
+    """What an exported file says about itself; each value is stored as JSON under its key."""
     metric = MAIN_METRIC[info.task]
     return {
         "task": info.task,
@@ -120,46 +142,83 @@ def graph_metadata(info: CheckpointInfo, multiple: int, output: Output) -> dict[
         "architecture": info.recipe.model.architecture,
         "encoder": info.recipe.model.encoder,
         "norm": info.recipe.model.norm,
-        "output": output,
+        "precision": "fp32",
+        "output": interface.outputs,
+        "preprocess": interface.preprocess,
         "classes": info.classes,
         "palette": info.palette,
-        "ignore_index": data.ignore_index,
-        "mean": data.mean,
-        "std": data.std,
+        "ignore_index": info.recipe.data.ignore_index,
         "color_order": "RGB",
-        "layout": "NCHW",
-        "resize": data.size,
-        "shorter_side": data.shorter_side,  # then, for classifiers, the central crop
-        "central_crop": data.crop if data.shorter_side else None,
-        "size_multiple": multiple,
+        "layout": "NHWC" if interface.preprocess == "graph" else "NCHW",
+        **asdict(preparation),
         metric: info.scores.get(metric),
-        "exporter": "segdeconv",
+        "weights_sha256": info.sha256,
+        "licence": DATA.get(info.recipe.data.dataset),
+        "exporter": f"segdeconv {__version__}",
         "torch": torch.__version__,
     }
 
 
-def _to_onnx(deployed: _Deployed, output: Output, multiple: int) -> onnx.ModelProto:
-    dims: list[Any] = [
-        torch.export.Dim("batch"),
-        torch.export.Dim.STATIC,
-        torch.export.Dim.DYNAMIC,
-        torch.export.Dim.DYNAMIC,
-    ]
-    if multiple > 1:
-        for axis, name in ((2, "rows"), (3, "columns")):
-            dims[axis] = multiple * torch.export.Dim(name, min=1, max=1 << 12)
-    height, width = (side + -side % multiple for side in _TRACED_SIZE)
+def finish(
+    core: onnx.ModelProto,
+    info: CheckpointInfo,
+    interface: Interface,
+    preparation: Preparation,
+    **changes: Any,
+) -> onnx.ModelProto:
+    """The whole graph, checked and with its metadata, from the network's own.
+
+    Its name carries a hash of all it computes, so that engine caches that go by the name never mix two.
+
+    Args:
+        changes: metadata that differ from `graph_metadata`.
+    """
+    graph = around(core, interface, preparation, info.task, len(info.classes))
+    digest = hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()
+    graph.graph.name = f"{info.recipe.name}_{info.recipe.model.norm}_{digest[:16]}"
+    del graph.metadata_props[:]  # what tools left there is not JSON
+    for key, value in (graph_metadata(info, interface, preparation) | changes).items():
+        graph.metadata_props.add(key=key, value=json.dumps(value))
+    onnx.checker.check_model(graph, full_check=True)
+    return graph
+
+
+def network_graph(model: nn.Module, interface: Interface, preparation: Preparation) -> onnx.ModelProto:
+    """The folded network alone: ``image`` (n, 3, H, W) float32 to ``logits``.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: torch cannot export it.
+    """
+    multiple = preparation.size_multiple
+    if interface.static is None:
+        batch, size = 2, tuple(side + -side % multiple for side in _TRACED_SIZE)
+        dims: list[Any] = [
+            torch.export.Dim("batch"),
+            torch.export.Dim.STATIC,
+            torch.export.Dim.DYNAMIC,
+            torch.export.Dim.DYNAMIC,
+        ]
+        if multiple > 1:
+            for axis, name in ((2, "rows"), (3, "columns")):
+                dims[axis] = multiple * torch.export.Dim(name, min=1, max=1 << 12)
+        shapes = {"image": dict(enumerate(dims))}
+    else:
+        batch, size = interface.static[0], _input_size(interface.static, interface, preparation)
+        shapes = None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's notes to its own developers
             program = torch.onnx.export(
-                deployed,
-                (torch.randn(2, 3, height, width),),
+                _Logits(fold_network_deconv(model)).eval(),
+                (torch.randn(batch, 3, *size),),
                 input_names=["image"],
-                output_names=[output],
-                opset_version=OPSET,
+                output_names=["logits"],
+                opset_version=interface.opset,
                 dynamo=True,
-                dynamic_shapes={"image": dict(enumerate(dims))},
+                dynamic_shapes=shapes,
                 verbose=False,
             )
     except Exception as error:  # the exporter raises what the traced Python raises, wrapped
@@ -168,46 +227,162 @@ def _to_onnx(deployed: _Deployed, output: Output, multiple: int) -> onnx.ModelPr
     assert program is not None
     graph = program.model_proto
     del graph.graph.value_info[:]  # symbol names of the tracer; shape inference makes them again
-    names = ["batch", "", "height", "width"]
-    for name, dim in zip(names, graph.graph.input[0].type.tensor_type.shape.dim, strict=True):
-        if name:
-            dim.dim_param = name
-    outputs = graph.graph.output[0].type.tensor_type.shape.dim
-    spatial = ["batch", "height", "width"] if output == "labels" else names
-    for name, dim in zip(spatial, outputs, strict=False):
-        if name:
-            dim.dim_param = name
     return graph
 
 
+class _Logits(nn.Module):
+    """The network's main output alone; some have auxiliary ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return main_output(self.model(image))
+
+
+def _input_size(
+    shape: tuple[int, int, int], interface: Interface, preparation: Preparation
+) -> tuple[int, int]:
+    """Height and width that the network itself gets of an ``image`` of ``shape``.
+
+    Raises:
+        UserError: a fixed size is no multiple of what the network needs.
+    """
+    height, width = shape[1:]
+    if interface.preprocess == "graph":
+        return preparation.network_size(height, width)
+    if interface.static is not None and (
+        height % preparation.size_multiple or width % preparation.size_multiple
+    ):
+        raise UserError(
+            f"--static {shape[0]},{height},{width}: this network takes multiples of "
+            f"{preparation.size_multiple} pixels; choose such, or --preprocess graph, which pads"
+        )
+    multiple = preparation.size_multiple
+    return height + -height % multiple, width + -width % multiple
+
+
+def compare_all(
+    graph: onnx.ModelProto,
+    model: nn.Module,
+    info: CheckpointInfo,
+    interface: Interface,
+    preparation: Preparation,
+) -> list[Parity]:
+    """`compare` at three sizes that were not traced, or at the one size of a static graph."""
+    shapes = _CHECKED if interface.static is None else (interface.static,)
+    return [compare(graph, model, info.task, interface, preparation, shape) for shape in shapes]
+
+
 def compare(
-    graph: onnx.ModelProto, model: nn.Module, output: Output, shape: tuple[int, int, int], multiple: int
+    graph: onnx.ModelProto,
+    model: nn.Module,
+    task: str,
+    interface: Interface,
+    preparation: Preparation,
+    shape: tuple[int, int, int],
 ) -> Parity:
-    """Run the graph and the network it was made from, not yet folded and in evaluation mode, on noise of
-    ``shape`` (batch, height, width), rounded up to ``multiple``.
+    """Run the graph and the network it was made from, not yet folded and in evaluation mode, on noise.
 
     The tolerance is `TOLERANCE`, or four times PyTorch's own float32 error against float64 where a network is
     so ill-conditioned that this is more, up to a hundred times `TOLERANCE`.
+
+    Args:
+        shape: batch, height, width, rounded up to the size multiple where the graph does not pad.
     """
-    onnxruntime = import_onnxruntime()
-    batch, height, width = shape[0], *(side + -side % multiple for side in shape[1:])
-    shape = (batch, height, width)
-    images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, {"image": images.numpy()})
+    raw = interface.preprocess == "graph"
+    images = _noise(shape, interface, preparation)
+    found = _run(graph, images, [*interface.outputs, *(["planes"] if raw else [])])
+    planes = images
+    if raw:
+        planes, wanted = torch.from_numpy(found["planes"]).float(), prepared(images, preparation)
+        if planes.shape != wanted.shape or not (planes - wanted).abs().max() < _PREPARED:
+            return Parity(shape, float("inf"), 1.0, TOLERANCE, False)
     with torch.inference_mode():
-        logits = main_output(model(images)).numpy()
-        exact = main_output(copy.deepcopy(model).double()(images.double())).numpy()
-    largest = float(np.abs(logits).max())
-    tolerance = min(max(TOLERANCE, 4 * float(np.abs(logits - exact).max()) / largest), 100 * TOLERANCE)
-    expected = logits if output == "logits" else logits.argmax(1)
-    if got.shape != expected.shape or not np.isfinite(largest):
+        logits = main_output(model(planes))
+        exact = main_output(copy.deepcopy(model).double()(planes.double()))
+    largest = float(logits.abs().max())
+    tolerance = min(max(TOLERANCE, 4 * float((logits - exact).abs().max()) / largest), 100 * TOLERANCE)
+    shown = images.shape[1:3] if raw else images.shape[2:]
+    shape = (len(images), *shown)
+    if raw and task == "segmentation":
+        rows, columns = preparation.size or shown
+        logits = logits[..., :rows, :columns]
+    answers = {name: _answer(name, logits, shown) for name in interface.outputs}
+    if any(found[name].shape != answers[name].shape for name in answers) or not np.isfinite(largest):
         return Parity(shape, float("inf"), 1.0, tolerance, False)
-    if output == "logits":
-        max_diff = float(np.abs(got - logits).max()) / largest
-        differ = float((got.argmax(1) != logits.argmax(1)).mean())
-        return Parity(shape, max_diff, differ, tolerance, max_diff <= tolerance)
-    second, first = np.partition(logits, -2, axis=1)[:, -2:].swapaxes(0, 1)
-    wrong = got != expected
-    clear = (first - second) > 2 * tolerance * largest
-    return Parity(shape, float("nan"), float(wrong.mean()), tolerance, not (wrong & clear).any())
+    scores = [name for name in interface.outputs if name != "labels"]
+    max_diff = max((_largest(found[name], answers[name]) / largest for name in scores), default=float("nan"))
+    passed = not max_diff > tolerance
+    first, second = logits.topk(2, dim=1).values.unbind(1)
+    clear = _nearest((first - second > 2 * tolerance * largest).byte(), shown).numpy() > 0
+    labels = found["labels"] if "labels" in found else found[scores[0]].argmax(1)
+    wrong = labels != (answers["labels"] if "labels" in found else answers[scores[0]].argmax(1))
+    if "labels" in found:
+        passed = passed and not (wrong & clear).any()
+    return Parity(shape, max_diff, float(wrong.mean()), tolerance, passed)
+
+
+def _noise(shape: tuple[int, int, int], interface: Interface, preparation: Preparation) -> Tensor:
+    """What the graph takes."""
+    generator = torch.Generator().manual_seed(0)
+    batch, height, width = shape
+    if interface.preprocess == "graph":
+        return torch.randint(256, (batch, height, width, 3), generator=generator, dtype=torch.uint8)
+    return torch.randn(batch, 3, *_input_size(shape, interface, preparation), generator=generator)
+
+
+def _run(graph: onnx.ModelProto, images: Tensor, values: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Values of a graph, be they outputs or not, by name."""
+    probed = onnx.ModelProto()
+    probed.CopyFrom(graph)
+    outputs = {output.name for output in graph.graph.output}
+    for value in values:
+        if value not in outputs:
+            probed.graph.output.append(onnx.ValueInfoProto(name=value))
+    session = import_onnxruntime().InferenceSession(
+        probed.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    half = session.get_inputs()[0].type == "tensor(float16)"
+    found = session.run(list(values), {"image": (images.half() if half else images).numpy()})
+    return dict(zip(values, found, strict=True))
+
+
+def prepared(pictures: Tensor, preparation: Preparation) -> Tensor:
+    """Planes (n, 3, H', W') of RGB (n, H, W, 3) uint8: what the graph's own operators do, in torch."""
+    planes, size = pictures.permute(0, 3, 1, 2).float(), preparation.resize
+    if preparation.shorter_side is not None:
+        sides = planes.shape[2:]
+        size = tuple(preparation.shorter_side * side // min(sides) for side in sides)  # type: ignore[assignment]
+    if size is not None:
+        planes = F.interpolate(planes, size, mode="bilinear", antialias=True)
+    if preparation.central_crop is not None:
+        rows, columns = preparation.central_crop
+        top, left = round((planes.shape[2] - rows) / 2), round((planes.shape[3] - columns) / 2)
+        planes = planes[:, :, top : top + rows, left : left + columns]
+    mean, std = (255 * torch.tensor(parts)[:, None, None] for parts in (preparation.mean, preparation.std))
+    planes = (planes - mean) / std
+    bottom, right = (-side % preparation.size_multiple for side in planes.shape[2:])
+    return F.pad(planes, (0, right, 0, bottom))
+
+
+def _answer(output: str, logits: Tensor, size: Sequence[int]) -> NDArray[Any]:
+    """What the graph should put out, from the network's logits, at a picture's height and width."""
+    if output == "labels":
+        return _nearest(logits.argmax(1), size).numpy()
+    scores = logits.softmax(1) if output == "probabilities" else logits
+    if scores.ndim == 4 and scores.shape[2:] != tuple(size):
+        scores = F.interpolate(scores, tuple(size), mode="bilinear")
+    return scores.numpy()
+
+
+def _nearest(maps: Tensor, size: Sequence[int]) -> Tensor:
+    if maps.ndim == 1 or maps.shape[1:] == tuple(size):
+        return maps
+    return F.interpolate(maps[:, None].byte(), tuple(size), mode="nearest-exact")[:, 0]
+
+
+def _largest(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    difference = np.abs(found.astype(np.float64) - expected).max()
+    return float(difference) if np.isfinite(difference) else float("inf")

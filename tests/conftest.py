@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+import onnx
 import pytest
 import torch
 
@@ -19,6 +22,37 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _export_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """torch exports the same network once for all test processes of a session; it takes seconds each time."""
+    from segdeconv import export, precision
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "exported"
+    folder.mkdir(exist_ok=True)
+    make = export.network_graph
+
+    def network_graph(model: torch.nn.Module, interface: Any, preparation: Any) -> onnx.ModelProto:
+        static = interface.static and (
+            interface.static[0],
+            export._input_size(interface.static, interface, preparation),
+        )
+        key = (model, interface.opset, static, preparation.size_multiple)
+        digest = hashlib.sha256(repr(key).encode())
+        for tensor in model.state_dict().values():
+            digest.update(tensor.numpy().tobytes())
+        path = folder / f"{digest.hexdigest()}.onnx"
+        with filelock.FileLock(f"{path}.lock"):
+            if not path.exists():
+                onnx.save(make(model, interface, preparation), path)
+        return onnx.load(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (export, precision):
+            patch.setattr(module, "network_graph", network_graph)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,14 +16,18 @@ from segdeconv import export
 from segdeconv.checkpoint import CheckpointInfo
 from segdeconv.config import load_recipe
 from segdeconv.errors import UserError
-from segdeconv.export import export_onnx
+from segdeconv.export import compare, export_onnx
+from segdeconv.images import central_crop, resize_image
+from segdeconv.interface import Interface, Preparation, around
 from segdeconv.models import build_model
+from segdeconv.runtime import Segmenter
 
 CLASSES = ("a", "b", "c")
+PLAIN = Preparation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def make(name: str, norm: str = "nd") -> tuple[torch.nn.Module, CheckpointInfo]:
-    """A network whose running values have seen some batches."""
+def make(name: str, norm: str = "nd", **data: str) -> tuple[torch.nn.Module, CheckpointInfo]:
+    """A network whose running values have seen some batches; ``data`` are changes of the recipe's data."""
     encoder = name.partition("+")[2] or None
     changes = {
         "model.architecture": name.partition("+")[0],
@@ -29,6 +35,7 @@ def make(name: str, norm: str = "nd") -> tuple[torch.nn.Module, CheckpointInfo]:
         "model.options": "{}",
         "model.network_deconv.block_size": 8,
         "model.norm": norm,
+        **{f"data.{key}": value for key, value in data.items()},
     }
     recipe = load_recipe("demo", [f"{key}={value}" for key, value in changes.items()])
     torch.manual_seed(0)
@@ -49,7 +56,7 @@ def operators(path: Path) -> collections.Counter:
 def test_the_graph_is_that_of_the_batch_norm_twin(name: str, tmp_path: Path) -> None:
     """Same operators and node count, parity at every size that was not traced, nothing of whitening."""
     for norm in ("nd", "bn"):
-        results = export_onnx(*make(name, norm), tmp_path / f"{norm}.onnx", "logits")
+        results = export_onnx(*make(name, norm), tmp_path / f"{norm}.onnx", Interface(("logits",)))
         assert [result.shape[0] for result in results] == [1, 2, 3]
         assert all(result.passed and result.max_diff <= result.tolerance for result in results)
     counts = operators(tmp_path / "nd.onnx")
@@ -94,7 +101,10 @@ def test_metadata_is_json_and_readable_with_onnxruntime_alone(exported: Path) ->
     metadata = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
     assert metadata["classes"] == list(CLASSES)
     assert metadata["palette"] == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
-    assert (metadata["task"], metadata["output"], metadata["miou"]) == ("segmentation", "labels", 0.25)
+    assert (metadata["task"], metadata["output"], metadata["miou"]) == ("segmentation", ["labels"], 0.25)
+    assert (metadata["precision"], metadata["preprocess"], metadata["layout"]) == ("fp32", "none", "NCHW")
+    assert metadata["licence"].startswith("Street scenes drawn by this package")
+    assert metadata["weights_sha256"] is None  # these weights never were in a file
     assert metadata["mean"] == [0.485, 0.456, 0.406]
     assert (metadata["resize"], metadata["size_multiple"]) == (list(load_recipe("demo").data.size), 1)
 
@@ -109,15 +119,15 @@ def test_classifier(tmp_path: Path) -> None:
 def test_a_graph_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: a graph made from other weights is caught."""
     model, info = make("unet+lcnet_050")
-    made = export._to_onnx
+    made = export.network_graph
 
-    def wrong(deployed: torch.nn.Module, output: str, multiple: int) -> onnx.ModelProto:
-        graph = made(deployed, output, multiple)
+    def wrong(*arguments: Any) -> onnx.ModelProto:
+        graph = made(*arguments)
         weight = next(t for t in graph.graph.initializer if len(t.dims) == 4)
         weight.raw_data = bytes(len(weight.raw_data))
         return graph
 
-    monkeypatch.setattr(export, "_to_onnx", wrong)
+    monkeypatch.setattr(export, "network_graph", wrong)
     with pytest.raises(UserError, match="not written, the graph disagrees with PyTorch"):
         export_onnx(model, info, tmp_path / "bad.onnx")
     assert not list(tmp_path.iterdir())
@@ -140,11 +150,13 @@ def test_labels_may_differ_only_at_ties() -> None:
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return self.logits.view(1, -1, 1, 1).expand(len(image), -1, *image.shape[2:]) + 0 * image[:, :1]
 
-    made = export._Deployed(Fixed(torch.tensor([1.0, 1.0 + 1e-6])), "labels", 2).eval()
-    graph = export._to_onnx(made, "labels", 1)
+    interface, preparation = Interface(), PLAIN
+    core = export.network_graph(Fixed(torch.tensor([1.0, 1.0 + 1e-6])).eval(), interface, preparation)
+    graph = around(core, interface, preparation, "segmentation", 2)
 
     def passes(values: list[float]) -> bool:
-        return export.compare(graph, Fixed(torch.tensor(values)), "labels", (1, 8, 8), 1).passed
+        model = Fixed(torch.tensor(values))
+        return compare(graph, model, "segmentation", interface, preparation, (1, 8, 8)).passed
 
     assert passes([1.0 + 1e-6, 1.0])
     assert not passes([1.0 + 1e-2, 1.0])
@@ -166,3 +178,137 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
     _, info = make("unet+lcnet_050")
     with pytest.raises(UserError, match="cannot be exported to ONNX"):
         export_onnx(Moody(), info, tmp_path / "x.onnx")
+
+
+ALL = ("labels", "logits", "probabilities")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("unet+lcnet_050", "[40, 60]"), ("linknet+lcnet_050", "null"), ("linknet+lcnet_050", "[40, 60]")],
+)
+def test_a_graph_that_prepares_pictures_is_the_runtime(name: str, size: str, tmp_path: Path) -> None:
+    """Pictures of any size in, labels of that size out: those that Segmenter makes with Pillow and numpy.
+
+    Pillow rounds resized pictures to whole grey levels, the graph does not, so those differ by one at most.
+    """
+    model, info = make(name, size=size)
+    results = export_onnx(model, info, tmp_path / "graph.onnx", Interface(ALL, "graph"))
+    assert [result.shape for result in results] == [(1, 64, 96), (2, 97, 131), (3, 192, 224)]
+    export_onnx(model, info, tmp_path / "none.onnx", Interface(ALL))
+    graph = onnx.load(tmp_path / "graph.onnx")
+    both = {way: Segmenter(tmp_path / f"{way}.onnx", "cpu") for way in ("graph", "none")}
+    rng = np.random.default_rng(0)
+    for height, width in ((64, 96), (51, 77), (210, 130)):
+        coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        picture = resize_image(coarse, (height, width))
+        planes = export._run(graph, torch.from_numpy(picture[None]), ["planes"])["planes"]
+        resized = resize_image(picture, info.recipe.data.size)
+        want = both["none"].preprocess(resized[None])
+        off = np.abs(planes - want).max() * 255 * max(info.recipe.data.std)
+        assert off <= (1.01 if size != "null" else 0)
+        if size == "null":
+            assert (both["graph"](picture) != both["none"](picture)).mean() <= 1e-3
+        found = dict(zip(ALL, both["graph"].session.run(None, {"image": picture[None]}), strict=True))
+        assert {name: value.shape for name, value in found.items()} == {
+            "labels": (1, height, width),
+            "logits": (1, 3, height, width),
+            "probabilities": (1, 3, height, width),
+        }
+        assert found["probabilities"].sum(1) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_classifier_that_crops_pictures(tmp_path: Path) -> None:
+    model, info = make("lcnet_050", size="null", crop="[48, 40]", shorter_side="52")
+    path = tmp_path / "graph.onnx"
+    results = export_onnx(model, info, path, Interface(("labels", "logits"), "graph"))
+    assert all(result.passed for result in results)
+    export_onnx(model, info, tmp_path / "none.onnx", Interface(("logits",)))
+    session, plain = onnxruntime.InferenceSession(path), Segmenter(tmp_path / "none.onnx", "cpu")
+    assert [o.shape for o in session.get_outputs()] == [["batch"], ["batch", 3]]
+    coarse = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    for side in ((70, 90), (91, 68), (48, 300)):
+        picture = resize_image(coarse, side)
+        _, logits = session.run(None, {"image": picture[None]})
+        want = plain.infer(plain.preprocess(central_crop(picture, 52, (48, 40))[None]))
+        assert logits == pytest.approx(want, abs=float(0.02 * np.abs(want).max()))  # Pillow rounds
+
+
+@pytest.mark.parametrize("preprocess", ["none", "graph"])
+def test_static_graphs(preprocess: Any, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    shape = (2, 64, 96) if preprocess == "none" else (2, 50, 70)
+    (result,) = export_onnx(*make("linknet+lcnet_050", size="null"), path, Interface(ALL, preprocess, shape))
+    assert result.shape == shape
+    session = onnxruntime.InferenceSession(path)
+    batch, height, width = shape
+    image = [batch, 3, height, width] if preprocess == "none" else [batch, height, width, 3]
+    assert session.get_inputs()[0].shape == image
+    assert [o.shape for o in session.get_outputs()] == [
+        [batch, height, width],
+        [batch, 3, height, width],
+        [batch, 3, height, width],
+    ]
+    pictures = np.random.default_rng(0).integers(0, 256, (3, *shape[1:], 3), dtype=np.uint8)
+    assert Segmenter(path, "cpu")(pictures).shape == (3, height, width)
+
+
+def test_another_opset(tmp_path: Path) -> None:
+    export_onnx(*make("unet+lcnet_050"), tmp_path / "m.onnx", Interface(preprocess="graph", opset=20))
+    assert [(o.domain, o.version) for o in onnx.load(tmp_path / "m.onnx").opset_import] == [("", 20)]
+
+
+def test_the_name_of_a_graph_is_of_its_weights(tmp_path: Path) -> None:
+    """What caches engines by the graph's name never mixes two."""
+
+    def name(model: torch.nn.Module, interface: Interface | None = None) -> str:
+        export_onnx(model, info, tmp_path / "m.onnx", interface)
+        return onnx.load(tmp_path / "m.onnx").graph.name
+
+    model, info = make("unet+lcnet_050")
+    first = name(model)
+    assert first == name(model)
+    assert first.startswith("demo_nd_")
+    assert name(model, Interface(("logits",))) != first
+    with torch.no_grad():
+        model.segmentation_head[0].bias[0] += 1e-3
+    assert name(model) != first
+
+
+@pytest.mark.parametrize("what", ["mean", "size_multiple", "resize"])
+def test_a_wrong_preparation_is_caught(what: str) -> None:
+    model, info = make("linknet+lcnet_050", size="[40, 60]")
+    interface = Interface(preprocess="graph")
+    right = export.preparation_of(info, model)
+    wrong = {"mean": (0.485, 0.456, 0.4), "size_multiple": 128, "resize": (40, 62)}
+    changed = dataclasses.replace(right, **{what: wrong[what]})
+    core = export.network_graph(model.eval(), interface, right)
+    graph = around(core, interface, changed, "segmentation", 3)
+    assert not compare(graph, model, "segmentation", interface, right, (1, 50, 70)).passed
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"outputs": ("masks",)}, "--output masks: expected some of labels, logits, probabilities"),
+        ({"outputs": ("labels", "labels")}, "each once"),
+        ({"outputs": ()}, "--output : expected"),
+        ({"static": (1, 0, 64)}, "--static 1,0,64"),
+        ({"opset": 17}, "--opset 17: expected 18 to"),
+    ],
+)
+def test_wrong_interfaces(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Interface(**settings)
+
+
+def test_a_static_size_that_the_network_cannot_take(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--static 1,50,64: this network takes multiples of 32 pixels"):
+        export_onnx(*make("linknet+lcnet_050"), tmp_path / "m.onnx", Interface(static=(1, 50, 64)))
+
+
+def test_graphs_beyond_two_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "_LARGEST", 1000)
+    with pytest.raises(UserError, match="2 GB or more"):
+        export_onnx(*make("unet+lcnet_050"), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,215 @@
+"""What goes into an exported graph and what comes out: standard ONNX operators around a folded network.
+
+The network's own graph takes normalised planes and puts out logits. `around` puts before it, where asked for,
+what `segdeconv.images` and `segdeconv.runtime` do to a picture, and after it what is wanted of the logits.
+Which operators the network itself becomes is torch's business, in export.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from segdeconv.errors import UserError
+
+Output = Literal["labels", "logits", "probabilities"]
+
+OPSET = 18  # later opsets put Resize on the CPU in many CUDA builds of onnxruntime
+_OPSETS = (18, 23)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The outside of an exported graph.
+
+    Attributes:
+        outputs: ``labels``: class numbers uint8 (int32 above 256 classes); ``logits``; ``probabilities``.
+        preprocess: ``none`` takes ``image`` (n, 3, H, W), normalised as the metadata says, with sides that
+            are multiples of ``size_multiple``. ``graph`` takes RGB (n, H, W, 3) uint8 of any size, and
+            resizes or pads and normalises it itself; all outputs then have the size of the picture.
+        static: batch, height and width of ``image``, where they are to be fixed.
+        opset: version of ONNX's operators.
+
+    Raises:
+        UserError: an output is named twice or not known, or a number makes no sense.
+    """
+
+    outputs: tuple[Output, ...] = ("labels",)
+    preprocess: Literal["none", "graph"] = "none"
+    static: tuple[int, int, int] | None = None
+    opset: int = OPSET
+
+    def __post_init__(self) -> None:
+        known = ("labels", "logits", "probabilities")
+        named = ",".join(self.outputs)
+        once = len(set(self.outputs)) == len(self.outputs)
+        if not self.outputs or not once or set(self.outputs) - set(known):
+            raise UserError(f"--output {named}: expected some of {', '.join(known)}, each once")
+        if self.static is not None and min(self.static) < 1:
+            raise UserError(f"--static {','.join(map(str, self.static))}: expected at least 1 of each")
+        if not _OPSETS[0] <= self.opset <= _OPSETS[1]:
+            raise UserError(f"--opset {self.opset}: expected {_OPSETS[0]} to {_OPSETS[1]}")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How pictures are brought to a network, as a recipe says; see `segdeconv.config.DataConfig`.
+
+    Attributes:
+        resize: height and width, or None.
+        shorter_side, central_crop: of classifiers: first the one, then the other; both or neither.
+        size_multiple: what the sides of the network's input are padded to, right and below.
+        mean, std: in units of 0 to 1.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    size_multiple: int = 1
+    resize: tuple[int, int] | None = None
+    shorter_side: int | None = None
+    central_crop: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width before padding, where they do not depend on the picture."""
+        return self.central_crop or self.resize
+
+    def network_size(self, height: int, width: int) -> tuple[int, int]:
+        """What the network itself gets of a picture of this size."""
+        rows, columns = self.size or (height, width)
+        return rows + -rows % self.size_multiple, columns + -columns % self.size_multiple
+
+
+def around(
+    core: onnx.ModelProto, interface: Interface, preparation: Preparation, task: str, num_classes: int
+) -> onnx.ModelProto:
+    """The whole graph, from a network's that takes ``image`` and puts out ``logits``.
+
+    Types are the network's own: a network in float16 takes and gives float16.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(core)
+    graph = made.graph
+    float_type = graph.input[0].type.tensor_type.elem_type
+    label_type = TensorProto.UINT8 if num_classes <= 256 else TensorProto.INT32
+    raw, segments = interface.preprocess == "graph", task == "segmentation"
+    before, after = _Nodes("prepare"), _Nodes("answer")
+    if raw:
+        _rename(graph, "image", "planes")
+        _prepare(before, preparation, float_type)
+    padded = raw and segments and preparation.size_multiple > 1
+    resized = raw and segments and preparation.size is not None
+    scores = "logits"
+    if padded or resized:
+        _rename(graph, "logits", scores := "scores")
+    if padded:
+        inner = "" if resized else "logits"
+        scores = after.add(
+            "Slice", scores, after.ints([0, 0]), "prepared_size", after.ints([2, 3]), name=inner
+        )
+    for output in interface.outputs:
+        last = "" if resized else output
+        if output == "labels":
+            indices = after.add("ArgMax", scores, axis=1, keepdims=int(resized))
+            value = after.add("Cast", indices, to=label_type, name=last)
+        else:
+            value = scores if output == "logits" else after.add("Softmax", scores, axis=1, name=last)
+        if not resized:
+            continue
+        size = after.add("Shape", "image", start=1, end=3)
+        if output == "labels":  # the nearest neighbour that images.resize_labels takes
+            how = {"mode": "nearest", "nearest_mode": "round_prefer_ceil"}
+            value = after.resize(value, size, **how)
+            after.add("Squeeze", value, after.ints([1]), name=output)
+        else:
+            after.resize(value, size, name=output, mode="linear")
+
+    nodes = [*before.nodes, *graph.node, *after.nodes]
+    del graph.node[:], graph.input[:], graph.output[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend([*before.constants, *after.constants])
+    batch, height, width = _sides(interface)
+    shape = [batch, height, width, 3] if raw else [batch, 3, height, width]
+    kind = TensorProto.UINT8 if raw else float_type
+    graph.input.append(helper.make_tensor_value_info("image", kind, shape))
+    sides = [height, width] if segments else []
+    for output in interface.outputs:
+        kind, channels = (label_type, []) if output == "labels" else (float_type, [num_classes])
+        graph.output.append(helper.make_tensor_value_info(output, kind, [batch, *channels, *sides]))
+    return made
+
+
+def _sides(interface: Interface) -> tuple[int | str, ...]:
+    return interface.static or ("batch", "height", "width")
+
+
+class _Nodes:
+    """Nodes of one output each, and their constants, as they are added."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def add(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        """Append a node; its output is called ``name``, or by prefix and number."""
+        name = name or f"{self.prefix}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [name], f"{self.prefix}/{name}", **attributes))
+        return name
+
+    def resize(self, value: str, size: str, name: str = "", **how: Any) -> str:
+        """A map (n, C, H, W) at ``size``, which holds height and width."""
+        # All four sides, since onnxruntime's layout optimiser mistakes the axes of two (seen in 1.32).
+        sides = self.add("Concat", self.add("Shape", value, end=2), size, axis=0)
+        return self.add("Resize", value, "", "", sides, name=name, **how)
+
+    def ints(self, values: Sequence[int]) -> str:
+        return self._constant(TensorProto.INT64, [len(values)], values)
+
+    def floats(self, values: Sequence[float], *dims: int) -> str:
+        return self._constant(TensorProto.FLOAT, dims, values)
+
+    def _constant(self, kind: int, dims: Sequence[int], values: Sequence[float]) -> str:
+        name = f"{self.prefix}_constant_{len(self.constants)}"
+        self.constants.append(helper.make_tensor(name, kind, dims, values))
+        return name
+
+
+def _prepare(nodes: _Nodes, preparation: Preparation, float_type: int) -> None:
+    """From ``image`` (n, H, W, 3) uint8 to ``planes``; ``prepared_size`` is their size before padding."""
+    add = nodes.add
+    pixels = add("Cast", add("Transpose", "image", perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
+    size = nodes.ints(preparation.resize) if preparation.resize is not None else ""
+    if preparation.shorter_side is not None:
+        whole = add("Shape", pixels, start=2)
+        shorter = add("ReduceMin", whole, keepdims=1)
+        size = add("Div", add("Mul", whole, nodes.ints([preparation.shorter_side])), shorter)
+    if size:  # Pillow's bilinear filter, but for Pillow's rounding to whole numbers between the axes
+        pixels = nodes.resize(pixels, size, mode="linear", antialias=1, exclude_outside=1)
+    if preparation.central_crop is not None:
+        crop = nodes.ints(preparation.central_crop)
+        spare = add("Cast", add("Sub", size, crop), to=TensorProto.FLOAT)
+        half = add("Round", add("Mul", spare, nodes.floats([0.5], 1)))  # to even, as Python's round
+        start = add("Cast", half, to=TensorProto.INT64)
+        pixels = add("Slice", pixels, start, add("Add", start, crop), nodes.ints([2, 3]))
+    for operator, values in (("Sub", preparation.mean), ("Div", preparation.std)):
+        scaled = np.array(values, np.float32) * 255  # to the last bit what runtime.Segmenter takes
+        pixels = add(operator, pixels, nodes.floats(scaled.tolist(), 1, 3, 1, 1))
+    add("Shape", pixels, start=2, name="prepared_size")
+    if preparation.size_multiple > 1:
+        missing = add("Mod", add("Neg", "prepared_size"), nodes.ints([preparation.size_multiple]))
+        pixels = add("Pad", pixels, add("Concat", nodes.ints([0] * 6), missing, axis=0))
+    add("Cast", pixels, to=float_type, name="planes")
+
+
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name == old:
+                    names[index] = new

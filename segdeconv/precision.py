@@ -1,0 +1,417 @@
+"""Smaller graphs, float16 and int8, that are written only if they are measured to be right and faster.
+
+The conversions are onnxruntime's. What is done here is to choose: how activations' ranges are found, by what
+each way does to labels of training pictures, and which layers stay in float, by what each does alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from segdeconv.bench import interleave, noise, stages
+from segdeconv.checkpoint import CheckpointInfo, load_checkpoint
+from segdeconv.data import EvalSet, open_samples
+from segdeconv.errors import Refused, UserError
+from segdeconv.evaluate import evaluate_run, ignore_index_of, score
+from segdeconv.export import check_place, finish, network_graph, preparation_of, write_graph
+from segdeconv.interface import Interface, Preparation
+from segdeconv.metrics import MAIN_METRIC
+from segdeconv.progress import Bar, console
+from segdeconv.runtime import Segmenter, import_onnxruntime
+
+Precision = Literal["fp16", "int8"]
+Planes = NDArray[np.float32]
+
+_PICTURES = 32  # of the training split, for ranges; as many others for choosing
+_PROBES = 4  # of the latter, for each layer alone
+_RUNS = 20  # measured calls of each graph
+_DEFAULT_SIZE = (512, 1024)
+_RANGES: dict[str, dict[str, Any]] = {  # of activations: onnxruntime's ways, and settings
+    "MinMax": {},
+    "Percentile": {"percentile": 99.99, "symmetric": False},
+    "Entropy": {},
+}
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_IN_INT8 = (
+    *_WEIGHTED,
+    *("Add", "Mul", "Concat", "Resize", "Clip", "Relu", "LeakyRelu", "Sigmoid", "Pad", "Split", "Slice"),
+    *("MaxPool", "AveragePool", "GlobalAveragePool", "Reshape", "Transpose", "Flatten", "Squeeze"),
+)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a smaller graph has to keep; see `export_smaller`."""
+
+    max_drop: float = 0.01
+    min_speedup: float = 1.0
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """What a smaller graph was measured to be.
+
+    Attributes:
+        metric: ``miou`` or ``top1``; ``before`` is that of the float32 graph on the validation split, and
+            ``after`` its own.
+        speedup: median over the rounds of one run of the float32 graph's time over its own.
+        megabytes: of both files.
+        ranges: of int8: share of labels that differ from float's, by way of finding ranges; the first is
+            the one taken.
+        in_float: of int8: layers that stayed in float, the most sensitive first; of ``layers``.
+    """
+
+    precision: Precision
+    metric: str
+    before: float
+    after: float
+    speedup: float
+    device: str
+    megabytes: tuple[float, float]
+    ranges: dict[str, float]
+    in_float: tuple[str, ...]
+    layers: int
+
+
+def export_smaller(
+    run: str | Path,
+    path: str | Path,
+    precision: Precision,
+    interface: Interface | None = None,
+    gates: Gates | None = None,
+    half_io: bool = False,
+    root: str | None = None,
+    device: str = "cpu",
+) -> Smaller:
+    """Fold a run, write it as float16 or int8, and measure what that costs and gains.
+
+    int8 is static: QuantizeLinear and DequantizeLinear around what is to be computed in int8, one scale a
+    channel for weights (int8) and one a tensor for activations (uint8), whose ranges come from training
+    pictures. Layers that are measured to lose most stay in float until half of ``gates.max_drop`` is kept on
+    other training pictures. Accuracy is then measured on the validation split, which nothing was chosen by.
+
+    Args:
+        run: a run folder, checkpoint or zoo entry; its data must be at hand.
+        half_io: of fp16: let also the graph's input and its scores be float16.
+        root: where the data lies, if not where the recipe says.
+        device: where speed and accuracy are measured, as `Segmenter` takes it.
+
+    Raises:
+        Refused: the metric drops by more than ``gates.max_drop``, or the graph is not ``gates.min_speedup``
+            times as fast; nothing is written.
+        UserError: the run, its data or the place is not as it should be.
+    """
+    path, interface, gates = check_place(path), interface or Interface(), gates or Gates()
+    model, info = load_checkpoint(run)
+    preparation = preparation_of(info, model)
+    core = network_graph(model, interface, preparation)
+    chosen: dict[str, float] = {}
+    in_float: tuple[str, ...] = ()
+    if precision == "fp16":
+        small = _half(core, half_io)
+    else:
+        small, chosen, in_float = _quantize(core, info, interface, preparation, gates.max_drop / 2, root)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        files = {name: Path(temporary) / f"{name}.onnx" for name in ("fp32", precision)}
+        write_graph(finish(core, info, interface, preparation), files["fp32"])
+        write_graph(finish(small, info, interface, preparation, precision=precision), files[precision])
+        metric = MAIN_METRIC[info.task]
+        before, after = (evaluate_run(run, device, file, root)[metric] for file in files.values())
+        speedup, where = _speedup(files["fp32"], files[precision], info, interface, preparation, device)
+        sizes = [file.stat().st_size / 1e6 for file in files.values()]
+    if not before - after <= gates.max_drop:
+        raise Refused(
+            f"{path}: not written, {precision} brings {metric} from {before:.4f} to {after:.4f}, a drop of "
+            f"more than --max-drop {gates.max_drop} ({speedup:.2f} times as fast on {where})"
+        )
+    if not speedup >= gates.min_speedup:
+        raise Refused(
+            f"{path}: not written, {precision} is {speedup:.2f} times as fast as fp32 on {where}, less "
+            f"than --min-speedup {gates.min_speedup} ({metric} {before:.4f} to {after:.4f})"
+        )
+    write_graph(finish(small, info, interface, preparation, precision=precision, **{metric: after}), path)
+    layers = len(_layers(core))
+    return Smaller(
+        precision, metric, before, after, speedup, where, (sizes[0], sizes[1]), chosen, in_float, layers
+    )
+
+
+def summary(smaller: Smaller) -> list[str]:
+    """What was measured, in lines for people."""
+    before, after = smaller.megabytes
+    lines = [
+        f"{smaller.metric}: fp32 {smaller.before:.4f}, {smaller.precision} {smaller.after:.4f}",
+        f"{smaller.speedup:.2f} times as fast on {smaller.device}; {before:.1f} MB become {after:.1f} MB",
+    ]
+    if smaller.ranges:
+        changed = ", ".join(f"{way} {share:.2%}" for way, share in smaller.ranges.items())
+        lines.append(
+            f"labels of training pictures that differ from float's, by how ranges are found: {changed}"
+        )
+        kept = f": {', '.join(smaller.in_float)}" if smaller.in_float else ""
+        lines.append(f"{len(smaller.in_float)} of {smaller.layers} layers stayed in float{kept}")
+    return lines
+
+
+def _half(core: onnx.ModelProto, half_io: bool) -> onnx.ModelProto:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    with _quiet():
+        return _sorted(convert_float_to_float16(_with_shapes(core), keep_io_types=not half_io))
+
+
+def _speedup(
+    full: Path, small: Path, info: CheckpointInfo, interface: Interface, preparation: Preparation, device: str
+) -> tuple[float, str]:
+    """How many times as fast ``small`` is, with preparation and labels, and where."""
+    size = preparation.size or info.recipe.data.crop or _DEFAULT_SIZE
+    batch, *size = interface.static or (1, *size)  # type: ignore[assignment]
+    pictures = noise(batch, *size)
+    segmenters = {file.stem: Segmenter(file, device) for file in (full, small)}
+    arms = {name: stages(segmenter, pictures) for name, segmenter in segmenters.items()}
+    of_full, _ = interleave(arms, _RUNS, batch, over={full.stem: small.stem})
+    return of_full.ratio, segmenters[full.stem].device
+
+
+# int8.
+
+
+def _quantize(
+    core: onnx.ModelProto,
+    info: CheckpointInfo,
+    interface: Interface,
+    preparation: Preparation,
+    allowed_drop: float,
+    root: str | None,
+) -> tuple[onnx.ModelProto, dict[str, float], tuple[str, ...]]:
+    """The network in int8, how much ways of finding ranges change labels, and the layers left in float."""
+    core = _with_shapes(core)
+    pictures = _Training(info, interface, preparation, root)
+    compute = _Compute(core)
+    expected = [compute(planes).argmax(1) for planes in pictures.choosing]
+    found = {way: _ranges(core, pictures.calibrating, way) for way in _RANGES}
+    graphs = {way: _in_int8(core, ranges) for way, ranges in found.items()}
+    changed = {way: _changed(_Compute(graph), pictures.choosing, expected) for way, graph in graphs.items()}
+    changed = dict(sorted(changed.items(), key=lambda item: item[1]))
+    way = next(iter(changed))
+    before, graph = pictures.metric(compute), graphs[way]
+    drop = before - pictures.metric(_Compute(graph))
+    tried: list[tuple[float, onnx.ModelProto, tuple[str, ...]]] = [(drop, graph, ())]
+    if drop > allowed_drop:
+        sensitive = _by_effect(core, found[way], pictures.choosing[:_PROBES], compute)
+        count = 1
+        while tried[-1][0] > allowed_drop and count < len(sensitive):
+            graph = _in_int8(core, found[way], leave=sensitive[:count])
+            drop = before - pictures.metric(_Compute(graph))
+            console.print(f"int8 with {count} of {len(sensitive)} layers in float: {drop:+.4f} lost")
+            tried.append((drop, graph, tuple(sensitive[:count])))
+            count *= 2
+    if tried[-1][0] > allowed_drop:
+        tried.sort(key=lambda attempt: attempt[0], reverse=True)
+    _, graph, in_float = tried[-1]
+    return graph, changed, in_float
+
+
+def _by_effect(
+    core: onnx.ModelProto, ranges: Any, pictures: Sequence[Planes], compute: Callable[[Planes], Planes]
+) -> list[str]:
+    """Layers with weights, those first that change the logits most when they alone are in int8."""
+    expected = [compute(planes) for planes in pictures]
+    effect = {}
+    layers = _layers(core)
+    for layer in Bar(layers, len(layers), "each layer alone in int8"):
+        alone = _Compute(_in_int8(core, ranges, only=[layer]))
+        errors = [np.square(alone(p) - e).sum() for p, e in zip(pictures, expected, strict=True)]
+        effect[layer] = float(np.sum(errors))
+    return sorted(effect, key=lambda layer: -effect[layer])
+
+
+def _layers(core: onnx.ModelProto) -> list[str]:
+    return [node.name for node in core.graph.node if node.op_type in _WEIGHTED]
+
+
+def _ranges(core: onnx.ModelProto, pictures: Sequence[Planes], way: str) -> Any:
+    """Ranges of all activations, as onnxruntime keeps them."""
+    from onnxruntime.quantization import CalibrationMethod, create_calibrator
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        onnx.save(core, path := Path(folder) / "core.onnx")
+        calibrator = create_calibrator(
+            path,
+            _IN_INT8,
+            str(Path(folder) / "augmented.onnx"),
+            CalibrationMethod[way],
+            extra_options=_RANGES[way],
+        )
+        for planes in pictures:  # one at a time: it keeps every activation of what it is given at once
+            calibrator.collect_data(_reader([planes]))
+        return calibrator.compute_data()
+
+
+def _reader(pictures: Sequence[Planes]) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        left = iter(pictures)
+
+        def get_next(self) -> dict[str, Planes] | None:
+            planes = next(self.left, None)
+            return None if planes is None else {"image": planes}
+
+    return Reader()
+
+
+def _in_int8(
+    core: onnx.ModelProto, ranges: Any, only: Sequence[str] = (), leave: Sequence[str] = ()
+) -> onnx.ModelProto:
+    """The network in int8: all of it, ``only`` some layers, or without those to ``leave`` in float."""
+    from onnxruntime.quantization import QDQQuantizer, QuantType
+
+    model = onnx.ModelProto()
+    model.CopyFrom(core)
+    with _quiet():
+        quantizer = QDQQuantizer(
+            model,
+            per_channel=True,
+            reduce_range=False,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8,
+            tensors_range=ranges,
+            nodes_to_quantize=list(only),
+            nodes_to_exclude=list(leave),
+            op_types_to_quantize=list(_IN_INT8),
+            extra_options={},
+        )
+        quantizer.quantize_model()
+    made = quantizer.model.model
+    for node in [node for node in made.graph.node if node.name in leave]:
+        # Between quantised tensors onnxruntime makes a float layer's weights int8 after all when it loads the
+        # graph, with one scale (WeightBiasQuantization, its pull request 22969), unless something stands before
+        # it. A sum of one changes nothing, and no optimiser takes it away.
+        made.graph.node.append(onnx.helper.make_node("Sum", [node.input[0]], [f"{node.name}_in_float"]))
+        node.input[0] = f"{node.name}_in_float"
+    return _sorted(made)
+
+
+def _sorted(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """With every node after those it reads, as ONNX demands; onnxruntime's tools append theirs at the end."""
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    model = ONNXModel(graph)
+    model.topological_sort()
+    return model.model
+
+
+def _with_shapes(core: onnx.ModelProto) -> onnx.ModelProto:
+    return onnx.shape_inference.infer_shapes(core)
+
+
+def _changed(
+    compute: Callable[[Planes], Planes], pictures: Sequence[Planes], expected: Sequence[NDArray[Any]]
+) -> float:
+    """Share of labels that differ from the expected ones."""
+    return float(
+        np.mean([(compute(p).argmax(1) != e).mean() for p, e in zip(pictures, expected, strict=True)])
+    )
+
+
+class _Compute:
+    """A network's own graph on the CPU: planes to logits."""
+
+    def __init__(self, graph: onnx.ModelProto) -> None:
+        self.session = import_onnxruntime().InferenceSession(
+            graph.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+
+    def __call__(self, planes: Planes) -> Planes:
+        return self.session.run(["logits"], {"image": planes})[0]
+
+
+class _Training:
+    """Pictures of the training split, evenly spread: some for ranges, others for choosing.
+
+    They have the recipe's size, or are windows of its crop where pictures keep sizes of their own, since
+    calibration holds every activation of one picture in memory.
+    """
+
+    def __init__(
+        self, info: CheckpointInfo, interface: Interface, preparation: Preparation, root: str | None
+    ) -> None:
+        data = info.recipe.data
+        if root is not None:
+            data = replace(data, root=root)
+        self.samples = open_samples(data, "train")
+        self.ignore_index = ignore_index_of(self.samples, data)
+        pictures: Dataset[Any] = EvalSet(self.samples, data, preparation.size_multiple)
+        if preparation.size is None and data.crop is not None:
+            pictures = _Windows(pictures, preparation.network_size(*data.crop))
+        count = min(2 * _PICTURES, len(self.samples))
+        spread = [index * len(self.samples) // count for index in range(count)]
+        self.batch = interface.static[0] if interface.static else 1
+        self.chosen = Subset(pictures, spread[1::2] or spread)
+        self.calibrating = [self._batch(pictures[index][0]) for index in spread[::2]]
+        self.choosing = [self._batch(self.chosen[index][0]) for index in range(len(self.chosen))]
+        if interface.static and (sizes := {planes.shape for planes in self.calibrating}):
+            wanted = (self.batch, 3, *preparation.network_size(*interface.static[1:]))
+            if sizes != {wanted}:
+                raise UserError(
+                    f"--static {','.join(map(str, interface.static))}: int8 is calibrated on pictures as the "
+                    f"recipe prepares them, which gives the network {sorted(sizes)[0][2:]} pixels"
+                )
+
+    def _batch(self, image: Tensor) -> Planes:
+        return image[None].expand(self.batch, -1, -1, -1).contiguous().numpy()
+
+    def metric(self, compute: Callable[[Planes], Planes]) -> float:
+        """mIoU, or top-1 accuracy, on the pictures for choosing."""
+
+        def predict(images: Tensor) -> Tensor:
+            return torch.from_numpy(compute(self._batch(images[0]))[:1])
+
+        scores = score(
+            predict, DataLoader(self.chosen), self.samples, self.ignore_index, "cpu", "training pictures"
+        )
+        return scores[MAIN_METRIC[self.samples.task]]
+
+
+class _Windows(Dataset[tuple[Tensor, Tensor]]):
+    """A window of every sample, always the same one."""
+
+    def __init__(self, samples: Dataset[Any], size: tuple[int, int]) -> None:
+        self.samples, self.size = samples, size
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, target = self.samples[index]
+        generator = np.random.default_rng(index)
+        rows, columns = (
+            slice(start := int(generator.integers(max(side - wanted, 0) + 1)), start + wanted)
+            for side, wanted in zip(image.shape[1:], self.size, strict=True)
+        )
+        return image[:, rows, columns], target[rows, columns]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what onnxruntime's tools print and log about every step."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
