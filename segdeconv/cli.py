@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Annotated, Optional, TypeVar
 import typer
 
 from segdeconv import __version__
-from segdeconv.errors import UserError
+from segdeconv.errors import Refused, UserError
 
 app = typer.Typer(
     help="Segmentation networks with network deconvolution: train, evaluate, export ONNX, predict.",
@@ -80,9 +81,9 @@ class Sort(str, Enum):
     gflops = "gflops"
 
 
-class Output(str, Enum):
-    labels = "labels"
-    logits = "logits"
+class Preprocess(str, Enum):
+    none = "none"
+    graph = "graph"
 
 
 def _version(wanted: bool) -> None:
@@ -213,7 +214,7 @@ def evaluate(
     folder = scores_folder(run) if out is None else make_folder(out)
     scores = evaluate_run(
         run,
-        pick_device(device),
+        pick_device(device) if onnx is None else device,
         onnx,
         root,
         split.value,
@@ -282,19 +283,77 @@ def inspect(
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or an entry of the zoo.")],
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
-    output: Annotated[Output, typer.Option(help="What the graph puts out.")] = Output.labels,
+    output: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Some of labels, logits and probabilities.")
+    ] = "labels",
+    preprocess: Annotated[
+        Preprocess,
+        typer.Option(
+            help="graph takes RGB (n, H, W, 3) uint8 of any size and resizes or pads and normalises it "
+            "itself; none takes normalised (n, 3, H, W)."
+        ),
+    ] = Preprocess.none,
+    static: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="N,H,W", help="Fix batch, height and width; otherwise any do."),
+    ] = None,
+    opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = 18,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Compute in float16.")] = False,
+    half_io: Annotated[
+        bool, typer.Option("--half-io", help="With --fp16: take and give float16 as well.")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Compute in int8, calibrated on the recipe's training pictures.")
+    ] = False,
+    max_drop: Annotated[
+        float,
+        typer.Option(help="With --fp16 or --int8: the most mIoU or top-1 to lose; else nothing is written."),
+    ] = 0.01,
+    min_speedup: Annotated[
+        float, typer.Option(help="With --fp16 or --int8: how many times as fast it must be at least.")
+    ] = 1.0,
+    root: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="With --fp16 or --int8: where the data lies, if not where the recipe says."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="With --fp16 or --int8: where to measure; auto, cpu, cuda or cuda:N.")
+    ] = "auto",
 ) -> None:
-    """Fold a run into plain convolutions and write one ONNX file, checked against PyTorch."""
+    """Fold a run into plain convolutions and write one ONNX file, checked against PyTorch.
+
+    --fp16 and --int8 report accuracy before and after and the speed ratio. Exit code 3: the graph was made,
+    measured, and not worth writing.
+    """
     from segdeconv.checkpoint import load_checkpoint
     from segdeconv.export import export_onnx
+    from segdeconv.interface import Interface
     from segdeconv.progress import console
 
-    model, info = load_checkpoint(run)
-    for result in export_onnx(model, info, out, output.value):
-        logits = "" if output is Output.labels else f", logits by {result.max_diff:.1e} of the largest"
-        console.print(
-            f"input {result.shape}: {result.labels_differ:.4%} of labels differ from PyTorch{logits}"
-        )
+    interface = Interface(
+        outputs=tuple(output.split(",")),  # type: ignore[arg-type]  # Interface checks them
+        preprocess=preprocess.value,
+        static=None if static is None else _triple("--static", static),
+        opset=opset,
+    )
+    if fp16 and int8:
+        raise UserError("--fp16 and --int8: choose one; each is a file of its own")
+    if half_io and not fp16:
+        raise UserError("--half-io goes with --fp16")
+    if fp16 or int8:
+        from segdeconv.precision import Gates, export_smaller, summary
+
+        gates = Gates(max_drop, min_speedup)
+        made = export_smaller(run, out, "fp16" if fp16 else "int8", interface, gates, half_io, root, device)
+        for line in summary(made):
+            console.print(line)
+    else:
+        model, info = load_checkpoint(run)
+        for result in export_onnx(model, info, out, interface):
+            told = f"{result.labels_differ:.4%} of labels differ from PyTorch"
+            if not math.isnan(result.max_diff):
+                told += f", scores by {result.max_diff:.1e} of the largest logit"
+            console.print(f"input {result.shape}: {told}")
     console.print(f"wrote {out}; next: segdeconv predict {out} IMAGE_OR_FOLDER --out predictions")
 
 
@@ -332,6 +391,79 @@ def predict(
     for _ in Bar(predict_images(segmenter, images, out), len(images), "predicting"):
         pass
     console.print(f"wrote {len(images)} label maps and overlays to {out}")
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[Path], typer.Argument(help="Files made by segdeconv export; ratios are over the first.")
+    ],
+    size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="H,W", help="Of the pictures; by default the recipe's, or 512,1024."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Pictures a call.")] = 1,
+    runs: Annotated[int, typer.Option(help="Measured calls of each graph.")] = 50,
+    threads: Threads = None,
+    device: Device = "auto",
+    allow_cpu: AllowCpu = False,
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="Write the numbers to this file as well."),
+    ] = None,
+) -> None:
+    """Time graphs in turns: p50, p95, p99, images/s, parts of the time, peak memory; a Markdown table."""
+    from segdeconv.bench import bench as measure
+    from segdeconv.bench import table
+    from segdeconv.files import to_json, write_atomically
+
+    result = measure(
+        models, None if size is None else _pair("--size", size), batch, threads, runs, device, allow_cpu
+    )
+    print(table(result))
+    if json_file is not None:
+        write_atomically(json_file, lambda path: path.write_text(to_json(result, indent=1) + "\n"))
+
+
+@app.command()
+def placement(
+    model: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="H,W", help="Of the picture it is run on; by default the graph's, or 256,256."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with code 1 if a node computes off the accelerator.")
+    ] = False,
+    device: Device = "auto",
+    allow_cpu: AllowCpu = False,
+) -> None:
+    """Say where each node of a graph runs, and which memory copies that takes."""
+    from segdeconv.placement import placement as look
+    from segdeconv.placement import table
+
+    found = look(model, device, allow_cpu, None if size is None else _pair("--size", size))
+    print(table(found))
+    if found.why_cpu:
+        print(f"no accelerator: {found.why_cpu}")
+    if found.off_accelerator:
+        names = ", ".join(f"{name} {count}" for name, count in found.off_accelerator.most_common())
+        print(f"computing on the CPU: {names}")
+        if strict:
+            raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is wrong with this installation, and the command that mends it; exit code 1 if anything is."""
+    from segdeconv import doctor
+
+    findings = doctor.examine(doctor.gather())
+    for finding in findings:
+        print(f"{finding.what}\n    {finding.fix}")
+    if findings:
+        raise typer.Exit(1)
+    print("nothing is wrong")
 
 
 @app.command()
@@ -616,14 +748,21 @@ def _pair(option: str, text: str) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+def _triple(option: str, text: str) -> tuple[int, int, int]:
+    numbers = _numbers(option, text, int)
+    if len(numbers) != 3:
+        raise UserError(f"{option} {text!r}: expected batch, height and width, such as 1,512,1024")
+    return numbers[0], numbers[1], numbers[2]
+
+
 def main() -> None:
-    """Run the command; bad input is one sentence on standard error and exit code 2."""
+    """Run the command; bad input is one sentence on standard error and exit code 2 (3: see `Refused`)."""
     try:
         code = app(standalone_mode=False)  # what a command gave typer.Exit, otherwise None
         if code:
             sys.exit(code)
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), code=3 if isinstance(error, Refused) else 2)
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:
@@ -648,8 +787,8 @@ def main() -> None:
         _fail(f"{message}; see {command} --help")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     # An error in a loader process arrives as a whole traceback, its own sentence last.
     sentence = message.strip().splitlines()[-1].removeprefix("segdeconv.errors.UserError: ")
     print(f"segdeconv: error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

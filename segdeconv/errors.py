@@ -1,4 +1,4 @@
-"""The exceptions for what a user can mend: a wrong path, key, value or file, and what was made and refused."""
+"""The exceptions for what a user can mend: a wrong path, key, value or file; and for what was refused."""
 
 
 class UserError(ValueError):
