@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from segdeconv.config import Recipe, load_recipe, recipe_from_dict, recipe_to_dict
 from segdeconv.entries import find_weights, is_entry
 from segdeconv.errors import UserError
-from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.files import make_folder, sha256_of, to_json, write_atomically
 from segdeconv.models import build_model
 
 FORMAT = "segdeconv/1"
@@ -36,7 +36,7 @@ FREE_KEYS = ("data.root", "data.num_workers", "data.download", "train.checkpoint
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says about itself, besides weights."""
+    """What a checkpoint says about itself, besides weights; ``sha256`` is of the file it was loaded from."""
 
     recipe: Recipe
     task: str
@@ -44,6 +44,7 @@ class CheckpointInfo:
     palette: tuple[tuple[int, int, int], ...]
     epoch: int
     scores: dict[str, Any]
+    sha256: str | None = None
 
 
 def create_run_folder(path: Path, recipe: Recipe) -> None:
@@ -221,7 +222,7 @@ def load_checkpoint(run: str | Path, device: torch.device | str = "cpu") -> tupl
     info = read_info(path)
     model, _ = build_model(info.recipe.model, len(info.classes), pretrained=False)
     _load_state(model, path)
-    return model.to(device).eval(), info
+    return model.to(device).eval(), replace(info, sha256=sha256_of(path))
 
 
 def load_weights_into(model: nn.Module, run: str | Path) -> None:

@@ -10,7 +10,6 @@ Nothing here looks into a file: what it holds is safetensors, and it is read by 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import json
 import math
@@ -28,7 +27,7 @@ from typing import Any
 import filelock
 
 from segdeconv.errors import UserError
-from segdeconv.files import make_folder, write_atomically
+from segdeconv.files import make_folder, sha256_of, write_atomically
 from segdeconv.progress import Bar, console
 
 _ATTEMPTS = 5  # in a row that brought nothing new, before the next source is tried
@@ -81,15 +80,6 @@ def fetch(target: Path, sources: Sequence[str], size: int, sha256: str) -> Path:
             "SEGDECONV_CACHE names another folder"
         ) from None
     return target
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def offline() -> bool:

@@ -16,13 +16,29 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from segdeconv.download import fetch, sha256_of
+from segdeconv.download import fetch
 from segdeconv.errors import UserError
-from segdeconv.files import cache_folder
+from segdeconv.files import cache_folder, sha256_of
 from segdeconv.progress import console
 
 WEIGHTS = "model.safetensors"
 NAME = r"[A-Za-z0-9_-]+\.(nd|bn)_[A-Za-z0-9_-]+"
+
+# What the data is and under which terms it may be used, by the DATASET of an entry's name.
+DATA = {
+    "toy": "Street scenes drawn by this package (segdeconv/data/toy.py). Licence: MIT, as the package.",
+    "camvid": "CamVid (Brostow, Fauqueur, Cipolla, 2009), 11 classes and split of the SegNet tutorial. "
+    "Licence: the files come without one; they were published for research, so take the weights as for "
+    "research too.",
+    "cityscapes": "Cityscapes (Cordts et al., 2016). Licence: its own, for non-commercial use only.",
+    "cifar10": "CIFAR-10 (Krizhevsky, 2009). Licence: the files come without one; the author asks to be "
+    "cited.",
+    "cifar100": "CIFAR-100 (Krizhevsky, 2009). Licence: the files come without one; the author asks to be "
+    "cited.",
+    "mnist": "MNIST (LeCun, Cortes, Burges). Licence: CC BY-SA 3.0.",
+    "fashion_mnist": "Fashion-MNIST (Xiao, Rasul, Vollgraf, 2017). Licence: MIT.",
+    "imagenet": "ImageNet, ILSVRC 2012. Licence: its own, for non-commercial research and education only.",
+}
 
 _Positive = Annotated[int, Field(ge=1)]
 

@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, read_info, store_checkpoint
 from segdeconv.config import DataConfig, Recipe, recipe_to_dict
 from segdeconv.data import EvalSet, open_samples
-from segdeconv.download import sha256_of
 from segdeconv.entries import (
+    DATA,
     NAME,
     WEIGHTS,
     Entry,
@@ -43,7 +43,7 @@ from segdeconv.entries import (
 from segdeconv.errors import UserError
 from segdeconv.evaluate import Inference, evaluate_run, predicted_samples, torch_predictor
 from segdeconv.figures import read_metrics
-from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.files import make_folder, sha256_of, to_json, write_atomically
 from segdeconv.fold import fold_network_deconv
 from segdeconv.images import overlay, save_image
 from segdeconv.metrics import MAIN_METRIC
@@ -54,22 +54,6 @@ Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
 TOLERANCE = 1e-3  # of a metric measured again, on a machine that rounds otherwise
 _UNIT = {"miou": "mIoU", "top1": "top-1", "top5": "top-5", "pixel_acc": "pixel accuracy"}
 _FAILURES = 4  # classes and confusions that a card names
-
-# What the data is and under which terms it may be used, by the DATASET of an entry's name.
-DATA = {
-    "toy": "Street scenes drawn by this package (segdeconv/data/toy.py). Licence: MIT, as the package.",
-    "camvid": "CamVid (Brostow, Fauqueur, Cipolla, 2009), 11 classes and split of the SegNet tutorial. "
-    "Licence: the files come without one; they were published for research, so take the weights as for "
-    "research too.",
-    "cityscapes": "Cityscapes (Cordts et al., 2016). Licence: its own, for non-commercial use only.",
-    "cifar10": "CIFAR-10 (Krizhevsky, 2009). Licence: the files come without one; the author asks to be "
-    "cited.",
-    "cifar100": "CIFAR-100 (Krizhevsky, 2009). Licence: the files come without one; the author asks to be "
-    "cited.",
-    "mnist": "MNIST (LeCun, Cortes, Burges). Licence: CC BY-SA 3.0.",
-    "fashion_mnist": "Fashion-MNIST (Xiao, Rasul, Vollgraf, 2017). Licence: MIT.",
-    "imagenet": "ImageNet, ILSVRC 2012. Licence: its own, for non-commercial research and education only.",
-}
 
 
 def load(name: str | Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -160,7 +144,7 @@ class Origin:
     """What a card says that no file of a run knows; None takes what can be found out.
 
     Attributes:
-        data: what the data is and its licence; by default from `DATA`.
+        data: what the data is and its licence; by default from `entries.DATA`.
         machine: what the run was trained on; by default this machine.
         notes: further sentences, such as what is known to fail.
     """

@@ -52,7 +52,11 @@ ALLOWED: dict[str, set[str]] = {
     "train": FILES
     | {"checkpoint", "config", "convert", "data", "distributed", "evaluate", "figures", "losses", "metrics"}
     | {"models", "progress"},
-    "export": FILES | {"checkpoint", "fold", "metrics", "models", "runtime"},
+    "interface": LEAVES,
+    "export": FILES | {"checkpoint", "entries", "fold", "interface", "metrics", "models", "runtime"},
+    "precision": FILES
+    | {"bench", "checkpoint", "config", "data", "evaluate", "export", "interface", "metrics", "models"}
+    | {"progress", "runtime"},
     "zoo": PICTURES
     | {"checkpoint", "config", "data", "download", "entries", "evaluate", "figures", "fold", "metrics"}
     | {"models"},
@@ -67,7 +71,7 @@ def imported(path: Path) -> set[str]:
         names = []
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("segdeconv"):
             names = (
-                [f"{node.module}.{alias.name}" for alias in node.names]
+                [f"{node.module}.{alias.name}" for alias in node.names if alias.name != "__version__"]
                 if node.module == "segdeconv"
                 else [node.module]
             )
