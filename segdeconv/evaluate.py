@@ -72,29 +72,43 @@ def torch_predictor(model: nn.Module, amp: torch.dtype | None = None) -> Predict
     return predict
 
 
-def onnx_predictor(path: str | Path, info: CheckpointInfo, multiple: int) -> Predict:
-    """Class numbers from an exported graph, through `segdeconv.runtime`.
+def onnx_predictor(path: str | Path, info: CheckpointInfo, model: nn.Module, device: str = "auto") -> Predict:
+    """Class numbers from an exported graph, through `segdeconv.runtime`; it pads what has to be padded.
+
+    A graph that prepares pictures itself gets the picture back that was normalised for it. ``device`` is as
+    `Segmenter` takes it; tensors come and go on the CPU.
 
     Raises:
-        UserError: the graph is not there, or was exported from a run with other classes or preparation.
+        UserError: the graph is not there, was exported from a run with other classes or preparation, or
+            crops pictures that are cropped already.
     """
-    from segdeconv.export import graph_metadata
+    from segdeconv.export import preparation_of
     from segdeconv.runtime import Segmenter
 
-    segmenter = Segmenter(path)
-    expected = json.loads(json.dumps(graph_metadata(info, multiple)))
-    keys = ("task", "classes", "mean", "std", "resize", "shorter_side", "central_crop", "size_multiple")
-    for key in keys:
+    segmenter = Segmenter(path, device)
+    preparation = preparation_of(info, model)
+    expected = {"task": info.task, "classes": info.classes, **asdict(preparation)}
+    for key, value in json.loads(json.dumps(expected)).items():
         found = segmenter.metadata.get(key)
-        if found != expected[key]:
-            raise UserError(
-                f"{path}: was exported from another run: its {key} is {found}, the run's {expected[key]}"
-            )
+        if found != value:
+            raise UserError(f"{path}: was exported from another run: its {key} is {found}, the run's {value}")
+    raw = segmenter.metadata.get("preprocess") == "graph"
+    if raw and preparation.central_crop is not None:
+        raise UserError(
+            f"{path}: crops pictures itself, as evaluation has done already; export it with --preprocess none"
+        )
+    kind = np.float16 if segmenter.session.get_inputs()[0].type == "tensor(float16)" else np.float32
+    std, mean = (torch.tensor(parts)[:, None, None] for parts in (preparation.std, preparation.mean))
 
     def predict(images: Tensor) -> Tensor:
-        return torch.from_numpy(segmenter.run(images.cpu().numpy()).astype(np.int64)).to(images.device)
+        if raw:
+            pictures = (255 * (images * std + mean)).round().byte().permute(0, 2, 3, 1)
+            batch = pictures.contiguous().numpy()
+        else:
+            batch = images.numpy().astype(kind, copy=False)
+        return torch.from_numpy(segmenter.run(batch).astype(np.int64))
 
-    return predict
+    return predict if raw else padded(predict, preparation.size_multiple)
 
 
 def padded(predict: Predict, multiple: int) -> Predict:
@@ -310,6 +324,7 @@ def evaluate_run(
     """Evaluate a run, with PyTorch or, given ``onnx``, with onnxruntime.
 
     Args:
+        device: torch's, or onnxruntime's as `Segmenter` takes it.
         root: where the data lies, if not where the recipe says.
         split: 'train' or 'val', as the recipe names them, or another one of the data set.
         inference: how pictures are brought through the network; by default as in training's validation.
@@ -323,7 +338,8 @@ def evaluate_run(
         UserError: no such run, its data is not there or has other classes, the graph is another run's, or an
             option does not go with the others.
     """
-    model, info = load_checkpoint(run, device)
+    torch_device = torch.device("cpu" if onnx is not None else device)
+    model, info = load_checkpoint(run, torch_device)
     inference = inference or Inference()
     if predictions is not None or submission is not None:
         inference = replace(inference, original=True)
@@ -343,7 +359,7 @@ def evaluate_run(
     check_fit(info, samples)
     if submission is not None:
         _check_submission(submission, samples, split)
-    ignore_index, multiple = ignore_index_of(samples, data), size_multiple(model)
+    ignore_index = ignore_index_of(samples, data)
     loader = DataLoader(
         _Pictures(samples, data),
         eval_batch_size(samples, data, info.recipe.train.batch_size),
@@ -351,10 +367,10 @@ def evaluate_run(
         pin_memory=torch.cuda.is_available(),
     )
     if onnx is None:
-        predict = torch_predictor(model, AMP[info.recipe.train.amp])
+        predict = padded(torch_predictor(model, AMP[info.recipe.train.amp]), size_multiple(model))
     else:
-        predict = onnx_predictor(onnx, info, multiple)
-    predict = inference.around(padded(predict, multiple))
+        predict = onnx_predictor(onnx, info, model, str(device))
+    predict = inference.around(predict)
 
     with tempfile.TemporaryDirectory() as temporary:
         observers: list[Observe] = []
@@ -369,7 +385,7 @@ def evaluate_run(
         )
         if objects is not None:
             observers.append(objects)
-        scores = score(predict, loader, samples, ignore_index, device, observers=observers)
+        scores = score(predict, loader, samples, ignore_index, torch_device, observers=observers)
         if submission is not None and folder is not None:
             names = [_prediction_name(samples, index) for index in range(len(samples))]
             write_atomically(submission, lambda path: _zip(path, [folder / name for name in names]))

@@ -21,6 +21,7 @@ from segdeconv.errors import UserError
 from segdeconv.export import export_onnx
 from segdeconv.fold import fold_network_deconv
 from segdeconv.images import colored, label_png, overlay, window_starts
+from segdeconv.interface import Interface
 from segdeconv.runtime import Segmenter, find_images, open_session, predict_images
 
 PALETTE = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
@@ -65,7 +66,7 @@ def test_pictures_of_any_size_come_back_at_their_own(exported: tuple[Path, torch
 
 
 def test_logits_graphs_work_too(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
-    export_onnx(*make("linknet+lcnet_050"), tmp_path / "logits.onnx", "logits")
+    export_onnx(*make("linknet+lcnet_050"), tmp_path / "logits.onnx", Interface(("logits",)))
     image = picture(40, 60)
     assert (Segmenter(tmp_path / "logits.onnx")(image) != Segmenter(exported[0])(image)).mean() < 1e-3
 

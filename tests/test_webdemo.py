@@ -20,8 +20,9 @@ from test_serve import painted, picture
 
 from segdeconv import webdemo
 from segdeconv.errors import UserError
-from segdeconv.export import Interface, export_onnx
+from segdeconv.export import export_onnx
 from segdeconv.images import colored, resize_image, resize_labels
+from segdeconv.interface import Interface
 from segdeconv.runtime import Segmenter
 from segdeconv.webdemo import ORT_FILES, check_integrity, fetch_onnxruntime_web, write_webdemo
 
