@@ -32,7 +32,7 @@ class Timing:
         p50: median of the whole, as are ``p95`` and ``p99`` its percentiles.
         images_per_s: pictures a second, over all runs.
         pre: median of preparing the pictures, as are ``inference`` and ``post`` of the other stages.
-        ratio: median over the rounds of the time over another arm's in the same round; the first's by default.
+        ratio: median over the rounds of the time over another arm's, by default the first's, in that round.
         peak_mib: peak memory of a process that does nothing else, or what it takes of the GPU's; None where
             the system does not tell.
     """
@@ -197,9 +197,7 @@ def peak_mib(path: Path, device: str, threads: int | None, shape: tuple[int, int
 def _memory_of_this_process(path: str, device: str, threads: str, *shape: str) -> float | None:
     before = _gpu_used(device)
     segmenter = Segmenter(path, device, threads=int(threads) or None)
-    run = stages(segmenter, noise(*map(int, shape)))
-    for _ in range(_WARM_UP):
-        run()
+    stages(segmenter, noise(*map(int, shape)))()
     after = _gpu_used(device)
     if before is not None and after is not None:
         return after - before  # onnxruntime's arena does not shrink, so the end is the peak

@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from onnx.shape_inference import infer_shapes
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -122,7 +123,7 @@ def export_smaller(
     chosen: dict[str, float] = {}
     in_float: tuple[str, ...] = ()
     if precision == "fp16":
-        small = _half(core, half_io)
+        small = to_fp16(core, half_io)
     else:
         small, chosen, in_float = _quantize(core, info, interface, preparation, gates.max_drop / 2, root)
 
@@ -168,11 +169,12 @@ def summary(smaller: Smaller) -> list[str]:
     return lines
 
 
-def _half(core: onnx.ModelProto, half_io: bool) -> onnx.ModelProto:
+def to_fp16(core: onnx.ModelProto, half_io: bool = False) -> onnx.ModelProto:
+    """A network's own graph in float16; its input and logits stay float32 unless ``half_io``."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     with _quiet():
-        return _sorted(convert_float_to_float16(_with_shapes(core), keep_io_types=not half_io))
+        return _sorted(convert_float_to_float16(infer_shapes(core), keep_io_types=not half_io))
 
 
 def _speedup(
@@ -200,12 +202,12 @@ def _quantize(
     root: str | None,
 ) -> tuple[onnx.ModelProto, dict[str, float], tuple[str, ...]]:
     """The network in int8, how much ways of finding ranges change labels, and the layers left in float."""
-    core = _with_shapes(core)
+    core = infer_shapes(core)
     pictures = _Training(info, interface, preparation, root)
     compute = _Compute(core)
     expected = [compute(planes).argmax(1) for planes in pictures.choosing]
-    found = {way: _ranges(core, pictures.calibrating, way) for way in _RANGES}
-    graphs = {way: _in_int8(core, ranges) for way, ranges in found.items()}
+    found = {way: find_ranges(core, pictures.calibrating, way) for way in _RANGES}
+    graphs = {way: to_int8(core, ranges) for way, ranges in found.items()}
     changed = {way: _changed(_Compute(graph), pictures.choosing, expected) for way, graph in graphs.items()}
     changed = dict(sorted(changed.items(), key=lambda item: item[1]))
     way = next(iter(changed))
@@ -216,7 +218,7 @@ def _quantize(
         sensitive = _by_effect(core, found[way], pictures.choosing[:_PROBES], compute)
         count = 1
         while tried[-1][0] > allowed_drop and count < len(sensitive):
-            graph = _in_int8(core, found[way], leave=sensitive[:count])
+            graph = to_int8(core, found[way], leave=sensitive[:count])
             drop = before - pictures.metric(_Compute(graph))
             console.print(f"int8 with {count} of {len(sensitive)} layers in float: {drop:+.4f} lost")
             tried.append((drop, graph, tuple(sensitive[:count])))
@@ -235,7 +237,7 @@ def _by_effect(
     effect = {}
     layers = _layers(core)
     for layer in Bar(layers, len(layers), "each layer alone in int8"):
-        alone = _Compute(_in_int8(core, ranges, only=[layer]))
+        alone = _Compute(to_int8(core, ranges, only=[layer]))
         errors = [np.square(alone(p) - e).sum() for p, e in zip(pictures, expected, strict=True)]
         effect[layer] = float(np.sum(errors))
     return sorted(effect, key=lambda layer: -effect[layer])
@@ -245,8 +247,13 @@ def _layers(core: onnx.ModelProto) -> list[str]:
     return [node.name for node in core.graph.node if node.op_type in _WEIGHTED]
 
 
-def _ranges(core: onnx.ModelProto, pictures: Sequence[Planes], way: str) -> Any:
-    """Ranges of all activations, as onnxruntime keeps them."""
+def find_ranges(core: onnx.ModelProto, pictures: Sequence[Planes], way: str) -> Any:
+    """Ranges of all activations over planes (n, 3, H, W), as onnxruntime keeps them.
+
+    Args:
+        core: with its shapes inferred.
+        way: a key of `_RANGES`.
+    """
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -276,10 +283,10 @@ def _reader(pictures: Sequence[Planes]) -> Any:
     return Reader()
 
 
-def _in_int8(
+def to_int8(
     core: onnx.ModelProto, ranges: Any, only: Sequence[str] = (), leave: Sequence[str] = ()
 ) -> onnx.ModelProto:
-    """The network in int8: all of it, ``only`` some layers, or without those to ``leave`` in float."""
+    """A network's own graph in int8: all, ``only`` some layers, or but for those to ``leave`` in float."""
     from onnxruntime.quantization import QDQQuantizer, QuantType
 
     model = onnx.ModelProto()
@@ -300,9 +307,9 @@ def _in_int8(
         quantizer.quantize_model()
     made = quantizer.model.model
     for node in [node for node in made.graph.node if node.name in leave]:
-        # Between quantised tensors onnxruntime makes a float layer's weights int8 after all when it loads the
-        # graph, with one scale (WeightBiasQuantization, its pull request 22969), unless something stands before
-        # it. A sum of one changes nothing, and no optimiser takes it away.
+        # Between quantised tensors onnxruntime gives a float layer int8 weights after all, with one scale,
+        # when it loads the graph (WeightBiasQuantization, its pull request 22969), unless something stands
+        # before it. A sum of one changes nothing, and no optimiser takes it away.
         made.graph.node.append(onnx.helper.make_node("Sum", [node.input[0]], [f"{node.name}_in_float"]))
         node.input[0] = f"{node.name}_in_float"
     return _sorted(made)
@@ -315,10 +322,6 @@ def _sorted(graph: onnx.ModelProto) -> onnx.ModelProto:
     model = ONNXModel(graph)
     model.topological_sort()
     return model.model
-
-
-def _with_shapes(core: onnx.ModelProto) -> onnx.ModelProto:
-    return onnx.shape_inference.infer_shapes(core)
 
 
 def _changed(

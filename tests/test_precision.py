@@ -177,7 +177,7 @@ def planes(count: int = 4) -> list[np.ndarray]:
 @pytest.mark.parametrize("worst", [0, 1, 2])
 def test_the_layer_that_suffers_is_found_and_left_in_float(worst: int) -> None:
     core, pictures = chain([1000.0 if index == worst else 1.0 for index in range(3)]), planes()
-    ranges = precision._ranges(core, pictures, "MinMax")
+    ranges = precision.find_ranges(core, pictures, "MinMax")
     ranked = precision._by_effect(core, ranges, pictures, precision._Compute(core))
     assert ranked[0] == f"layer{worst}"
     want = precision._Compute(core)(pictures[0])
@@ -185,8 +185,8 @@ def test_the_layer_that_suffers_is_found_and_left_in_float(worst: int) -> None:
     def error(graph: onnx.ModelProto) -> float:
         return float(np.abs(precision._Compute(graph)(pictures[0]) - want).max() / np.abs(want).max())
 
-    left = precision._in_int8(core, ranges, leave=ranked[:1])
-    assert error(left) < 0.05 < 0.9 < error(precision._in_int8(core, ranges))
+    left = precision.to_int8(core, ranges, leave=ranked[:1])
+    assert error(left) < 0.05 < 0.9 < error(precision.to_int8(core, ranges))
     kinds = {tensor.name: tensor.data_type for tensor in left.graph.initializer}
     assert kinds[f"w{worst}"] == TensorProto.FLOAT
     assert sum(name.endswith("_quantized") and name[0] == "w" for name in kinds) == 2

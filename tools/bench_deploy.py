@@ -5,10 +5,11 @@
     python tools/bench_deploy.py --device cuda     # adds the CUDA rows
     python tools/bench_deploy.py --table           # the page again, from what was measured
 
-The networks are untrained, with 19 classes, folded after their statistics have seen some noise: weights do not
-change what a layer costs. All arms of a network and size take turns in one process. Each network and size leaves
-a JSON file in runs/latency, and is not measured again while that is there, so a stopped run goes on where it was.
-The ratio nd/bn is the median over the rounds; folded, both are the same layers, so it should be within 2% of 1.
+The networks are untrained, with 19 classes, folded after their statistics have seen some noise: weights do
+not change what a layer costs. int8 is calibrated on noise, with every layer in int8. All arms of a network
+and size take turns in one process. Each network and size leaves a JSON file in runs/latency, and is not
+measured again while that is there, so a stopped run goes on where it was. The ratio nd/bn is the median over
+the rounds; folded, both are the same layers, so it should be within 2% of 1.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx.shape_inference import infer_shapes
 from torch import nn
 
 from segdeconv.bench import Stages, interleave, machine, noise, peak_mib, stages
 from segdeconv.checkpoint import CheckpointInfo
 from segdeconv.config import load_recipe
-from segdeconv.export import export_onnx
+from segdeconv.export import finish, network_graph, preparation_of, write_graph
 from segdeconv.files import make_folder, to_json, write_atomically
 from segdeconv.fold import fold_network_deconv
+from segdeconv.interface import Interface
 from segdeconv.models import build_model, main_output
+from segdeconv.precision import find_ranges, to_fp16, to_int8
 from segdeconv.runtime import Segmenter, import_onnxruntime
 
 NETWORKS = {
@@ -91,6 +95,24 @@ def torch_stages(model: nn.Module, pictures: np.ndarray, device: torch.device) -
     return call
 
 
+def write_graphs(model: nn.Module, info: CheckpointInfo, folder: Path) -> dict[str, Path]:
+    """The network as fp32, fp16 and int8 graphs, by the name of what computes them."""
+    interface, preparation = Interface(), preparation_of(info, model)
+    core = infer_shapes(network_graph(model, interface, preparation))
+    planes = np.random.default_rng(0).standard_normal((1, 3, 256, 256), np.float32)
+    graphs = {
+        "fp32": core,
+        "fp16": to_fp16(core),
+        "int8": to_int8(core, find_ranges(core, [planes], "MinMax")),
+    }
+    paths = {}
+    for precision, graph in graphs.items():
+        path = folder / f"{precision}_{info.recipe.model.norm}.onnx"
+        write_graph(finish(graph, info, interface, preparation, precision=precision), path)
+        paths[f"onnxruntime {precision}"] = path
+    return paths
+
+
 def measure(architecture: str, size: tuple[int, int], options: argparse.Namespace) -> dict[str, Any]:
     """All arms of one network at one size: a dictionary for JSON."""
     pictures, device = noise(options.batch, *size), torch.device(options.device)
@@ -100,12 +122,12 @@ def measure(architecture: str, size: tuple[int, int], options: argparse.Namespac
         for norm in ("bn", "nd"):
             model, info = make(architecture, norm)
             if "onnxruntime" in options.engines:
-                path = Path(folder) / f"{norm}.onnx"
-                export_onnx(model, info, path)
-                segmenter = Segmenter(path, options.device, threads=options.threads)
-                arms[f"onnxruntime fp32 {norm}"] = stages(segmenter, pictures)
                 shape = (options.batch, *size)
-                memory[f"onnxruntime fp32 {norm}"] = peak_mib(path, segmenter.device, options.threads, shape)
+                for engine, path in write_graphs(model, info, Path(folder)).items():
+                    segmenter = Segmenter(path, options.device, threads=options.threads)
+                    name = f"{engine} {norm}"
+                    arms[name] = stages(segmenter, pictures)
+                    memory[name] = peak_mib(path, segmenter.device, options.threads, shape)
             folded = fold_network_deconv(model).eval().to(device)
             if "eager" in options.engines:
                 arms[f"PyTorch eager fp32 {norm}"] = torch_stages(folded, pictures, device)
@@ -113,7 +135,7 @@ def measure(architecture: str, size: tuple[int, int], options: argparse.Namespac
                 compiled = torch.compile(folded, dynamic=False)
                 arms[f"PyTorch compiled fp32 {norm}"] = torch_stages(compiled, pictures, device)
         over = {name: name[:-2] + "bn" for name in arms}
-        timings = interleave(arms, options.runs, options.batch, warm_up=2, over=over)
+        timings = interleave(arms, options.runs, options.batch, warm_up=1, over=over)
     return {
         **machine("cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"),
         "network": architecture,
@@ -151,12 +173,17 @@ def page(results: list[dict[str, Any]]) -> str:
                 for r in results
                 if (r["network"], r["size"]) == (architecture, result["size"]) and r["device"] != "cpu"
             ]
-            lines += [_row("CPU", timing) for timing in result["timings"]]
-            for timing in on_gpu[0]["timings"] if on_gpu else []:
-                lines.append(_row("CUDA", timing))
+            lines += [_row("CPU", timing) for timing in _by_engine(result["timings"])]
+            lines += [_row("CUDA", timing) for timing in _by_engine(on_gpu[0]["timings"] if on_gpu else [])]
             if not on_gpu:
-                lines += [f"| CUDA | onnxruntime fp32 | {norm} | | | | | |" for norm in ("bn", "nd")]
+                lines += [f"| CUDA | onnxruntime {kind} | | | | | | |" for kind in ("fp32", "fp16", "int8")]
     return "\n".join(lines) + "\n"
+
+
+def _by_engine(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Both norms of an engine together, engines as they came."""
+    engines = [timing["name"][:-3] for timing in timings]
+    return sorted(timings, key=lambda timing: engines.index(timing["name"][:-3]))
 
 
 def _conditions(result: dict[str, Any]) -> str:
