@@ -98,20 +98,26 @@ def test_a_validation_that_is_cut_short_costs_no_step(
 KILLED = ("train.epochs=4", "train.checkpoint_minutes=0", "train.ema_decay=0.9")
 
 
-def child(out: str) -> None:
+def child(out: str, workers: int) -> None:
     torch.set_num_threads(1)
-    train(tiny(*KILLED), Path(out), resume=True)
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # loaders shall not inherit this process's forkserver
+    train(tiny(*KILLED, f"data.num_workers={workers}"), Path(out), resume=True)
 
 
-@pytest.mark.parametrize("wanted", [4, pytest.param(25, marks=pytest.mark.slow)])
-def test_kill_9_at_any_moment(wanted: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "workers"),
+    [(4, 0), pytest.param(25, 0, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],
+)
+def test_kill_9_at_any_moment(wanted: int, workers: int, tmp_path: Path) -> None:
     """Kills at random moments, over as many runs as that takes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_resume"])
     rng, kills, runs = random.Random(wanted), 0, 0
 
     def start(out: Path) -> multiprocessing.Process:
-        process = context.Process(target=child, args=(str(out),))
+        process = context.Process(target=child, args=(str(out), workers))
         process.start()
         return process
 
