@@ -21,6 +21,7 @@ import onnx
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from onnxscript import opset18
 from torch import Tensor, nn
 
 from segdeconv import __version__
@@ -29,12 +30,15 @@ from segdeconv.entries import DATA
 from segdeconv.errors import UserError
 from segdeconv.files import write_atomically
 from segdeconv.fold import fold_network_deconv
+from segdeconv.images import first_line
 from segdeconv.interface import Interface, Preparation, around
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import main_output, size_multiple
 from segdeconv.runtime import import_onnxruntime
 
 TOLERANCE = 1e-4  # of the largest logit; more only where float32 itself is less exact, see compare
+
+op: Any = opset18  # its types know less than it does
 
 _TRACED_SIZE = (96, 160)
 _CHECKED = ((1, 64, 96), (2, 97, 131), (3, 192, 224))  # batch, height, width; none of them is traced
@@ -219,6 +223,7 @@ def network_graph(model: nn.Module, interface: Interface, preparation: Preparati
                 opset_version=interface.opset,
                 dynamo=True,
                 dynamic_shapes=shapes,
+                custom_translation_table={torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average},
                 verbose=False,
             )
     except Exception as error:  # the exporter raises what the traced Python raises, wrapped
@@ -228,6 +233,31 @@ def network_graph(model: nn.Module, interface: Interface, preparation: Preparati
     graph = program.model_proto
     del graph.graph.value_info[:]  # symbol names of the tracer; shape inference makes them again
     return graph
+
+
+def _adaptive_average(planes: Any, output_size: Sequence[int]) -> Any:
+    """Adaptive average pooling of maps of any size, which torch itself exports for the traced size only."""
+    rows, columns = output_size
+    if rows == columns == 1:
+        return op.GlobalAveragePool(planes)
+    down = _bins(op.Shape(planes, start=2, end=3), rows)
+    across = _bins(op.Shape(planes, start=3, end=4), columns)
+    return op.MatMul(op.MatMul(down, planes), op.Transpose(across, perm=[1, 0]))
+
+
+def _bins(length: Any, count: int) -> Any:
+    """The matrix (count, length) that averages an axis: bin i is of i L / n, rounded down, to (i + 1) L / n,
+    rounded up.
+    """
+    n, one = op.Constant(value_ints=[count]), op.Constant(value_ints=[1])
+    index = op.Constant(value_ints=list(range(count)))
+    first = op.Div(op.Mul(index, length), n)
+    behind = op.Div(op.Sub(op.Add(op.Mul(op.Add(index, one), length), n), one), n)
+    first, behind = op.Unsqueeze(first, one), op.Unsqueeze(behind, one)
+    at = op.Range(op.Constant(value_int=0), op.Squeeze(length), op.Constant(value_int=1))
+    inside = op.And(op.GreaterOrEqual(at, first), op.Less(at, behind))
+    width = op.Sub(behind, first)
+    return op.Div(op.Cast(inside, to=onnx.TensorProto.FLOAT), op.Cast(width, to=onnx.TensorProto.FLOAT))
 
 
 class _Logits(nn.Module):
@@ -345,7 +375,12 @@ def _run(graph: onnx.ModelProto, images: Tensor, values: Sequence[str]) -> dict[
         probed.SerializeToString(), providers=["CPUExecutionProvider"]
     )
     half = session.get_inputs()[0].type == "tensor(float16)"
-    found = session.run(list(values), {"image": (images.half() if half else images).numpy()})
+    try:
+        found = session.run(list(values), {"image": (images.half() if half else images).numpy()})
+    except Exception as error:  # onnxruntime raises its own unrelated classes
+        raise UserError(
+            f"the graph does not run on {tuple(images.shape)}, which it should ({first_line(error)})"
+        ) from None
     return dict(zip(values, found, strict=True))
 
 

@@ -180,6 +180,27 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
         export_onnx(Moody(), info, tmp_path / "x.onnx")
 
 
+@pytest.mark.parametrize("size", [1, 2, (3, 5), 6])
+def test_adaptive_pooling_at_sizes_that_were_not_traced(size: Any) -> None:
+    """Sizes below and above the traced ones, divisible and not, and smaller than the bins."""
+
+    class Pool(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+            self.pool = torch.nn.AdaptiveAvgPool2d(size)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.pool(image) * self.weight
+
+    pool = Pool().eval()
+    graph = export.network_graph(pool, Interface(), PLAIN)
+    for sides in ((12, 18), (7, 13), (301, 200), (4, 5)):
+        images = torch.randn(2, 3, *sides)
+        found = export._run(graph, images, ["logits"])["logits"]
+        np.testing.assert_allclose(found, pool(images).detach(), atol=2e-7)
+
+
 ALL = ("labels", "logits", "probabilities")
 
 

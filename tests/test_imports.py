@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"checkpoint", "config", "convert", "data", "distributed", "evaluate", "figures", "losses", "metrics"}
     | {"models", "progress"},
     "interface": LEAVES,
-    "export": FILES | {"checkpoint", "entries", "fold", "interface", "metrics", "models", "runtime"},
+    "export": PICTURES | {"checkpoint", "entries", "fold", "interface", "metrics", "models", "runtime"},
     "precision": FILES
     | {"bench", "checkpoint", "config", "data", "evaluate", "export", "interface", "metrics", "models"}
     | {"progress", "runtime"},

@@ -96,7 +96,7 @@ def torch_stages(model: nn.Module, pictures: np.ndarray, device: torch.device) -
 
 
 def write_graphs(model: nn.Module, info: CheckpointInfo, folder: Path) -> dict[str, Path]:
-    """The network as fp32, fp16 and int8 graphs, by the name of what computes them."""
+    """The network as fp32, fp16 and int8 graphs of any size, by the name of what computes them."""
     interface, preparation = Interface(), preparation_of(info, model)
     core = infer_shapes(network_graph(model, interface, preparation))
     planes = np.random.default_rng(0).standard_normal((1, 3, 256, 256), np.float32)

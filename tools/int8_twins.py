@@ -1,0 +1,142 @@
+"""How int8 treats a deconvolved network and its batch-norm twin: writes docs/int8.md.
+
+    python tools/int8_twins.py unet_mobilenet_v2.nd_camvid unet_mobilenet_v2.bn_camvid
+
+Takes entries of the zoo, or runs, whose data is at hand (--root says where). Each is exported with --int8, and
+its accuracy and speed are measured as `segdeconv export` does. Then weights alone and activations alone are
+rounded to int8 in PyTorch, to see which of the two does the harm: weights with a scale a channel, what
+convolutions read with a scale a tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from segdeconv.bench import machine
+from segdeconv.checkpoint import load_checkpoint
+from segdeconv.data import EvalSet, open_samples
+from segdeconv.files import write_atomically
+from segdeconv.fold import fold_network_deconv
+from segdeconv.models import main_output, size_multiple
+from segdeconv.precision import Gates, export_smaller
+
+_PICTURES = 16
+
+PAGE = """# int8, deconvolution beside batch norm
+
+Written by `python tools/int8_twins.py {runs}`,
+which says how. int8 graphs are as `segdeconv export --int8` makes them, with its gates open; speed is
+onnxruntime's on the {device}.
+
+{exported}
+
+What rounding to int8 does to one part alone, in PyTorch. The spread is of a filter, its largest weight over
+the root of the mean square; of what convolutions read, the range over the standard deviation. Means over layers.
+
+{by_part}
+"""
+
+
+def rounded(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """To the nearest of 256 even steps from ``low`` to ``high``."""
+    step = (high - low).clamp_min(1e-12) / 255
+    return ((values - low) / step).round() * step + low
+
+
+def round_weights(model: nn.Module) -> nn.Module:
+    for layer in convolutions(model):
+        largest = layer.weight.flatten(1).abs().amax(1)[:, None, None, None]
+        layer.weight.copy_(rounded(layer.weight, -largest, largest))
+    return model
+
+
+def round_activations(model: nn.Module) -> nn.Module:
+    for layer in convolutions(model):
+        layer.register_forward_pre_hook(lambda _, x: (rounded(x[0], x[0].min(), x[0].max()),))
+    return model
+
+
+def convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def spreads(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """How far the largest values stand out, in filters and in what convolutions read."""
+    filters, read = [], []
+    for layer in convolutions(model):
+        rows = layer.weight.flatten(1)
+        filters.append((rows.abs().amax(1) / rows.square().mean(1).sqrt().clamp_min(1e-12)).mean().item())
+        layer.register_forward_pre_hook(
+            lambda _, x: read.append(((x[0].max() - x[0].min()) / x[0].std()).item())
+        )
+    model(images)
+    return {"weights": statistics.fmean(filters), "activations": statistics.fmean(read)}
+
+
+@torch.inference_mode()
+def harm(run: str, root: str | None) -> list[str]:
+    """Cells by what is rounded: labels changed on training pictures, the logits' relative error, spread."""
+    model, info = load_checkpoint(run)
+    data = info.recipe.data if root is None else replace(info.recipe.data, root=root)
+    samples = open_samples(data, "train")
+    pictures = EvalSet(samples, data, size_multiple(model))
+    images = torch.stack([pictures[i * len(samples) // _PICTURES][0] for i in range(_PICTURES)])
+    folded = fold_network_deconv(model)
+    expected = main_output(folded(images))
+    spread, rows = spreads(copy.deepcopy(folded), images), []
+    for name, change in (("weights", round_weights), ("activations", round_activations)):
+        logits = main_output(change(copy.deepcopy(folded))(images))
+        changed = (logits.argmax(1) != expected.argmax(1)).float().mean().item()
+        error = ((logits - expected).norm() / expected.norm()).item()
+        rows.append(f"| {run} | {name} | {changed:.2%} | {error:.4f} | {spread[name]:.1f} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("nd", help="the deconvolved network")
+    parser.add_argument("bn", help="its batch-norm twin")
+    parser.add_argument("--root", help="where the data lies, if not where the recipe says")
+    parser.add_argument("--out", type=Path, default=Path("docs/int8.md"))
+    options = parser.parse_args()
+    exported = [
+        "| | fp32 | int8 | times as fast | MB | in float | labels changed on training pictures |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    by_part = [
+        "| | rounded | labels changed | relative error of logits | spread |",
+        "|---|---|---|---|---|",
+    ]
+    for run in (options.nd, options.bn):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "int8.onnx"
+            made = export_smaller(run, path, "int8", gates=Gates(1.0, 0.0), root=options.root, device="cpu")
+        ranges = ", ".join(f"{way} {share:.2%}" for way, share in made.ranges.items())
+        exported.append(
+            f"| {run} | {made.before:.4f} | {made.after:.4f} | {made.speedup:.2f} | "
+            f"{made.megabytes[0]:.1f} to {made.megabytes[1]:.1f} | {len(made.in_float)} of {made.layers} | "
+            f"{ranges} |"
+        )
+        by_part += harm(run, options.root)
+    text = PAGE.format(
+        runs=f"{options.nd} {options.bn}",
+        device=machine("cpu")["device_name"],
+        exported="\n".join(exported),
+        by_part="\n".join(by_part),
+    )
+    write_atomically(options.out, lambda temporary: temporary.write_text(text))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
