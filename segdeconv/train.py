@@ -116,8 +116,8 @@ def train(
     process.
 
     Args:
-        resume: go on with the run in ``out``, bit for bit as if it had not been stopped; begin it where there
-            is none.
+        resume: go on with the run in ``out`` as if it had not been stopped, on the CPU bit for bit; begin it
+            where there is none.
 
     Returns:
         The last line of metrics.jsonl.
