@@ -376,9 +376,8 @@ class _Run:
                 distributed.take_buffers_of_rank_0(self.model, self.evaluated)
                 scores: dict[str, Any] = {}
                 if epoch % config.eval_every == 0 or epoch == config.epochs:
-                    self.save_state(
-                        out
-                    )  # ranks cannot leave a validation, and a scheduler may not wait for its end
+                    # Ranks cannot leave a validation, and a scheduler may not wait for its end.
+                    self.save_state(out)
                     scores = self._score(epoch)
                     line |= {key: value for key, value in scores.items() if key != "confusion"}
                 shown = f", {metric} {scores[metric]:.4f}" if scores else ""
@@ -461,7 +460,7 @@ class _Run:
             done = self.step - (epoch - 1) * self.steps_per_epoch
             if self.recent:
                 continue
-            took = time.monotonic() - begin
+            took = max(time.monotonic() - begin, 1e-9)
             bar.note = (
                 f"loss {self.loss_total.item() / done:.4f}, lr {self._lr(self.step - 1):.3g}, "
                 f"{(done - first) * config.batch_size / took:.1f} images/s, {memory_mib(self.device):.0f} MiB"
@@ -472,7 +471,7 @@ class _Run:
             if time.monotonic() - saved >= 60 * config.checkpoint_minutes and done < self.steps_per_epoch:
                 self.save_state(self.out)
                 saved = time.monotonic()
-        took = time.monotonic() - begin
+        took = max(time.monotonic() - begin, 1e-9)
         self.seconds = before + took
         self.batches.start = 0
         return {
@@ -481,8 +480,8 @@ class _Run:
             "loss": self.loss_total.item() / self.steps_per_epoch,
             "lr": self._lr(self.step - 1),  # of a run that resumed here, the optimiser has made no step yet
             "seconds": self.seconds,
-            "images_per_second": (self.steps_per_epoch - first) * config.batch_size / max(took, 1e-9),
-            "loader_share": source.seconds / max(took, 1e-9),
+            "images_per_second": (self.steps_per_epoch - first) * config.batch_size / took,
+            "loader_share": source.seconds / took,
             "memory_mib": memory_mib(self.device),
         }
 
