@@ -246,6 +246,18 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
     "comparison into no folder": (
         lambda r, t: ["compare", r / "run", "--out", read_only(t)], "cannot make the folder"),
     "export to another suffix": (lambda r, t: ["export", r / "run", "--out", t / "m.pt"], "must end in .onnx"),
+    "export of an unknown output": (
+        lambda r, t: ["export", r / "run", "--output", "labels,masks"], "--output labels,masks: expected some of"),
+    "export at two numbers": (lambda r, t: ["export", r / "run", "--static", "64,64"], "expected batch, height and width"),
+    "export with an old opset": (lambda r, t: ["export", r / "run", "--opset", "9"], "--opset 9: expected 18 to"),
+    "export as two things": (lambda r, t: ["export", r / "run", "--fp16", "--int8"], "choose one"),
+    "half inputs of a whole graph": (lambda r, t: ["export", r / "run", "--half-io"], "--half-io goes with --fp16"),
+    "calibrating on no data": (
+        lambda r, t: ["export", "unet_mobilenet_v2.nd_camvid", "--int8", "--root", t / "no", "--out", t / "m.onnx"],
+        "no such folder"),
+    "benchmark of two sizes": (lambda r, t: ["bench", r / "model.onnx", "--size", "64"], "expected height and width"),
+    "benchmark of nothing": (lambda r, t: ["bench", t / "m.onnx"], "m.onnx: no such file"),
+    "placement of nothing": (lambda r, t: ["placement", t / "m.onnx"], "m.onnx: no such file"),
     "export into no folder": (lambda r, t: ["export", r / "run", "--out", t / "no/m.onnx"], "there is no folder"),
     "missing graph": (lambda r, t: ["predict", t / "m.onnx", t], "m.onnx: no such file"),
     "graph is no ONNX": (lambda r, t: ["predict", write(t / "m.onnx", "x"), t], "onnxruntime cannot load it"),

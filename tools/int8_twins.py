@@ -2,9 +2,9 @@
 
     python tools/int8_twins.py unet_mobilenet_v2.nd_camvid unet_mobilenet_v2.bn_camvid
 
-Takes entries of the zoo, or runs, whose data is at hand (--root says where). Each is exported with --int8, and
-its accuracy and speed are measured as `segdeconv export` does. Then weights alone and activations alone are
-rounded to int8 in PyTorch, to see which of the two does the harm: weights with a scale a channel, what
+Takes entries of the zoo, or runs, whose data is at hand (--root says where). Each is exported with --int8,
+and its accuracy and speed are measured as `segdeconv export` does. Then weights alone and activations alone
+are rounded to int8 in PyTorch, to see which of the two does the harm: weights with a scale a channel, what
 convolutions read with a scale a tensor.
 """
 
@@ -39,7 +39,8 @@ onnxruntime's on the {device}.
 {exported}
 
 What rounding to int8 does to one part alone, in PyTorch. The spread is of a filter, its largest weight over
-the root of the mean square; of what convolutions read, the range over the standard deviation. Means over layers.
+the root of the mean square; of what convolutions read, the range over the standard deviation. Both are means
+over layers.
 
 {by_part}
 """
