@@ -40,8 +40,9 @@ TOLERANCE = 1e-4  # of the largest logit; more only where float32 itself is less
 
 op: Any = opset18  # its types know less than it does
 
-_TRACED_SIZE = (96, 160)
-_CHECKED = ((1, 64, 96), (2, 97, 131), (3, 192, 224))  # batch, height, width; none of them is traced
+_SMALLEST = 128  # pixels a side; PAN takes no fewer than 113
+_TRACED_SIZE = (128, 160)
+_CHECKED = ((1, 192, 128), (2, 131, 163), (3, 160, 224))  # batch, height, width; none of them is traced
 _PREPARED = 1e-3  # of a standard deviation: a sixteenth of a grey level, the most that resizing may differ
 _LARGEST = (1 << 31) - (1 << 20)  # bytes; protobuf ends at 2 GiB
 
@@ -206,8 +207,9 @@ def network_graph(model: nn.Module, interface: Interface, preparation: Preparati
             torch.export.Dim.DYNAMIC,
         ]
         if multiple > 1:
+            least = -(-_SMALLEST // multiple)
             for axis, name in ((2, "rows"), (3, "columns")):
-                dims[axis] = multiple * torch.export.Dim(name, min=1, max=1 << 12)
+                dims[axis] = multiple * torch.export.Dim(name, min=least, max=1 << 12)
         shapes = {"image": dict(enumerate(dims))}
     else:
         batch, size = interface.static[0], _input_size(interface.static, interface, preparation)

@@ -52,8 +52,8 @@ CLASSES = 19
 RESULTS = Path("runs/latency")
 
 
-def make(architecture: str, norm: str) -> tuple[nn.Module, CheckpointInfo]:
-    """A network with running values, in evaluation mode."""
+def make(architecture: str, norm: str, side: int = 128) -> tuple[nn.Module, CheckpointInfo]:
+    """A network with running values, of pictures of ``side`` pixels, in evaluation mode."""
     changes = {
         "model.architecture": architecture,
         "model.encoder": "null",
@@ -66,7 +66,7 @@ def make(architecture: str, norm: str) -> tuple[nn.Module, CheckpointInfo]:
     model, _ = build_model(recipe.model, CLASSES)
     with torch.no_grad():
         for _ in range(3):
-            model(torch.randn(2, 3, 128, 128))
+            model(torch.randn(2, 3, side, side))
     names = tuple(f"class {number}" for number in range(CLASSES))
     palette = tuple((number, number, number) for number in range(CLASSES))
     return model.eval(), CheckpointInfo(recipe, "segmentation", names, palette, 1, {})

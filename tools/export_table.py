@@ -48,7 +48,7 @@ def row(architecture: str) -> list[str]:
         path = Path(folder) / "model.onnx"
         for norm in ("nd", "bn"):
             try:
-                model, info = make(name, norm)
+                model, info = make(name, norm, _STATIC[1])
                 multiple = size_multiple(model)
                 try:
                     results = export_onnx(model, info, path, Interface(("logits",)))
