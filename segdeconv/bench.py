@@ -114,7 +114,7 @@ def bench(
 
     Args:
         paths: the ONNX files; ratios are over the first.
-        size: height and width; by default what the first graph's pictures are resized to, or 512 x 1024.
+        size: height and width; by default the first graph's own, see `default_size`.
         batch: pictures a call.
         threads: as `Segmenter` takes it, as ``device`` and ``allow_cpu``.
         runs: measured calls of each graph.
@@ -131,7 +131,10 @@ def bench(
         raise UserError(f"--batch {batch}, --runs {runs}: expected at least 1 of each")
     segmenters = {str(path): Segmenter(path, device, allow_cpu=allow_cpu, threads=threads) for path in paths}
     first = next(iter(segmenters.values()))
-    size = size or first.metadata["resize"] or _DEFAULT_SIZE
+    size = size or default_size(first)
+    for name, segmenter in segmenters.items():
+        if segmenter.size not in (None, tuple(size)):
+            raise UserError(f"{name}: takes pictures of {segmenter.size} only; give --size so")
     height, width = size
     pictures = noise(batch, height, width)
     timings = interleave({name: stages(made, pictures) for name, made in segmenters.items()}, runs, batch)
@@ -147,6 +150,12 @@ def bench(
         "runs": runs,
         "timings": [asdict(t) | {"peak_mib": mib} for t, mib in zip(timings, memory, strict=True)],
     }
+
+
+def default_size(segmenter: Segmenter) -> tuple[int, int]:
+    """Height and width that a graph was exported for, or that its recipe has, or 512 x 1024."""
+    known = segmenter.metadata
+    return tuple(segmenter.size or known["resize"] or known.get("central_crop") or _DEFAULT_SIZE)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -189,7 +198,8 @@ def peak_mib(path: Path, device: str, threads: int | None, shape: tuple[int, int
     code = "import sys; from segdeconv.bench import _memory_of_this_process as f; print(f(*sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{path}: no memory could be measured ({done.stderr.strip().splitlines()[-1]})")
+        reason = (done.stderr.strip().splitlines() or ["the process was killed"])[-1]
+        raise UserError(f"{path}: no memory could be measured ({reason})")
     last = done.stdout.split()[-1]
     return None if last == "None" else float(last)
 

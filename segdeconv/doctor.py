@@ -1,4 +1,5 @@
-"""What is wrong with an installation, and the command that mends it. The standard library only.
+"""What is wrong with an installation, and the command that mends it. The standard library only, since what
+else there is may be broken.
 
 `gather` looks at the machine; `examine` and `why_no_cuda` are pure functions over what it found.
 """
@@ -14,6 +15,8 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
+
+from segdeconv.files import cache_folder
 
 _OPENCV = (
     "opencv-contrib-python",
@@ -233,6 +236,7 @@ def gather() -> Facts:
     home = Path.home() / ".cache"
     hugging = Path(os.environ.get("HF_HOME", home / "huggingface"))
     caches = (
+        _cache("SEGDECONV_CACHE", cache_folder()),  # the zoo's weights, onnxruntime-web
         _cache("HF_HUB_CACHE", hugging / "hub"),  # smp's and timm's encoder weights
         _cache("TORCH_HOME", home / "torch"),  # torchvision's
     )

@@ -53,8 +53,8 @@ class Parity:
 
     Attributes:
         shape: batch, height, width of the input.
-        max_diff: largest difference over the largest logit, of logits or else of probabilities; NaN where the
-            graph gives labels alone.
+        max_diff: largest difference of logits and probabilities over the largest logit; NaN where the graph
+            gives labels alone.
         labels_differ: share of differing labels.
         tolerance: what ``max_diff`` may be; labels may differ only where PyTorch's two best logits are closer
             than twice that.
@@ -89,6 +89,13 @@ def export_onnx(
     core = network_graph(model, interface, preparation)
     graph = finish(core, info, interface, preparation)
     results = compare_all(graph, model, info, interface, preparation)
+    check(results, path)
+    write_graph(graph, path)
+    return results
+
+
+def check(results: Sequence[Parity], path: Path) -> None:
+    """Raise UserError unless a graph agrees with PyTorch at all sizes."""
     failed = next((result for result in results if not result.passed), None)
     if failed is not None:
         raise UserError(
@@ -96,8 +103,6 @@ def export_onnx(
             f"{failed.max_diff:.1e} of the largest logit (allowed {failed.tolerance:.1e}), "
             f"{failed.labels_differ:.2%} of labels"
         )
-    write_graph(graph, path)
-    return results
 
 
 def check_place(path: str | Path) -> Path:
@@ -118,10 +123,8 @@ def write_graph(graph: onnx.ModelProto, path: Path) -> None:
     """Write a graph with its weights inside, atomically.
 
     Raises:
-        UserError: it is larger than ONNX files can be, or the place cannot be written.
+        UserError: the place cannot be written.
     """
-    if graph.ByteSize() > _LARGEST:
-        raise UserError(f"{path}: not written, the graph has 2 GB or more, which one ONNX file cannot hold")
     write_atomically(path, lambda temporary: temporary.write_bytes(graph.SerializeToString()))
 
 
@@ -177,7 +180,15 @@ def finish(
 
     Args:
         changes: metadata that differ from `graph_metadata`.
+
+    Raises:
+        UserError: it is larger than an ONNX file can be, or holds an operator that is not ONNX's own.
     """
+    if core.ByteSize() > _LARGEST:
+        raise UserError("not written, the graph has 2 GB or more, which one ONNX file cannot hold")
+    foreign = {node.op_type for node in core.graph.node if node.domain not in ("", "ai.onnx")}
+    if foreign:
+        raise UserError(f"not written, the graph needs operators beyond ONNX's own: {', '.join(foreign)}")
     graph = around(core, interface, preparation, info.task, len(info.classes))
     digest = hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()
     graph.graph.name = f"{info.recipe.name}_{info.recipe.model.norm}_{digest[:16]}"
@@ -234,6 +245,9 @@ def network_graph(model: nn.Module, interface: Interface, preparation: Preparati
     assert program is not None
     graph = program.model_proto
     del graph.graph.value_info[:]  # symbol names of the tracer; shape inference makes them again
+    del graph.graph.metadata_props[:]
+    for node in graph.graph.node:
+        del node.metadata_props[:]  # lines and folders of the Python that was traced
     return graph
 
 
@@ -328,13 +342,15 @@ def compare(
     found = _run(graph, images, [*interface.outputs, *(["planes"] if raw else [])])
     planes = images
     if raw:
-        planes, wanted = torch.from_numpy(found["planes"]).float(), prepared(images, preparation)
-        if planes.shape != wanted.shape or not (planes - wanted).abs().max() < _PREPARED:
+        planes, wanted = torch.from_numpy(found["planes"]), prepared(images, preparation)
+        allowed = max(_PREPARED, 4 * torch.finfo(planes.dtype).eps)
+        planes = planes.float()
+        if planes.shape != wanted.shape or not (planes - wanted).abs().max() < allowed:
             return Parity(shape, float("inf"), 1.0, TOLERANCE, False)
     with torch.inference_mode():
         logits = main_output(model(planes))
         exact = main_output(copy.deepcopy(model).double()(planes.double()))
-    largest = float(logits.abs().max())
+    largest = max(float(logits.abs().max()), torch.finfo(torch.float32).tiny)  # NaN stays NaN
     tolerance = min(max(TOLERANCE, 4 * float((logits - exact).abs().max()) / largest), 100 * TOLERANCE)
     shown = images.shape[1:3] if raw else images.shape[2:]
     shape = (len(images), *shown)
@@ -347,8 +363,9 @@ def compare(
     scores = [name for name in interface.outputs if name != "labels"]
     max_diff = max((_largest(found[name], answers[name]) / largest for name in scores), default=float("nan"))
     passed = not max_diff > tolerance
-    first, second = logits.topk(2, dim=1).values.unbind(1)
-    clear = _nearest((first - second > 2 * tolerance * largest).byte(), shown).numpy() > 0
+    best = logits.topk(min(2, logits.shape[1]), dim=1).values
+    margin = best[:, 0] - best[:, -1]
+    clear = _nearest((margin > 2 * tolerance * largest).byte(), shown).numpy() > 0
     labels = found["labels"] if "labels" in found else found[scores[0]].argmax(1)
     wrong = labels != (answers["labels"] if "labels" in found else answers[scores[0]].argmax(1))
     if "labels" in found:

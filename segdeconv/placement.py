@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from segdeconv.errors import UserError
-from segdeconv.runtime import import_onnxruntime, open_session
+from segdeconv.images import first_line
+from segdeconv.runtime import TYPES, import_onnxruntime, open_session
 
 _CPU = "CPUExecutionProvider"
 _DEFAULT_SIDE = 256  # pixels, where a graph takes any height and width
@@ -92,7 +93,7 @@ def placement(
         try:
             session.run(None, {source.name: _black(source, size) for source in session.get_inputs()})
         except Exception as error:  # onnxruntime raises its own unrelated classes
-            raise UserError(f"{path}: does not run ({error}); try another --size") from None
+            raise UserError(f"{path}: does not run ({first_line(error)}); try another --size") from None
         finally:
             profile = session.end_profiling()
         events = json.loads(Path(profile).read_text())
@@ -103,7 +104,7 @@ def placement(
 
 def _black(source: Any, size: tuple[int, int] | None) -> np.ndarray:
     """Zeros that suit an input (n, C, H, W), or (n, H, W, C)."""
-    kind = np.uint8 if source.type == "tensor(uint8)" else np.float32
+    kind = TYPES[source.type]
     rows, columns = size or (_DEFAULT_SIDE, _DEFAULT_SIDE)
     free = (1, rows, columns, 3) if kind is np.uint8 else (1, 3, rows, columns)
     return np.zeros([s if isinstance(s, int) else f for s, f in zip(source.shape, free, strict=True)], kind)

@@ -23,12 +23,20 @@ from onnx.shape_inference import infer_shapes
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from segdeconv.bench import interleave, noise, stages
+from segdeconv.bench import default_size, interleave, noise, stages
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint
 from segdeconv.data import EvalSet, open_samples
 from segdeconv.errors import Refused, UserError
 from segdeconv.evaluate import evaluate_run, ignore_index_of, score
-from segdeconv.export import check_place, finish, network_graph, preparation_of, write_graph
+from segdeconv.export import (
+    check,
+    check_place,
+    compare_all,
+    finish,
+    network_graph,
+    preparation_of,
+    write_graph,
+)
 from segdeconv.interface import Interface, Preparation
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.progress import Bar, console
@@ -40,7 +48,6 @@ Planes = NDArray[np.float32]
 _PICTURES = 32  # of the training split, for ranges; as many others for choosing
 _PROBES = 4  # of the latter, for each layer alone
 _RUNS = 20  # measured calls of each graph
-_DEFAULT_SIZE = (512, 1024)
 _RANGES: dict[str, dict[str, Any]] = {  # of activations: onnxruntime's ways, and settings
     "MinMax": {},
     "Percentile": {"percentile": 99.99, "symmetric": False},
@@ -119,22 +126,31 @@ def export_smaller(
     path, interface, gates = check_place(path), interface or Interface(), gates or Gates()
     model, info = load_checkpoint(run)
     preparation = preparation_of(info, model)
-    core = network_graph(model, interface, preparation)
+    # Accuracy is that of the network, on pictures of any size; the outside is for speed and for the file.
+    plain = Interface(opset=interface.opset)
+    core = network_graph(model, plain, preparation)
+    check(compare_all(finish(core, info, plain, preparation), model, info, plain, preparation), path)
     chosen: dict[str, float] = {}
     in_float: tuple[str, ...] = ()
     if precision == "fp16":
         small = to_fp16(core, half_io)
     else:
-        small, chosen, in_float = _quantize(core, info, interface, preparation, gates.max_drop / 2, root)
+        small, chosen, in_float = _quantize(core, info, preparation, gates.max_drop / 2, root)
+    asked = finish(small, info, interface, preparation, precision=precision)
+    for result in compare_all(asked, model, info, interface, preparation):
+        if np.isinf(result.max_diff):
+            raise UserError(f"{path}: not written, {precision} puts out something else at {result.shape}")
 
     with tempfile.TemporaryDirectory() as temporary:
-        files = {name: Path(temporary) / f"{name}.onnx" for name in ("fp32", precision)}
-        write_graph(finish(core, info, interface, preparation), files["fp32"])
-        write_graph(finish(small, info, interface, preparation, precision=precision), files[precision])
         metric = MAIN_METRIC[info.task]
+        files = {name: Path(temporary) / f"{name}.onnx" for name in ("fp32", precision)}
+        write_graph(finish(core, info, plain, preparation), files["fp32"])
+        write_graph(finish(small, info, plain, preparation, precision=precision), files[precision])
         before, after = (evaluate_run(run, device, file, root)[metric] for file in files.values())
-        speedup, where = _speedup(files["fp32"], files[precision], info, interface, preparation, device)
         sizes = [file.stat().st_size / 1e6 for file in files.values()]
+        write_graph(finish(core, info, interface, preparation), files["fp32"])
+        write_graph(asked, files[precision])
+        speedup, where = _speedup(files["fp32"], files[precision], info, interface, device)
     if not before - after <= gates.max_drop:
         raise Refused(
             f"{path}: not written, {precision} brings {metric} from {before:.4f} to {after:.4f}, a drop of "
@@ -178,13 +194,14 @@ def to_fp16(core: onnx.ModelProto, half_io: bool = False) -> onnx.ModelProto:
 
 
 def _speedup(
-    full: Path, small: Path, info: CheckpointInfo, interface: Interface, preparation: Preparation, device: str
+    full: Path, small: Path, info: CheckpointInfo, interface: Interface, device: str
 ) -> tuple[float, str]:
     """How many times as fast ``small`` is, with preparation and labels, and where."""
-    size = preparation.size or info.recipe.data.crop or _DEFAULT_SIZE
-    batch, *size = interface.static or (1, *size)  # type: ignore[assignment]
-    pictures = noise(batch, *size)
     segmenters = {file.stem: Segmenter(file, device) for file in (full, small)}
+    data, fixed = info.recipe.data, interface.static
+    size = fixed[1:] if fixed else data.size or data.crop or default_size(segmenters[full.stem])
+    batch = fixed[0] if fixed else 1
+    pictures = noise(batch, *size)
     arms = {name: stages(segmenter, pictures) for name, segmenter in segmenters.items()}
     of_full, _ = interleave(arms, _RUNS, batch, over={full.stem: small.stem})
     return of_full.ratio, segmenters[full.stem].device
@@ -196,14 +213,13 @@ def _speedup(
 def _quantize(
     core: onnx.ModelProto,
     info: CheckpointInfo,
-    interface: Interface,
     preparation: Preparation,
     allowed_drop: float,
     root: str | None,
 ) -> tuple[onnx.ModelProto, dict[str, float], tuple[str, ...]]:
     """The network in int8, how much ways of finding ranges change labels, and the layers left in float."""
     core = infer_shapes(core)
-    pictures = _Training(info, interface, preparation, root)
+    pictures = _Training(info, preparation, root)
     compute = _Compute(core)
     expected = [compute(planes).argmax(1) for planes in pictures.choosing]
     found = {way: find_ranges(core, pictures.calibrating, way) for way in _RANGES}
@@ -352,39 +368,26 @@ class _Training:
     calibration holds every activation of one picture in memory.
     """
 
-    def __init__(
-        self, info: CheckpointInfo, interface: Interface, preparation: Preparation, root: str | None
-    ) -> None:
+    def __init__(self, info: CheckpointInfo, preparation: Preparation, root: str | None) -> None:
         data = info.recipe.data
         if root is not None:
             data = replace(data, root=root)
         self.samples = open_samples(data, "train")
         self.ignore_index = ignore_index_of(self.samples, data)
         pictures: Dataset[Any] = EvalSet(self.samples, data, preparation.size_multiple)
-        if preparation.size is None and data.crop is not None:
+        if info.task == "segmentation" and data.size is None and data.crop is not None:
             pictures = _Windows(pictures, preparation.network_size(*data.crop))
         count = min(2 * _PICTURES, len(self.samples))
         spread = [index * len(self.samples) // count for index in range(count)]
-        self.batch = interface.static[0] if interface.static else 1
         self.chosen = Subset(pictures, spread[1::2] or spread)
-        self.calibrating = [self._batch(pictures[index][0]) for index in spread[::2]]
-        self.choosing = [self._batch(self.chosen[index][0]) for index in range(len(self.chosen))]
-        if interface.static and (sizes := {planes.shape for planes in self.calibrating}):
-            wanted = (self.batch, 3, *preparation.network_size(*interface.static[1:]))
-            if sizes != {wanted}:
-                raise UserError(
-                    f"--static {','.join(map(str, interface.static))}: int8 is calibrated on pictures as the "
-                    f"recipe prepares them, which gives the network {sorted(sizes)[0][2:]} pixels"
-                )
-
-    def _batch(self, image: Tensor) -> Planes:
-        return image[None].expand(self.batch, -1, -1, -1).contiguous().numpy()
+        self.calibrating = [pictures[index][0][None].numpy() for index in spread[::2]]
+        self.choosing = [self.chosen[index][0][None].numpy() for index in range(len(self.chosen))]
 
     def metric(self, compute: Callable[[Planes], Planes]) -> float:
         """mIoU, or top-1 accuracy, on the pictures for choosing."""
 
         def predict(images: Tensor) -> Tensor:
-            return torch.from_numpy(compute(self._batch(images[0]))[:1])
+            return torch.from_numpy(compute(images.numpy()))
 
         scores = score(
             predict, DataLoader(self.chosen), self.samples, self.ignore_index, "cpu", "training pictures"

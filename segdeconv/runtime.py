@@ -36,7 +36,7 @@ Labels = NDArray[Any]  # uint8, or int32 above 256 classes
 
 _REQUIRED = ("task", "classes", "palette", "mean", "std", "size_multiple", "resize")
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-_TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def import_onnxruntime() -> Any:
@@ -133,6 +133,7 @@ class Segmenter:
         device: ``cpu`` or ``cuda:N``, where the graph runs.
         why_cpu: why it is the CPU, where ``auto`` or ``allow_cpu`` settled for it.
         metadata: what the graph says about itself.
+        size: height and width that the graph was exported for; None where it takes any.
         classes: names of the classes.
         palette: colours of the classes.
 
@@ -175,14 +176,15 @@ class Segmenter:
 
         source = self.session.get_inputs()[0]
         self._input = source.name
-        self._input_type = np.dtype(_TYPES[source.type])
+        self._input_type = np.dtype(TYPES[source.type])
         fixed = [side if isinstance(side, int) else None for side in source.shape]
         self._batch = fixed[0]
         height, width = fixed[1:3] if self._raw else fixed[2:4]
-        self._size = None if height is None or width is None else (height, width)
+        self.size = None if height is None or width is None else (height, width)
         self._outputs = [output.name for output in self.session.get_outputs()]
         self._main = "labels" if "labels" in self._outputs else self._outputs[0]
-        self._window, self._overlap = window or self._size, overlap
+        resizes = self._raw and self.metadata["resize"] is not None
+        self._window, self._overlap = window or (None if resizes else self.size), overlap
         self._check_windows(path)
 
     def _check_windows(self, path: str | Path) -> None:
@@ -193,8 +195,8 @@ class Segmenter:
         height, width = self._window
         if min(height, width) < 1:
             raise UserError(f"--window {height},{width}: expected pixels, such as 512,1024")
-        if self._size is not None and (height > self._size[0] or width > self._size[1]):
-            raise UserError(f"--window {height},{width}: {path} takes no more than {self._size}")
+        if self.size is not None and (height > self.size[0] or width > self.size[1]):
+            raise UserError(f"--window {height},{width}: {path} takes no more than {self.size}")
         if self._raw and self.metadata["resize"] is not None:
             raise UserError(
                 f"--window {height},{width}: {path} resizes what it gets, so windows too; export it with "
@@ -282,14 +284,25 @@ class Segmenter:
             Normalised (n, 3, H', W') float32 (float16 where the graph takes that), padded with zeros right
             and below to the size multiple, or to the one size the graph was exported for; the pictures
             themselves where the graph prepares them.
+
+        Raises:
+            UserError: a graph that resizes pictures of one size gets others.
         """
         count, height, width = images.shape[:3]
         multiple = 1 if self._raw else self.metadata["size_multiple"]
-        rows, columns = self._size or (height + -height % multiple, width + -width % multiple)
+        rows, columns = self.size or (height + -height % multiple, width + -width % multiple)
         if self._raw:
             if (rows, columns) == (height, width):
                 return np.ascontiguousarray(images)
-            return np.pad(images, ((0, 0), (0, rows - height), (0, columns - width), (0, 0)))
+            if self.metadata["resize"] is not None:
+                raise UserError(
+                    f"the graph resizes pictures of {(rows, columns)} only, not of {(height, width)}; export "
+                    "it without --static"
+                )
+            filled = np.empty((count, rows, columns, 3), np.uint8)
+            filled[:] = self._mean.round()  # what is 0 when it is normalised
+            filled[:, :height, :width] = images
+            return filled
         made = np.zeros((count, 3, rows, columns), np.float32)
         for channel in range(3):  # much faster than arithmetic with three channels innermost
             plane = made[:, channel, :height, :width]

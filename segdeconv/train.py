@@ -360,7 +360,8 @@ class _Run:
             self._check_room()
             self._forget_later_lines()
             console.print(
-                f"resuming at step {self.step % self.steps_per_epoch} of epoch {self.finished_epochs + 1}"
+                f"resuming after step {self.step - self.finished_epochs * self.steps_per_epoch} of epoch "
+                f"{self.finished_epochs + 1}"
             )
         else:
             self._begin()

@@ -78,6 +78,13 @@ def test_wrong_numbers(changes: dict, says: str, tmp_path: Path) -> None:
         bench([handmade(tmp_path / "a.onnx")], (8, 8), device="cpu", **changes)
 
 
+def test_graphs_of_one_size(tmp_path: Path) -> None:
+    path = handmade(tmp_path / "a.onnx", sides=(1, 3, 24, 36))
+    assert bench([path], runs=1, device="cpu")["size"] == [24, 36]
+    with pytest.raises(UserError, match=r"a.onnx: takes pictures of \(24, 36\) only"):
+        bench([path], (24, 40), runs=1, device="cpu")
+
+
 def test_the_same_graph_twice(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="named twice"):
         bench([handmade(tmp_path / "a.onnx")] * 2, (8, 8))

@@ -158,7 +158,7 @@ def test_facts_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     facts = gather()
     assert facts.onnxruntime_error is None
     assert {"numpy", "torch", "pillow"} <= set(facts.packages)
-    hub, torch = facts.caches
+    _, hub, torch = facts.caches
     assert (hub.size, hub.writable) == (1000, True)
     assert (torch.size, torch.writable) == (0, True)
     assert hub.free > 0

@@ -329,7 +329,57 @@ def test_a_static_size_that_the_network_cannot_take(tmp_path: Path) -> None:
 
 
 def test_graphs_beyond_two_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before protobuf fails on them."""
     monkeypatch.setattr(export, "_LARGEST", 1000)
+    monkeypatch.setattr(export, "around", lambda *_: pytest.fail("too late"))
     with pytest.raises(UserError, match="2 GB or more"):
         export_onnx(*make("unet+lcnet_050"), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_operators_beyond_onnx_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, info = make("unet+lcnet_050")
+    made = export.network_graph
+
+    def wrong(*arguments: Any) -> onnx.ModelProto:
+        graph = made(*arguments)
+        graph.graph.node[3].domain = "com.microsoft"
+        return graph
+
+    monkeypatch.setattr(export, "network_graph", wrong)
+    with pytest.raises(UserError, match="operators beyond ONNX's own: "):
+        export_onnx(model, info, tmp_path / "m.onnx")
+
+
+def test_nothing_of_the_machine_is_in_the_file(exported: Path) -> None:
+    content = exported.read_bytes()
+    assert b"site-packages" not in content
+    assert str(Path(export.__file__).parent).encode() not in content
+
+
+def test_a_graph_of_one_size_that_resizes(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    export_onnx(
+        *make("unet+lcnet_050", size="[32, 64]"), path, Interface(preprocess="graph", static=(1, 50, 70))
+    )
+    segmenter = Segmenter(path, "cpu")
+    assert segmenter(np.zeros((50, 70, 3), np.uint8)).shape == (50, 70)
+    with pytest.raises(UserError, match=r"resizes pictures of \(50, 70\) only, not of \(40, 70\)"):
+        segmenter(np.zeros((40, 70, 3), np.uint8))
+
+
+def test_no_logits_and_one_class(tmp_path: Path) -> None:
+    """Nothing to divide by, and nothing to compare with."""
+
+    class Zero(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, 3, 1, 1))
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.conv2d(image, self.weight)
+
+    _, info = make("unet+lcnet_050")
+    info = dataclasses.replace(info, classes=("only",), palette=((1, 2, 3),))
+    results = export_onnx(Zero(), info, tmp_path / "m.onnx", Interface(ALL))
+    assert all(result.passed and result.max_diff == 0 for result in results)

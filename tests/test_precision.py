@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from test_export import make
 
 from segdeconv import precision
@@ -20,6 +21,7 @@ from segdeconv.errors import Refused, UserError
 from segdeconv.evaluate import evaluate_run
 from segdeconv.interface import Interface
 from segdeconv.models import build_model
+from segdeconv.placement import placement
 from segdeconv.precision import Gates, export_smaller, summary
 from segdeconv.runtime import Segmenter
 
@@ -139,6 +141,55 @@ def test_both_gates_hold_in_python(run: Path, tmp_path: Path) -> None:
         export_smaller(run, tmp_path / "no" / "m.onnx", "int8")
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_fixed_sizes_of_graphs_that_prepare_pictures(precision: Any, run: Path, tmp_path: Path) -> None:
+    """The size is the camera's, not the recipe's; accuracy is measured all the same."""
+    path = tmp_path / "m.onnx"
+    interface = Interface(("labels", "probabilities"), "graph", (2, 48, 70))
+    found = export_smaller(run, path, precision, interface, NO_GATES, half_io=precision == "fp16")
+    assert 0 <= found.after <= 1
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 48, 70, 3), dtype=np.uint8)
+    assert Segmenter(path, "cpu")(pictures).shape == (3, 48, 70)
+    assert placement(path, "cpu").nodes
+
+
+def test_a_network_that_is_wrong_already_is_not_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = precision.network_graph
+
+    def wrong(*arguments: Any) -> onnx.ModelProto:
+        graph = made(*arguments)
+        weight = next(t for t in graph.graph.initializer if len(t.dims) == 4)
+        weight.raw_data = bytes(len(weight.raw_data))
+        return graph
+
+    monkeypatch.setattr(precision, "network_graph", wrong)
+    with pytest.raises(UserError, match="disagrees with PyTorch"):
+        export_smaller(run, tmp_path / "m.onnx", "fp16", gates=NO_GATES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_classifier_with_crops(tmp_path: Path) -> None:
+    """Pictures of folders, cropped in training only."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for name in ("a", "b", "c"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                    folder / f"{index}.png"
+                )
+    root = str(tmp_path / "data")
+    changes = {"dataset": "image_folder", "root": root, "size": "null", "crop": "[32, 32]", "pad": "4"}
+    model, info = make("lcnet_050", **changes, scale="[1, 1]")
+    save_checkpoint(tmp_path / "best.safetensors", model, info)
+    found = export_smaller(tmp_path, tmp_path / "m.onnx", "int8", gates=NO_GATES)
+    assert found.metric == "top1"
+    assert 0 <= found.after <= 1
+
+
 def chain(outliers: list[float]) -> onnx.ModelProto:
     """1x1 convolutions one after the other, whose channel 0 is always 0. Where the weights that read it are
     large, int8 has no steps left for those that matter.
@@ -215,7 +266,7 @@ def test_as_few_layers_stay_in_float_as_will_do(
 
     monkeypatch.setattr(precision, "_Training", lambda *_: Training())
     core = chain([1.0] * 6)
-    graph, ranges, in_float = precision._quantize(core, *[None] * 3, 0.005 + 1e-9, None)  # type: ignore[arg-type]
+    graph, ranges, in_float = precision._quantize(core, *[None] * 2, 0.005 + 1e-9, None)  # type: ignore[arg-type]
     assert len(in_float) == kept
     assert len(ranges) == 3
     names = [tensor.name for tensor in graph.graph.initializer]

@@ -8,8 +8,8 @@
 The networks are untrained, with 19 classes, folded after their statistics have seen some noise: weights do
 not change what a layer costs. int8 is calibrated on noise, with every layer in int8. All arms of a network
 and size take turns in one process. Each network and size leaves a JSON file in runs/latency, and is not
-measured again while that is there, so a stopped run goes on where it was. The ratio nd/bn is the median over
-the rounds; folded, both are the same layers, so it should be within 2% of 1.
+measured again with the same options, so a stopped run goes on where it was. The ratio nd/bn is the median
+over the rounds; folded, both are the same layers, so it should be within 2% of 1.
 """
 
 from __future__ import annotations
@@ -143,10 +143,16 @@ def measure(architecture: str, size: tuple[int, int], options: argparse.Namespac
         "batch": options.batch,
         "threads": options.threads,
         "runs": options.runs,
+        "engines": list(options.engines),
         "onnxruntime": import_onnxruntime().__version__,
         "torch": torch.__version__,
         "timings": [asdict(timing) | {"peak_mib": memory.get(timing.name)} for timing in timings],
     }
+
+
+def _as_asked(result: dict[str, Any], options: argparse.Namespace) -> bool:
+    wanted = (options.batch, options.threads, options.runs, list(options.engines))
+    return tuple(result.get(key) for key in ("batch", "threads", "runs", "engines")) == wanted
 
 
 def page(results: list[dict[str, Any]]) -> str:
@@ -224,7 +230,7 @@ def main() -> None:
         for size in options.sizes:
             height, width = map(int, size.split(","))
             path = RESULTS / f"{architecture}_{height}x{width}_{options.device.partition(':')[0]}.json"
-            if path.exists():
+            if path.exists() and _as_asked(json.loads(path.read_text()), options):
                 continue
             result = measure(architecture, (height, width), options)
             text = to_json(result, indent=2)

@@ -55,7 +55,7 @@ def row(architecture: str) -> list[str]:
                 except UserError as error:
                     reason = reason or str(error).replace(f"{path}: ", "")
                     results = export_onnx(model, info, path, Interface(("logits",), static=_STATIC))
-            except UserError as error:
+            except Exception as error:  # a row that says why is worth more than no table
                 return [architecture, encoder or "", "no", "", str(multiple), "", "", str(error)]
             worst = max(worst, *(result.max_diff for result in results))
             nodes.append(len(onnx.load(path).graph.node))

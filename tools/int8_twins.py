@@ -46,22 +46,25 @@ over layers.
 """
 
 
-def rounded(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """To the nearest of 256 even steps from ``low`` to ``high``."""
-    step = (high - low).clamp_min(1e-12) / 255
-    return ((values - low) / step).round() * step + low
-
-
 def round_weights(model: nn.Module) -> nn.Module:
+    """Filters to multiples of 1/127 of their largest weight."""
     for layer in convolutions(model):
-        largest = layer.weight.flatten(1).abs().amax(1)[:, None, None, None]
-        layer.weight.copy_(rounded(layer.weight, -largest, largest))
+        step = layer.weight.flatten(1).abs().amax(1)[:, None, None, None].clamp_min(1e-12) / 127
+        layer.weight.copy_((layer.weight / step).round() * step)
     return model
 
 
 def round_activations(model: nn.Module) -> nn.Module:
+    """What convolutions read to 255 even steps over its range, one of them at 0."""
+
+    def hook(_: nn.Module, read: tuple[Tensor, ...]) -> tuple[Tensor]:
+        low, high = read[0].min().clamp_max(0), read[0].max().clamp_min(0)
+        step = (high - low) / 255
+        zero = (-low / step).round()
+        return ((((read[0] / step).round() + zero).clamp(0, 255) - zero) * step,)
+
     for layer in convolutions(model):
-        layer.register_forward_pre_hook(lambda _, x: (rounded(x[0], x[0].min(), x[0].max()),))
+        layer.register_forward_pre_hook(hook)
     return model
 
 
