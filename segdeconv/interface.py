@@ -133,7 +133,8 @@ def around(
     del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend(nodes)
     graph.initializer.extend([*before.constants, *after.constants])
-    batch, height, width = _sides(interface)
+    fixed: tuple[int | str, ...] = interface.static or ("batch", "height", "width")
+    batch, height, width = fixed
     shape = [batch, height, width, 3] if raw else [batch, 3, height, width]
     kind = TensorProto.UINT8 if raw else float_type
     graph.input.append(helper.make_tensor_value_info("image", kind, shape))
@@ -142,10 +143,6 @@ def around(
         kind, channels = (label_type, []) if output == "labels" else (float_type, [num_classes])
         graph.output.append(helper.make_tensor_value_info(output, kind, [batch, *channels, *sides]))
     return made
-
-
-def _sides(interface: Interface) -> tuple[int | str, ...]:
-    return interface.static or ("batch", "height", "width")
 
 
 class _Nodes:
