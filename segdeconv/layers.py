@@ -40,6 +40,15 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _product_dtype(x: Tensor) -> torch.dtype | None:
+    """bfloat16 where autocast would use it for a matrix product; float16 has too little range for gradients
+    divided by the scale of a channel.
+    """
+    device = x.device.type
+    under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.bfloat16 if under_autocast and torch.get_autocast_dtype(device) == torch.bfloat16 else None
+
+
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
@@ -286,6 +295,7 @@ class Whitened(nn.Module):
     def _whiten_fast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.numel() == x.shape[1] and world_size() == 1:
             return x, *self.folded_parameters()
+        product_dtype = _product_dtype(x)
         with _no_autocast(x):
             x, moments, samples = self._channel_moments(x)
             self._follow(x.detach(), moments.detach(), samples)
@@ -294,7 +304,7 @@ class Whitened(nn.Module):
             # A copy, because a refresh in a second forward pass may come before this one's backward pass.
             whitening = self.running_whitening.clone()
             weight, bias = standardise_and_fold(
-                self.weight, bias, moments, whitening, self.num_blocks, self.config.eps
+                self.weight, bias, moments, whitening, self.num_blocks, self.config.eps, product_dtype
             )
         return x, weight, bias
 

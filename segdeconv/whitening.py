@@ -120,19 +120,37 @@ def inverse_sqrt(cov_GFF: Tensor, eps: float, num_iters: int) -> Tensor:
     return z / norm.sqrt()
 
 
+def _moment_rows(x: Tensor) -> Tensor:
+    """The part of ``x`` that its moments come from: of a map of 32 rows or more every third, else all.
+
+    Neighbouring rows say much the same. Three shares no factor with the strides and upsampling of networks,
+    so that all their phases are seen; and a rule that reads the height alone is the same on every rank.
+    """
+    return x[:, :, 1::3] if x.ndim == 4 and x.shape[2] >= 32 else x
+
+
+def _dense(rows: Tensor, x: Tensor) -> Tensor:
+    """``rows`` of ``x``, copied where batch norm's kernels are slow on rows of their dtype and layout."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) if x.ndim == 4 else False
+    if channels_last:
+        return rows.contiguous(memory_format=torch.channels_last)
+    return rows if x.dtype in (torch.float32, torch.float64) else rows.contiguous()
+
+
 class _ChannelMoments(torch.autograd.Function):
     """x and its moments; their gradient is added into that of x as it passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, zeros: float) -> tuple[Tensor, Tensor]:
+        rows = _moment_rows(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
         if x.device.type in ("cpu", "cuda"):  # batch norm's own kernel, several times faster than var_mean
             # It gives statistics in the precision of the running values it is handed; these are thrown away.
-            unused = x.new_empty(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-            mean, var = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
+            unused = x.new_empty(2, x.shape[1], dtype=wide)
+            mean, var = torch.batch_norm_update_stats(_dense(rows, x), unused[0], unused[1], 0.0)
         else:
             over = [axis for axis in range(x.ndim) if axis != 1]
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            var, mean = torch.var_mean(wide, over, correction=0)
+            var, mean = torch.var_mean(rows.to(wide), over, correction=0)
         if zeros:
             var = torch.addcmul(var * (1 - zeros), mean, mean, value=zeros)
         ctx.save_for_backward(x, mean)
@@ -143,18 +161,25 @@ class _ChannelMoments(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_x: Tensor, grad_moments: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
-        grad_mean, grad_var = grad_moments * (x.shape[1] / x.numel())  # of every value's share
+        rows, grad_rows = _moment_rows(x), _moment_rows(grad_x)
+        grad_mean, grad_var = grad_moments * (x.shape[1] / rows.numel())  # of every value's share
         slope = grad_var * (2 * (1 - ctx.zeros))
         offset = torch.addcmul(grad_mean, grad_var, mean, value=4 * ctx.zeros - 2)
-        shape = (-1, *(1,) * (x.ndim - 2))
         # In place: the gradient was just made by the one layer that reads x, and nobody else holds it.
-        return grad_x.addcmul_(x, slope.view(shape)).add_(offset.view(shape)), None
+        if grad_x.dtype == slope.dtype:
+            shape = (-1, *(1,) * (x.ndim - 2))
+            grad_rows.addcmul_(rows, slope.view(shape)).add_(offset.view(shape))
+        else:  # tensor arithmetic in two precisions makes float32 copies, batch norm's kernel does not
+            zero, one = torch.zeros_like(slope), torch.ones_like(slope)
+            grad_rows.add_(F.batch_norm(_dense(rows, x), zero, one, slope, offset, eps=0.0))
+        return grad_x, None
 
 
 def channel_moments(x: Tensor, zeros: float = 0.0) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel over batch and positions, with gradient.
 
-    Nothing but ``x`` is kept for the backward pass, which the layer that reads it keeps anyway.
+    Of maps with 32 rows or more, every third row counts. Nothing but ``x`` is kept for the backward pass,
+    which the layer that reads it keeps anyway.
 
     Args:
         x: (n, C, ...).
@@ -223,6 +248,7 @@ def fold_whitening(
     blocks: int,
     interleaved: bool,
     scale_GKF: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The plain layer's parameters: w' = w D s in every block and b' = b - w'·μ (section 3.3).
 
@@ -234,6 +260,7 @@ def fold_whitening(
         bias: (G·O,).
         mean_GKF: the mean; K may be 1 for a mean that the blocks share.
         blocks: K, the number of blocks in a group.
+        product_dtype: bfloat16 for a product w D that is rounded as those of autocast are.
 
     Returns:
         weight and bias of the shapes and type given; the arithmetic is in float32 or wider.
@@ -243,13 +270,17 @@ def fold_whitening(
     whitening_GFF, mean_GKF = whitening_GFF.to(weight.dtype), mean_GKF.to(weight.dtype)
     groups = whitening_GFF.shape[0]
     weight_GOKF = to_blocks(weight.reshape(groups, weight.shape[0] // groups, -1), blocks, interleaved)
-    folded_GOKF = (weight_GOKF.flatten(1, 2) @ whitening_GFF).view_as(weight_GOKF)
+    folded_GOKF = _product(weight_GOKF.flatten(1, 2), whitening_GFF, product_dtype).view_as(weight_GOKF)
     if scale_GKF is not None:
         folded_GOKF = folded_GOKF * scale_GKF[:, None]
     mean_GP1 = mean_GKF.expand(groups, *folded_GOKF.shape[2:]).reshape(groups, -1, 1)
     shift_GO = folded_GOKF.flatten(2) @ mean_GP1
     folded = from_blocks(folded_GOKF, interleaved).reshape(weight.shape)
     return folded.to(dtype), (bias - shift_GO.flatten()).to(dtype)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return a @ b if dtype is None else (a.to(dtype) @ b.to(dtype)).to(a.dtype)
 
 
 class _StandardiseAndFold(torch.autograd.Function):
@@ -265,11 +296,15 @@ class _StandardiseAndFold(torch.autograd.Function):
         whitening_GFF: Tensor,
         blocks: int,
         eps: float,
+        product_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         mean_GKF, var_GKF = per_feature(moments_2C, len(whitening_GFF), blocks, whitening_GFF.shape[-1])
         scale_GKF = (var_GKF + eps).rsqrt()
-        folded, shifted = fold_whitening(weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF)
+        folded, shifted = fold_whitening(
+            weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, product_dtype
+        )
         ctx.save_for_backward(folded, mean_GKF, scale_GKF, whitening_GFF)
+        ctx.product_dtype = product_dtype
         return folded, shifted
 
     @staticmethod
@@ -284,24 +319,31 @@ class _StandardiseAndFold(torch.autograd.Function):
         grad_GOP = torch.addcmul(grad_GOP, grad_GO1, mean_G1P, value=-1)  # b' = b - w'·μ
         grad_weight = grad_moments = None
         if ctx.needs_input_grad[0]:  # w' = w D s
-            grad_weight = (grad_GOP * scale_G1P).view(groups, -1, features) @ whitening_GFF.mT
+            grad_whitened = (grad_GOP * scale_G1P).view(groups, -1, features)
+            grad_weight = _product(grad_whitened, whitening_GFF.mT, ctx.product_dtype)
             grad_weight = grad_weight.view_as(folded).to(folded.dtype)
         if ctx.needs_input_grad[2]:  # s = (var + ε)^(-1/2), so ds/dvar = -s³/2
             grad_mean = -(grad_GO1.mT @ folded_GOP)
             grad_var = (grad_GOP * folded_GOP).sum(1, keepdim=True) * (-0.5 * scale_G1P.square())
             taps = folded[0].numel() // folded.shape[1]
             grad_moments = torch.stack((grad_mean, grad_var)).view(2, -1, taps).sum(-1)
-        return grad_weight, grad_shifted, grad_moments, None, None, None
+        return grad_weight, grad_shifted, grad_moments, None, None, None, None
 
 
 def standardise_and_fold(
-    weight: Tensor, bias: Tensor, moments_2C: Tensor, whitening_GFF: Tensor, blocks: int, eps: float
+    weight: Tensor,
+    bias: Tensor,
+    moments_2C: Tensor,
+    whitening_GFF: Tensor,
+    blocks: int,
+    eps: float,
+    product_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fold_whitening` with every channel's mean and scale s = (var + ε)^(-1/2) of ``moments_2C``.
 
     Differentiable once, with respect to weight, bias and moments; the whitening matrix counts as constant.
     """
-    return _StandardiseAndFold.apply(weight, bias, moments_2C, whitening_GFF, blocks, eps)
+    return _StandardiseAndFold.apply(weight, bias, moments_2C, whitening_GFF, blocks, eps, product_dtype)
 
 
 def per_feature(values_SC: Tensor, groups: int, blocks: int, features: int) -> Tensor:

@@ -162,23 +162,33 @@ def test_shrunk_inverse_sqrt_of_nothing_is_finite() -> None:
     torch.testing.assert_close(got[0], torch.eye(9) * RIDGE**-0.5, rtol=3e-5, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5, 6)])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5, 6), (3, 4, 32, 5)])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("zeros", [0.0, 0.2])
-def test_channel_moments(shape: tuple, channels_last: bool, zeros: float) -> None:
-    """Values and gradient, through a layer that reads x as well, against plain tensor arithmetic."""
-    x = (torch.randn(shape, dtype=torch.float64) * 3 + 5).requires_grad_()
-    probe, a, b = torch.randn_like(x), torch.randn(4).double(), torch.randn(4).double()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_channel_moments(shape: tuple, channels_last: bool, zeros: float, dtype: torch.dtype) -> None:
+    """Values and gradient, through a layer that reads x as well, against plain float64 arithmetic."""
+    x = (torch.randn(shape) * 3 + 5).to(dtype).requires_grad_()
+    probe, a, b = torch.randn(shape).to(dtype), torch.randn(4).double() * 60, torch.randn(4).double() * 20
     y = x.contiguous(memory_format=torch.channels_last) if channels_last and x.ndim == 4 else x
-    y, (mean, var) = channel_moments(y, zeros)
+    y, moments = channel_moments(y, zeros)
+    wide = x.detach().double().requires_grad_()
+    rows = wide[:, :, 1::3] if shape[2:] == (32, 5) else wide
     over = [axis for axis in range(x.ndim) if axis != 1]
-    want_mean = x.mean(over)
-    want_var = (1 - zeros) * x.var(over, correction=0) + zeros * want_mean**2
-    torch.testing.assert_close(mean, want_mean, rtol=0, atol=1e-14)
-    torch.testing.assert_close(var, want_var, rtol=0, atol=1e-13)
-    (got,) = torch.autograd.grad((y * 2 * probe).sum() + (mean * a).sum() + (var * b).sum(), x)
-    (want,) = torch.autograd.grad((x * 2 * probe).sum() + (want_mean * a).sum() + (want_var * b).sum(), x)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
+    want_mean = rows.mean(over)
+    want_var = (1 - zeros) * rows.var(over, correction=0) + zeros * want_mean**2
+    close = torch.testing.assert_close
+    exact = dtype == torch.float64
+    assert moments.dtype == (torch.float64 if exact else torch.float32)
+    want_moments = torch.stack((want_mean, want_var)).to(moments.dtype)
+    close(moments, want_moments, rtol=1e-14 if exact else 1e-6, atol=0)
+    weights = torch.stack((a, b))
+    (got,) = torch.autograd.grad((y * 2 * probe).sum() + (moments * weights).sum(), x)
+    (want,) = torch.autograd.grad(
+        (wide * 2 * probe.double()).sum() + (want_mean * a).sum() + (want_var * b).sum(), wide
+    )
+    # Twice rounded to bfloat16: what is added, and the sum.
+    close(got.double(), want, rtol=1e-13 if exact else 2**-8, atol=1e-13 if exact else 2**-8 * 20)
 
 
 @pytest.mark.parametrize(("groups", "blocks", "block", "kernel"), [(1, 2, 3, 3), (2, 1, 2, 1), (3, 2, 1, 2)])

@@ -1,35 +1,45 @@
-"""Accuracy of batch norm, exact and fast network deconvolution by steps and by wall time.
+"""Accuracy of batch norm, exact and fast network deconvolution by steps and by wall time, and what of the two
+matters for it.
 
-    python tools/accuracy_vs_time.py six_conv resnet18_narrow camvid --seeds 0 1 2      # hours on a CPU
-    python tools/accuracy_vs_time.py six_conv --arms bn fast fast:refresh_every=1 identity --lrs 0.1 0.3
-    python tools/accuracy_vs_time.py --table                                            # what is there so far
+    python tools/accuracy_vs_time.py six_conv resnet18_narrow camvid --lrs 0.1 0.2       # hours on a CPU
+    python tools/accuracy_vs_time.py six_conv --arms bn fast identity --lrs 0.05 0.1 0.2 0.4
+    python tools/accuracy_vs_time.py six_conv --arms bn fast identity --seeds 1 2 --at-best
+    python tools/accuracy_vs_time.py --table --figure docs/accuracy_vs_time.png         # of what is there
 
-Every run is one line of runs/accuracy_vs_time.jsonl, with its curve; runs that are there are not done again,
-so a stopped comparison goes on where it was. Batch norm's learning rate is searched as the others' is: give
-several to --lrs, and table and figure take each arm's best by its mean over the seeds. A run has one thread
-and its time is that of its core, so that several runs side by side do not slow each other in the figures.
+Every run is one line of --out with its curve; runs that are there are not done again, so a stopped comparison
+goes on where it was. Batch norm's learning rate is searched as the others' is: table and figure take each
+arm's best by its mean over the seeds. --at-best trains at the rate that was the arm's best with the first
+seed. A run has one thread, bfloat16 autocast, and as its time that of its core, so that several side by side
+do not slow each other in the figures.
 
 Tasks: `six_conv`, the six-convolution network of docs/whitening.md, and `resnet18_narrow`, ResNet-18 with a
-quarter of the width, on CIFAR-10 (JPEG, an image folder in data/cifar10); `camvid`, the U-Net of the recipe
-camvid_unet_mobilenet_v2 at 120x90 in crops of 96x64, on data/camvid.
+quarter of the width, on 12,800 pictures of CIFAR-10 (JPEG, an image folder in data/cifar10); `camvid`, the
+U-Net of the recipe camvid_unet_mobilenet_v2 on data/camvid.
 
 Arms: `bn`, `exact`, `fast`, any of the two with settings as in `fast:refresh_every=5,block_size=32`, and what
-the fast mode is taken apart into:
+they are taken apart into. Of the fast mode:
     identity    the channel statistics only, no whitening: D = I
     own         a whitening matrix for every block instead of one for all blocks of a layer
     unscaled    live mean, but the covariance of the raw patches: no live channel scale
     unshrunk    no shrinkage of covariances that rest on few samples
+    all_rows    channel statistics from every row of large maps, not every third
+    warm        batch norm for the first half, then converted with its function kept (warm start)
+and of the exact mode:
+    detached    no gradient through the statistics
+    ridge       the converged root with an explicit ridge instead of five iterations
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,17 +52,26 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from segdeconv import convert_to_network_deconv, layers
+from segdeconv import calibrate, convert_to_network_deconv, layers, whitening
 from segdeconv.config import NetworkDeconvConfig, load_recipe
 from segdeconv.data import eval_loader, open_samples, train_loader
 from segdeconv.evaluate import ignore_index_of, score, torch_predictor
+from segdeconv.files import make_folder
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, size_multiple
 from segdeconv.train import lr_factor, seed_everything
-from segdeconv.whitening import channel_moments, from_blocks, per_feature, shrunk_inverse_sqrt, to_blocks
+from segdeconv.whitening import (
+    channel_moments,
+    from_blocks,
+    patch_moments,
+    per_feature,
+    shrunk_inverse_sqrt,
+    to_blocks,
+)
 
-RESULTS = Path("runs/accuracy_vs_time.jsonl")
-BATCH, WEIGHT_DECAY = {"camvid": 8}, 5e-4
+RESULTS = Path("docs/measured/accuracy_vs_time.jsonl")
+CAMVID_BATCH, WEIGHT_DECAY = 8, 5e-4
+OF_EXACT = ("exact", "detached", "ridge")
 
 
 def six_conv(width: int = 32) -> nn.Module:
@@ -109,8 +128,8 @@ def convert(model: nn.Module, arm: str) -> nn.Module:
     values = {
         key: json.loads(value) for key, _, value in (s.partition("=") for s in settings.split(",") if s)
     }
-    config = NetworkDeconvConfig(mode="exact" if mode == "exact" else "fast", **values)  # type: ignore[arg-type]
-    model, _ = convert_to_network_deconv(model, config)
+    config = NetworkDeconvConfig(mode="exact" if mode in OF_EXACT else "fast", **values)  # type: ignore[arg-type]
+    model, _ = convert_to_network_deconv(model, config, warm_start=mode == "warm")
     for layer in model.modules():
         if mode == "own" and isinstance(layer, layers.Whitened):
             layer.__class__ = type(mode, (OwnBlocks, type(layer)), {})
@@ -136,19 +155,36 @@ def ablation(arm: str) -> Any:
         return x, torch.stack((moments[0], torch.full_like(moments[1], 1 - NetworkDeconvConfig().eps)))
 
     def own(
-        weight: Tensor, bias: Tensor, moments: Tensor, whitening: Tensor, blocks: int, eps: float
+        weight: Tensor,
+        bias: Tensor,
+        moments: Tensor,
+        whitening: Tensor,
+        blocks: int,
+        eps: float,
+        product_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         mean, var = per_feature(moments, len(whitening) // blocks, blocks, whitening.shape[-1])
         return fold_own(weight, bias, whitening, mean, (var + eps).rsqrt())
 
+    def detached(patches: Tensor, shared_mean: bool) -> tuple[Tensor, Tensor]:
+        return patch_moments(patches.detach(), shared_mean)
+
+    def ridge(cov: Tensor, eps: float, num_iters: int) -> Tensor:
+        variance = cov.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + eps
+        return shrunk_inverse_sqrt(cov / variance, torch.tensor(math.inf)) / variance.sqrt()
+
     functions: dict[str, dict[str, Any]] = {
+        "detached": {"patch_moments": detached},
+        "ridge": {"inverse_sqrt": ridge},
         "identity": {"shrunk_inverse_sqrt": identity},
         "own": {"standardise_and_fold": own},
         "unscaled": {"shrunk_inverse_sqrt": raw, "channel_moments": means_only},
         "unshrunk": {"shrunk_inverse_sqrt": unshrunk},
     }
-    replaced = functions.get(arm.partition(":")[0])
-    return mock.patch.multiple(layers, **replaced) if replaced else contextlib.nullcontext()
+    name = arm.partition(":")[0]
+    if name == "all_rows":
+        return mock.patch.object(whitening, "_moment_rows", lambda x: x)
+    return mock.patch.multiple(layers, **functions[name]) if name in functions else contextlib.nullcontext()
 
 
 def cifar(split: str, count: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +215,8 @@ class Cifar:
             dy, dx = torch.randint(9, (2,), generator=generator).tolist()
             images = images[:, :, dy : dy + 32, dx : dx + 32]
             mirrored = torch.rand(len(chosen), 1, 1, 1, generator=generator) < 0.5
-            yield torch.where(mirrored, images.flip(3), images), self.train[1][chosen]
+            images = torch.where(mirrored, images.flip(3), images)
+            yield images.contiguous(memory_format=torch.channels_last), self.train[1][chosen]
 
     @torch.no_grad()
     def score(self, model: nn.Module) -> float:
@@ -195,13 +232,13 @@ class CamVid:
     def __init__(self, seed: int) -> None:
         self.recipe = load_recipe(
             "camvid_unet_mobilenet_v2",
-            ["data.size=[90, 120]", "data.crop=[64, 96]", "data.color=0", "model.norm=bn"],
+            ["model.norm=bn"],
         )
         data = self.recipe.data
         self.samples, self.held_out = open_samples(data, "train"), open_samples(data, "val")
         multiple = size_multiple(self.build())
-        self.loader = train_loader(self.samples, data, BATCH["camvid"], seed, multiple)
-        self.val = eval_loader(self.held_out, data, BATCH["camvid"], multiple)
+        self.loader = train_loader(self.samples, data, CAMVID_BATCH, seed, multiple)
+        self.val = eval_loader(self.held_out, data, CAMVID_BATCH, multiple)
         self.steps, self.ignore_index = len(self.loader), ignore_index_of(self.samples, data)
 
     def build(self) -> nn.Module:
@@ -220,44 +257,50 @@ class CamVid:
 
 # name: (data, network, epochs)
 TASKS: dict[str, tuple[Callable[[int], Any], Callable[[Any], nn.Module], int]] = {
-    "six_conv": (Cifar, lambda data: six_conv(), 4),
-    "resnet18_narrow": (Cifar, lambda data: resnet18_narrow(), 6),
-    "camvid": (CamVid, lambda data: data.build(), 20),
+    "six_conv": (Cifar, lambda data: six_conv(), 2),
+    "resnet18_narrow": (Cifar, lambda data: resnet18_narrow(), 4),
+    "camvid": (CamVid, lambda data: data.build(), 6),
 }
 
 
 def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any]:
+    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
+
     make_data, build, _ = TASKS[task]
     data = make_data(seed)
     seed_everything(seed)
     model = build(data)
-    if arm != "bn":
+    if arm not in ("bn", "warm"):
         model = convert(model, arm)
     config = load_recipe("camvid_unet_mobilenet_v2").train
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
     total, warmup = epochs * data.steps, data.steps // 4
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: lr_factor(step, total, warmup, "cosine", 1)
-    )
-    curve, seconds, loss = [], 0.0, torch.zeros(())
+    done, curve, seconds = 0, [], 0.0
+    optimizer = make_optimizer(model)
     with ablation(arm):
         for epoch in range(epochs):
+            if arm == "warm" and epoch == epochs // 2:
+                model = calibrate(convert(model, arm), (images for images, _ in islice(data.epoch(0), 4)))
+                optimizer = make_optimizer(model)
             model.train()
             losses = []
             for images, targets in data.epoch(epoch):
                 start = time.process_time()
+                optimizer.param_groups[0]["lr"] = lr * lr_factor(done, total, warmup, "cosine", 1)
                 optimizer.zero_grad(set_to_none=True)
-                loss = loss_of(model(images), targets, config, data.ignore_index)
+                with torch.autocast("cpu", torch.bfloat16):
+                    output = model(images)
+                loss = loss_of(output, targets, config, data.ignore_index)
                 loss.backward()
                 optimizer.step()
-                scheduler.step()
+                done += 1
                 seconds += time.process_time() - start
                 losses.append(loss.item())
             mean = statistics.mean(losses)
             if not math.isfinite(mean):
                 break
             accuracy = data.score(model)
-            curve.append([(epoch + 1) * data.steps, round(seconds, 2), round(accuracy, 4), round(mean, 4)])
+            curve.append([done, round(seconds, 2), round(accuracy, 4), round(mean, 4)])
     final = curve[-1][2] if len(curve) == epochs else 0.0
     return {
         "task": task,
@@ -270,8 +313,8 @@ def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any
     }
 
 
-def results() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def best(lines: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -287,8 +330,7 @@ def best(lines: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, An
     return chosen
 
 
-def table() -> None:
-    lines = results()
+def table(lines: list[dict[str, Any]]) -> None:
     print("| task | arm | lr | seeds | final | standard error | seconds |\n|---|---|---|---|---|---|---|")
     for (task, arm), runs in sorted(best(lines).items()):
         finals = [r["final"] for r in runs]
@@ -300,11 +342,11 @@ def table() -> None:
         )
 
 
-def figure(path: Path) -> None:
+def figure(lines: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    chosen = {key: runs for key, runs in best(results()).items() if key[1] in ("bn", "exact", "fast")}
+    chosen = {key: runs for key, runs in best(lines).items() if key[1] in ("bn", "exact", "fast")}
     tasks = sorted({task for task, _ in chosen})
     fig, axes = plt.subplots(len(tasks), 2, figsize=(9, 3 * len(tasks)), squeeze=False)
     colours = {"bn": "tab:grey", "exact": "tab:orange", "fast": "tab:blue"}
@@ -330,28 +372,31 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["bn", "exact", "fast"])
     parser.add_argument("--lrs", nargs="+", type=float, default=[0.1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--at-best", action="store_true", help="at each arm's best rate so far, not --lrs")
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     parser.add_argument("--figure", type=Path, help="draw the curves of what is there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    RESULTS.parent.mkdir(exist_ok=True)
-    for seed in arguments.seeds:
-        for task in arguments.tasks:
-            for arm in arguments.arms:
-                for lr in arguments.lrs:
-                    epochs = arguments.epochs or TASKS[task][2]
-                    key = {"task": task, "arm": arm, "lr": lr, "seed": seed, "epochs": epochs}
-                    if any(key.items() <= line.items() for line in results()):
-                        continue
-                    line = run(task, arm, lr, seed, epochs)
-                    with RESULTS.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                    print(f"{task} {arm} lr {lr:g} seed {seed}: {line['final']:.4f}", flush=True)
+    make_folder(arguments.out.parent)
+    for seed, task, arm in itertools.product(arguments.seeds, arguments.tasks, arguments.arms):
+        lrs = arguments.lrs
+        if arguments.at_best:
+            lrs = [best(read(arguments.out))[task, arm][0]["lr"]]
+        for lr in lrs:
+            epochs = arguments.epochs or TASKS[task][2]
+            key = {"task": task, "arm": arm, "lr": lr, "seed": seed, "epochs": epochs}
+            if any(key.items() <= line.items() for line in read(arguments.out)):
+                continue
+            line = run(task, arm, lr, seed, epochs)
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{task} {arm} lr {lr:g} seed {seed}: {line['final']:.4f}", flush=True)
     if arguments.table:
-        table()
+        table(read(arguments.out))
     if arguments.figure:
-        figure(arguments.figure)
+        figure(read(arguments.out), arguments.figure)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     recipe = TrainConfig()
     optimizer = make_optimizer(model, recipe)
     images = torch.randn(network.batch, 3, *network.size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)  # as the loaders make them
     labels = (network.batch, *(network.size if resolve(config)[0].task == "segmentation" else ()))
     targets = torch.randint(CLASSES, labels, device=device)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from segdeconv.config import DataConfig
 from segdeconv.data.camvid import CamVid
@@ -194,11 +194,18 @@ def train_loader(
         dataset,
         batch_sampler=EpochBatches(len(dataset), batch_size, seed, rank, world),
         num_workers=config.num_workers,
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.num_workers > 0,
         worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator().manual_seed(seed),  # else each epoch would draw from torch's global one
     )
+
+
+def _collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A batch with images in the channels-last layout, the fastest for convolutions in every precision."""
+    images, targets = default_collate(samples)
+    return images.contiguous(memory_format=torch.channels_last), targets
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
@@ -222,6 +229,7 @@ def eval_loader(
         Subset(EvalSet(samples, config, multiple), range(rank, len(samples), world)),
         eval_batch_size(samples, config, batch_size),
         num_workers=config.num_workers,
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator().manual_seed(0),
