@@ -12,7 +12,7 @@ arm's best by its mean over the seeds. --at-best trains at the rate that was the
 seed. A run has one thread, bfloat16 autocast, and as its time that of its core, so that several side by side
 do not slow each other in the figures.
 
-Tasks: `six_conv`, the six-convolution network of docs/whitening.md, and `resnet18_narrow`, ResNet-18 with a
+Tasks: `six_conv`, the small network of segdeconv/models/cifar.py, and `resnet18_narrow`, ResNet-18 with a
 quarter of the width, on 12,800 pictures of CIFAR-10 (JPEG, an image folder in data/cifar10); `camvid`, the
 U-Net of the recipe camvid_unet_mobilenet_v2 on data/camvid.
 
@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -56,9 +57,11 @@ from segdeconv import calibrate, convert_to_network_deconv, layers, whitening
 from segdeconv.config import NetworkDeconvConfig, load_recipe
 from segdeconv.data import eval_loader, open_samples, train_loader
 from segdeconv.evaluate import ignore_index_of, score, torch_predictor
+from segdeconv.figures import spread
 from segdeconv.files import make_folder
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, size_multiple
+from segdeconv.models.cifar import six_conv
 from segdeconv.train import lr_factor, seed_everything
 from segdeconv.whitening import (
     channel_moments,
@@ -72,16 +75,6 @@ from segdeconv.whitening import (
 RESULTS = Path("docs/measured/accuracy_vs_time.jsonl")
 CAMVID_BATCH, WEIGHT_DECAY = 8, 5e-4
 OF_EXACT = ("exact", "detached", "ridge")
-
-
-def six_conv(width: int = 32) -> nn.Module:
-    parts: list[nn.Module] = []
-    channels = 3
-    for out, pool in ((1, False), (1, True), (2, False), (2, True), (4, False), (4, False)):
-        parts += [nn.Conv2d(channels, out * width, 3, padding=1, bias=False), nn.BatchNorm2d(out * width)]
-        parts += [nn.ReLU(), nn.MaxPool2d(2)] if pool else [nn.ReLU()]
-        channels = out * width
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
 def resnet18_narrow() -> nn.Module:
@@ -187,6 +180,7 @@ def ablation(arm: str) -> Any:
     return mock.patch.multiple(layers, **functions[name]) if name in functions else contextlib.nullcontext()
 
 
+@functools.lru_cache(None)
 def cifar(split: str, count: int) -> tuple[Tensor, Tensor]:
     files = sorted(Path("data/cifar10", split).glob("*/*.jpg"))
     if not files:
@@ -257,7 +251,7 @@ class CamVid:
 
 # name: (data, network, epochs)
 TASKS: dict[str, tuple[Callable[[int], Any], Callable[[Any], nn.Module], int]] = {
-    "six_conv": (Cifar, lambda data: six_conv(), 2),
+    "six_conv": (Cifar, lambda data: six_conv(10), 2),
     "resnet18_narrow": (Cifar, lambda data: resnet18_narrow(), 4),
     "camvid": (CamVid, lambda data: data.build(), 6),
 }
@@ -330,16 +324,16 @@ def best(lines: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, An
     return chosen
 
 
-def table(lines: list[dict[str, Any]]) -> None:
-    print("| task | arm | lr | seeds | final | standard error | seconds |\n|---|---|---|---|---|---|---|")
+def table(lines: list[dict[str, Any]]) -> str:
+    rows = ["| task | arm | lr | seeds | final | standard error | seconds |", "|---|---|---|---|---|---|---|"]
     for (task, arm), runs in sorted(best(lines).items()):
-        finals = [r["final"] for r in runs]
-        error = f"{statistics.stdev(finals) / len(finals) ** 0.5:.4f}" if len(finals) > 1 else ""
-        took = statistics.mean(r["curve"][-1][1] for r in runs if r["curve"]) if runs[0]["curve"] else 0
-        print(
-            f"| {task} | {arm} | {runs[0]['lr']:g} | {len(runs)} | {statistics.mean(finals):.4f} | {error} "
-            f"| {took:.0f} |"
+        mean, error, _, _ = spread([r["final"] for r in runs])
+        took = statistics.mean(r["curve"][-1][1] if r["curve"] else 0 for r in runs)
+        shown = "" if math.isnan(error) else f"{error:.4f}"
+        rows.append(
+            f"| {task} | {arm} | {runs[0]['lr']:g} | {len(runs)} | {mean:.4f} | {shown} | {took:.0f} |"
         )
+    return "\n".join(rows) + "\n"
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
@@ -394,7 +388,7 @@ def main() -> None:
                 file.write(json.dumps(line) + "\n")
             print(f"{task} {arm} lr {lr:g} seed {seed}: {line['final']:.4f}", flush=True)
     if arguments.table:
-        table(read(arguments.out))
+        print(table(read(arguments.out)))
     if arguments.figure:
         figure(read(arguments.out), arguments.figure)
 

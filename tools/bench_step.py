@@ -54,7 +54,10 @@ CYCLE = NetworkDeconvConfig().refresh_every
 
 
 def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Callable[[], None]:
-    """One training step on random images, past the warm-up of the fast mode's schedule."""
+    """One training step on random images, past the warm-up of the fast mode's schedule.
+
+    Two are done already, in the first of which every layer renews its whitening: that is where memory peaks.
+    """
     config = ModelConfig(network.architecture, norm="bn", options=network.options)
     if arm != "bn":
         config = replace(config, norm="nd", network_deconv=NetworkDeconvConfig(mode=arm))  # type: ignore[arg-type]
@@ -95,9 +98,7 @@ def peak_mib(name: str, network: Network, arm: str, device: torch.device, amp: b
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        step = stepper(network, arm, device, amp)
-        for _ in range(CYCLE):
-            step()
+        stepper(network, arm, device, amp)()
         return torch.cuda.max_memory_allocated() / 2**20
     command = [sys.executable, __file__, name, "--arms", arm, "--memory-of-this-process"]
     command += ["--batch", str(network.batch), "--size", *map(str, network.size)]
@@ -117,9 +118,7 @@ def memory_of_this_process(network: Network, arm: str, amp: bool) -> float:
             return next(float(line.split()[1]) / 1024 for line in file if line.startswith(key))
 
     before = status("VmRSS")
-    step = stepper(network, arm, torch.device("cpu"), amp)
-    for _ in range(CYCLE):
-        step()
+    stepper(network, arm, torch.device("cpu"), amp)()
     return status("VmHWM") - before
 
 

@@ -9,7 +9,7 @@ sigmoid units) and a small convolutional network, each plain, with batch norm (f
 input) and with network deconvolution. SGD with momentum 0.9 in batches of 512, as in the authors' command, at
 a constant learning rate, for each the best of --lrs by the mean training loss of the last 20 steps.
 
-Writes OUT/linear.md, linear.png, and linear.jsonl, a line a training; what is there is not done again.
+Writes --out, a line a training; what is there is not done again. tools/paper_page.py draws it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from segdeconv.files import make_folder, to_json, write_atomically
 from segdeconv.train import seed_everything
 
 ARMS = {"plain": "no normalisation", "bn": "batch norm", "nd": "network deconvolution"}
+MEASURED = Path("docs/measured/linear.jsonl")
 BATCH, STEPS, LAST = 512, 234, 20  # two passes over the training pictures
 
 
@@ -188,10 +189,10 @@ def main() -> None:
     )
     parser.add_argument("--lrs", nargs="+", type=float, default=[0.01, 0.03, 0.1, 0.3, 1.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("runs/linear"))
+    parser.add_argument("--out", type=Path, default=MEASURED)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    path = make_folder(arguments.out) / "linear.jsonl"
+    path = make_folder(arguments.out.parent) / arguments.out.name
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     data = {split: load(arguments.data, split) for split in ("train", "val")}
     for seed in arguments.seeds:
@@ -205,10 +206,7 @@ def main() -> None:
                     with path.open("a") as file:
                         file.write(to_json(lines[-1]) + "\n")
                     print(f"{task} {arm} lr {lr:g} seed {seed}: {lines[-1]['final']}", flush=True)
-    text = table(lines)
-    write_atomically(arguments.out / "linear.md", lambda temporary: temporary.write_text(text))
-    picture(lines, arguments.out / "linear.png")
-    print(text)
+    print(table(lines))
 
 
 if __name__ == "__main__":

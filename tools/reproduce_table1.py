@@ -2,13 +2,13 @@
 
     python tools/reproduce_table1.py --seeds 0 1 2 --networks vgg16 resnet18     # hours a network on one core
     python tools/reproduce_table1.py --epochs 20 --networks pnasnet_a
-    python tools/reproduce_table1.py --networks                                  # table and picture only
+    python tools/reproduce_table1.py --networks                                  # the table only
 
 Three trainings a network and seed: `bn` and `nd` for the same number of steps, and `bn_for_nds_time`, batch
 norm again, for as many steps as fit into the time that `nd` took, its learning rate falling over all of them.
-Every training is one line of OUT/runs.jsonl, and those that are there are not done again, so a stopped
-reproduction goes on where it was. After each, OUT/table1_EPOCHS.md and .png are written anew. A training has
-one thread, and its time is the processor time of its steps, so that others on the machine do not count.
+Every training is one line of --out, and those that are there are not done again, so a stopped reproduction
+goes on where it was; tools/paper_page.py draws them. A training has one thread, bfloat16 autocast, and as its
+time the processor time of its steps, so that others on the machine do not count.
 
 The data is an image folder, data/cifar10/{train,test}/CLASS/NAME.jpg, read as by the recipe cifar10_resnet18:
 batches of 128, crops of pictures padded by 4, mirrored; SGD at 0.1 with momentum 0.9, and a cosine without
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from segdeconv.config import Recipe, load_recipe
 from segdeconv.data import Samples, eval_loader, open_samples, train_loader
-from segdeconv.evaluate import score, torch_predictor
+from segdeconv.evaluate import AMP, score, torch_predictor
 from segdeconv.figures import spread
 from segdeconv.files import make_folder, to_json, write_atomically
 from segdeconv.losses import loss_of
@@ -55,6 +55,7 @@ NETWORKS: dict[str, tuple[str, dict[int, tuple[float, ...]]]] = {
 }
 ARMS = {"bn": "batch norm", "nd": "network deconvolution", "bn_for_nds_time": "batch norm for nd's time"}
 WEIGHT_DECAY = {"bn": 5e-4, "nd": 1e-3}
+MEASURED = Path("docs/measured/table1.jsonl")
 POINTS = 5  # of a curve, an epoch
 ALL = 50_000
 
@@ -72,6 +73,7 @@ def train(
             f"data.root={arguments.data}",
             f"train.epochs={arguments.epochs}",
             f"train.weight_decay={WEIGHT_DECAY[norm]}",
+            "train.amp=bf16",
             f"train.seed={seed}",
         ],
     )
@@ -91,7 +93,9 @@ def train(
         start = time.process_time()
         optimizer.param_groups[0]["lr"] = config.lr * lr_factor(step - 1, steps, 0, config.schedule, 1)
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(model(images), targets, config, recipe.data.ignore_index)
+        with torch.autocast("cpu", AMP[config.amp]):
+            output = model(images)
+        loss = loss_of(output, targets, config, recipe.data.ignore_index)
         loss.backward()
         optimizer.step()
         seconds += time.process_time() - start
@@ -135,7 +139,7 @@ def endless(loader: Any, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
 def accuracy(model: Any, recipe: Recipe, held_out: Samples, share: int) -> float:
     """Top-1 on every ``share``-th test picture."""
     loader = eval_loader(held_out, recipe.data, 500, 1, rank=0, world=share)
-    return float(score(torch_predictor(model), loader, held_out, 255, "cpu")["top1"])
+    return float(score(torch_predictor(model, AMP[recipe.train.amp]), loader, held_out, 255, "cpu")["top1"])
 
 
 def read(path: Path, epochs: int, pictures: int) -> list[dict[str, Any]]:
@@ -153,9 +157,10 @@ def table(lines: list[dict[str, Any]], epochs: int) -> str:
     known = ["paper bn", "paper nd", "study bn", "study nd"]
     titles = ["network", "M parameters", *known, *ARMS, "seeds", "s bn", "s nd"]
     rows = [
-        f"CIFAR-10 (JPEG, {pictures} training pictures), {epochs} epochs of {steps // epochs} steps: top-1 "
-        "in percent on the test pictures, the mean over seeds and its standard error. `bn_for_nds_time` is "
-        "batch norm trained for as long as `nd` took. Seconds of training are those of one core. `paper` is "
+        f"CIFAR-10 (JPEG, {pictures} training pictures), epochs: {epochs}, of {steps // epochs} steps of "
+        "128, bfloat16: top-1 in percent on the test pictures, the mean over seeds and its standard error. "
+        "`bn_for_nds_time` is batch norm trained for as long as `nd` took. Seconds of training are those of "
+        "one core. `paper` is "
         "arXiv 1905.11926, table 1; `study` its reproduction, ReScience C 10(1)#4."
         + ("" if pictures == ALL else " **Not all pictures: a trial of the program, not a result.**"),
         "",
@@ -222,11 +227,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--pictures", type=int, default=ALL, help="fewer, to try the program")
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
-    parser.add_argument("--out", type=Path, default=Path("runs/table1"))
+    parser.add_argument("--out", type=Path, default=MEASURED)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    runs = make_folder(arguments.out) / "runs.jsonl"
-    report = arguments.out / f"table1_{arguments.epochs}.md"
+    runs = make_folder(arguments.out.parent) / arguments.out.name
     for seed in arguments.seeds:
         for network in arguments.networks:
             for arm in sorted(arguments.arms, key=list(ARMS).index):
@@ -244,16 +248,7 @@ def main() -> None:
                 with runs.open("a") as file:
                     file.write(to_json(line) + "\n")
                 print(f"{network} {arm} seed {seed}: {line['top1']:.4f}, {line['seconds']:.0f} s", flush=True)
-                write_report(runs, report, arguments)
-    write_report(runs, report, arguments)
-    print(report.read_text())
-
-
-def write_report(runs: Path, report: Path, arguments: argparse.Namespace) -> None:
-    lines = read(runs, arguments.epochs, arguments.pictures)
-    write_atomically(report, lambda temporary: temporary.write_text(table(lines, arguments.epochs)))
-    if lines:
-        picture(lines, report.with_suffix(".png"))
+    print(table(read(runs, arguments.epochs, arguments.pictures), arguments.epochs))
 
 
 if __name__ == "__main__":

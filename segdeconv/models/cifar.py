@@ -1,4 +1,5 @@
-"""The ten networks for 32x32 pictures that the paper's Table 1 trains on CIFAR (arXiv 1905.11926).
+"""The ten networks for 32x32 pictures that the paper's Table 1 trains on CIFAR (arXiv 1905.11926), and a
+smaller one.
 
 Shapes and widths are those of the authors' code, which has them from kuangliu/pytorch-cifar; they differ from
 the networks of the same name for ImageNet in stem, strides and head. The counts of parameters in the paper
@@ -102,6 +103,13 @@ def efficientnet_b0(num_classes: int) -> nn.Module:
     plan = ((1, 16, 1, 2), (6, 24, 2, 1), (6, 40, 2, 2), (6, 80, 3, 2), (6, 112, 3, 1), (6, 192, 4, 2),
             (6, 320, 1, 2))  # fmt: skip
     return _network(ConvNormReLU(3, 32), _inverted_residuals(plan, squeeze=True), 320, num_classes)
+
+
+def six_conv(num_classes: int, width: int = 32) -> nn.Module:
+    """Six 3x3 convolutions, small and fast; 0.29 M at a width of 32."""
+    plan = [width, width, "M", 2 * width, 2 * width, "M", 4 * width, 4 * width]
+    features = make_layers(plan, batch_norm=True)  # type: ignore[arg-type]
+    return nn.Sequential(OrderedDict(features=features, **_head(4 * width, num_classes)))
 
 
 class PreActBlock(nn.Module):
@@ -239,6 +247,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     f"cifar_{build.__name__}": _architecture(build)
     for build in (
         vgg16, resnet18, preact_resnet18, densenet121, resnext29_32x4d, mobilenet_v2, dpn92, pnasnet_a,
-        senet18, efficientnet_b0,
+        senet18, efficientnet_b0, six_conv,
     )
 }  # fmt: skip
