@@ -68,6 +68,13 @@ class Split(str, Enum):
     test = "test"
 
 
+class Amp(str, Enum):
+    recipe = "recipe"
+    off = "off"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class Task(str, Enum):
     segmentation = "segmentation"
     classification = "classification"
@@ -176,6 +183,9 @@ def evaluate(
         bool,
         typer.Option("--original", help="Score at the pictures' own size where the recipe resizes them."),
     ] = False,
+    amp: Annotated[
+        Amp, typer.Option(help="Autocast: off is float32, as in an exported graph; recipe, as it trains.")
+    ] = Amp.recipe,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="The folder for eval.json and pictures; by default the run's."),
@@ -209,6 +219,7 @@ def evaluate(
         flip=flip,
         scales=tuple(_numbers("--scales", scales, float)),
         original=original,
+        amp=amp.value,
     )
     info = read_info(find_checkpoint(run))
     folder = scores_folder(run) if out is None else make_folder(out)

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -199,6 +199,8 @@ class Inference:
         scales: average over these sizes of the picture.
         original: where the recipe resizes pictures (``data.size``), bring the scores back to the picture's
             own size and compare with labels as they are in the file, instead of resized ones.
+        amp: autocast: 'off', which is float32 as in an exported graph, 'bf16', 'fp16', or as the recipe
+            trains.
     """
 
     window: tuple[int, int] | None = None
@@ -206,6 +208,7 @@ class Inference:
     flip: bool = False
     scales: tuple[float, ...] = (1.0,)
     original: bool = False
+    amp: Literal["recipe", "off", "bf16", "fp16"] = "recipe"
 
     def __post_init__(self) -> None:
         if self.window is not None and min(self.window) < 1:
@@ -345,7 +348,7 @@ def evaluate_run(
         inference = replace(inference, original=True)
     if onnx is not None and inference != Inference():
         raise UserError(
-            "--onnx evaluates the graph as it is; windows, mirroring, scales, the original size and saved "
+            "--onnx evaluates the graph as it is; windows, mirroring, scales, the original size, --amp and saved "
             "predictions are PyTorch's (segdeconv predict writes a graph's)"
         )
     if info.task != "segmentation" and (inference.original or inference.window is not None):
@@ -366,8 +369,9 @@ def evaluate_run(
         num_workers=data.num_workers,
         pin_memory=torch.cuda.is_available(),
     )
+    amp = info.recipe.train.amp if inference.amp == "recipe" else inference.amp
     if onnx is None:
-        predict = padded(torch_predictor(model, AMP[info.recipe.train.amp]), size_multiple(model))
+        predict = padded(torch_predictor(model, AMP[amp]), size_multiple(model))
     else:
         predict = onnx_predictor(onnx, info, model, str(device))
     predict = inference.around(predict)
@@ -401,7 +405,7 @@ def evaluate_run(
         "epoch": info.epoch,
         "seed": info.recipe.train.seed,
         "engine": "pytorch" if onnx is None else "onnxruntime",
-        "settings": {"size": data.size, **asdict(inference)},
+        "settings": {"size": data.size, **asdict(inference), "amp": amp if onnx is None else "off"},
         **scores,
     }
 

@@ -164,8 +164,8 @@ def add(
 ) -> Path:
     """Write the folder of a new entry from a finished and evaluated run.
 
-    The weights are stored first and then evaluated as the run's ``eval.json`` was, so that ``metrics.json``
-    describes what is stored.
+    The weights are stored first and then evaluated as the run's ``eval.json`` was, but in float32, so that
+    ``metrics.json`` describes what is stored and what is exported.
 
     Args:
         name: of the entry; by default ``ARCH_ENCODER.NORM_DATASET`` from the recipe.
@@ -208,7 +208,7 @@ def add(
                 device,
                 root=root,
                 split=scores["split"],
-                inference=_inference(scores),
+                inference=replace(_inference(scores), amp="off"),
                 figures=Path(temporary),
             )
         except UserError as error:

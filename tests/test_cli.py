@@ -86,6 +86,8 @@ def test_eval_with_everything(road: Path, call: Call, tmp_path: Path) -> None:
         "--scales",
         "0.75,1",
         "--original",
+        "--amp",
+        "off",
         "--split",
         "train",
     ]
@@ -96,7 +98,7 @@ def test_eval_with_everything(road: Path, call: Call, tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == {"eval.json", "confusion.png", "worst.jpg"}
     scores = json.loads((out / "eval.json").read_text())
     settings = {"size": [32, 64], "window": [32, 32], "overlap": 0.5, "flip": True, "scales": [0.75, 1.0]}
-    assert scores["settings"] == {**settings, "original": True}
+    assert scores["settings"] == {**settings, "original": True, "amp": "off"}
     assert len(list(labels.iterdir())) == scores["samples"] == 12
     assert (scores["split"], Image.open(next(labels.iterdir())).size) == ("train", (256, 128))
 

@@ -108,7 +108,7 @@ def efficientnet_b0(num_classes: int) -> nn.Module:
 def six_conv(num_classes: int, width: int = 32) -> nn.Module:
     """Six 3x3 convolutions, small and fast; 0.29 M at a width of 32."""
     plan = [width, width, "M", 2 * width, 2 * width, "M", 4 * width, 4 * width]
-    features = make_layers(plan, batch_norm=True)  # type: ignore[arg-type]
+    features = make_layers(plan, batch_norm=True)
     return nn.Sequential(OrderedDict(features=features, **_head(4 * width, num_classes)))
 
 
