@@ -348,8 +348,8 @@ def evaluate_run(
         inference = replace(inference, original=True)
     if onnx is not None and inference != Inference():
         raise UserError(
-            "--onnx evaluates the graph as it is; windows, mirroring, scales, the original size, --amp and saved "
-            "predictions are PyTorch's (segdeconv predict writes a graph's)"
+            "--onnx evaluates the graph as it is; windows, mirroring, scales, the original size, --amp and "
+            "saved predictions are PyTorch's (segdeconv predict writes a graph's)"
         )
     if info.task != "segmentation" and (inference.original or inference.window is not None):
         raise UserError(
