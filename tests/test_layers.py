@@ -283,6 +283,25 @@ def test_statistics_are_float32_under_autocast() -> None:
         torch.testing.assert_close(mixed.get_buffer(name), value, rtol=0, atol=1e-6)
 
 
+def test_bfloat16_autocast_is_near_float32() -> None:
+    """Output and gradients of a step on maps whose every third row counts, in both memory layouts."""
+    x = torch.randn(4, 8, 40, 12) * torch.rand(8, 1, 1) + 2
+    probe = torch.randn(4, 6, 40, 12)
+
+    def step(amp: bool, layout: torch.memory_format) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layer = WhitenedConv2d(8, 6, 3, padding=1)
+        leaf = x.clone(memory_format=layout).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            out = layer(leaf).float()
+        return [out, *torch.autograd.grad((out * probe).sum(), (leaf, layer.weight, layer.bias))]
+
+    wanted = step(False, torch.contiguous_format)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        for got, want in zip(step(True, layout), wanted, strict=True):
+            assert (got - want).norm() < 0.01 * want.norm()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
 def test_nan_never_enters_running_values(mode: str, bad: float) -> None:
