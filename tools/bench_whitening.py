@@ -49,8 +49,14 @@ def milliseconds(*functions: Callable[[], object], rounds: int = 7) -> list[floa
     return [statistics.median(mine) for mine in times]
 
 
+def maps(batch: int, channels: int, height: int, width: int, device: torch.device) -> torch.Tensor:
+    """A layer's input, in the layout that the loaders' batches bring about."""
+    x = torch.randn(batch, channels, height, width, device=device)
+    return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
 def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device) -> None:
-    x = torch.randn(batch, channels, *size, device=device, requires_grad=True)
+    x = maps(batch, channels, *size, device)
     conv = nn.Conv2d(channels, channels, 3, padding=1, device=device)
     norm = nn.BatchNorm2d(channels, device=device)
     fast = WhitenedConv2d.from_conv(nn.Conv2d(channels, channels, 3, padding=1, device=device))
@@ -100,7 +106,7 @@ def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device
 
 def ratio(width: int, side: int, batch: int, device: torch.device) -> float:
     """A step of convolution and ReLU, whitened over batch-normalised."""
-    x = torch.randn(batch, width, side, side, device=device, requires_grad=True)
+    x = maps(batch, width, side, side, device)
     norm = nn.Sequential(
         nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
     ).to(device)
