@@ -64,8 +64,9 @@ _FEWEST_SAMPLES = 256  # fast mode, for blocks of few features
 # on a map; but of a batch of two a linear layer sees two values a channel, which alone would become +-1.
 _PRIOR_SAMPLES = 16
 
-# Fast mode: statistics move quickly at first, so the whitening matrix is renewed in each of the first steps.
-_WARM_UP_STEPS = 20
+# Fast mode: statistics move quickly at first, so the whitening matrix is renewed at every step to begin with;
+# after each so many steps the interval grows by one, up to ``config.refresh_every``.
+_STEPS_AN_INTERVAL = 20
 
 
 class Whitened(nn.Module):
@@ -329,7 +330,7 @@ class Whitened(nn.Module):
         self._update_moments(moments, self.config.momentum)
         step = self._steps_taken() - 1
         turn = step + self.refresh_offset
-        if step < _WARM_UP_STEPS or turn % self.config.refresh_every == 0:
+        if turn % min(self.config.refresh_every, max(step // _STEPS_AN_INTERVAL, 1)) == 0:
             self._refresh(x, self._steadied(moments, samples), samples, turn, self.config.momentum)
 
     @torch.no_grad()

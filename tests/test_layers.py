@@ -362,20 +362,26 @@ def test_fast_mode_does_not_see_the_scale_of_its_input(training: bool) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-7 * want.abs().max().item())
 
 
-def test_refresh_schedule() -> None:
-    """Every one of the first twenty steps, then every tenth, on another step for another offset."""
-    layers = [WhitenedConv2d(4, 4, 1) for _ in range(2)]
-    layers[1].refresh_offset = 3
-    steps = []
-    for layer in layers:
-        refreshed = []
-        for step in range(45):
-            before = layer.num_refreshes.item()
-            layer(torch.randn(2, 4, 5, 5))
-            if layer.num_refreshes.item() > before:
-                refreshed.append(step)
-        steps.append(refreshed)
-    assert steps == [[*range(20), 20, 30, 40], [*range(20), 27, 37]]
+@pytest.mark.parametrize(
+    ("offset", "refresh_every", "expected"),
+    [
+        (0, 10, [*range(40), *range(40, 60, 2), *range(60, 80, 3), 80, 84, 88]),
+        (3, 10, [*range(40), *range(41, 60, 2), *range(60, 80, 3), 81, 85, 89]),
+        (0, 2, [*range(40), *range(40, 90, 2)]),
+        (0, 1, [*range(90)]),
+    ],
+)
+def test_refresh_schedule(offset: int, refresh_every: int, expected: list[int]) -> None:
+    """The steps between two renewals grow by one every twenty steps, up to the setting; offsets move them."""
+    layer = WhitenedConv2d(4, 4, 1, config=NetworkDeconvConfig(refresh_every=refresh_every))
+    layer.refresh_offset = offset
+    refreshed = []
+    for step in range(90):
+        before = layer.num_refreshes.item()
+        layer(torch.randn(2, 4, 5, 5))
+        if layer.num_refreshes.item() > before:
+            refreshed.append(step)
+    assert refreshed == expected
 
 
 @pytest.mark.parametrize("mode", ["fast", "exact"])

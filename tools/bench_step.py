@@ -80,7 +80,7 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     step()
     for layer in model.modules():
         if isinstance(layer, Whitened):
-            layer.load_state_dict(layer.state_dict() | {"num_batches_tracked": torch.tensor(100)})
+            layer.load_state_dict(layer.state_dict() | {"num_batches_tracked": torch.tensor(1000)})
     step()
     return step
 
