@@ -104,16 +104,19 @@ def mean_final(runs: list[dict[str, Any]]) -> float:
 
 
 def inspection_part() -> str:
-    parts = []
+    parts, shown = [], set()
     for name in entry_names():
-        norm = name.partition(".")[2].partition("_")[0]
+        norm, _, dataset = name.partition(".")[2].partition("_")
         with tempfile.TemporaryDirectory() as folder:
             try:
                 report = inspect_run(name, Path(folder))
             except UserError as error:
                 parts.append(f"{name}: not measured, {error}\n")
                 continue
-            pictures = ["filters", "spectrum", "sparsity"] if norm == "nd" else []
+            pictures = []
+            if norm == "nd" and dataset not in shown:  # one set of pictures a data set is enough
+                shown.add(dataset)
+                pictures = ["filters", "spectrum", "sparsity"]
             for picture in pictures:
                 shutil.copyfile(Path(folder) / f"{picture}.png", PICTURES / f"{name}_{picture}.png")
         parts.append(of_entry(name, report, pictures))
@@ -140,9 +143,15 @@ def of_entry(name: str, report: dict[str, Any], pictures: list[str]) -> str:
             ("kurtosis", "whitened values have more kurtosis", 1),
             ("hoyer", "whitened values are sparser by Hoyer's measure", 1),
         ):
-            pairs = [(layer[key]["whitened"], layer[key]["standardised"]) for layer in layers]
-            known = [(a, b) for a, b in pairs if not math.isnan(a - b)]
-            rows.append(f"- {verdict(sum(sign * a > sign * b for a, b in known), len(known), what)}")
+            known = [x for x in layers if not math.isnan(x[key]["whitened"] - x[key]["standardised"])]
+            better = [x for x in known if sign * x[key]["whitened"] > sign * x[key]["standardised"]]
+            rows.append(f"- {verdict(len(better), len(known), what)}")
+            if key == "condition":
+                single, of = (sum(" 1 blocks" in x["kind"] for x in some) for some in (better, known))
+                rows[-1] += (
+                    " Blocks of channels share a matrix, which whitens their average: of the "
+                    f"{of} layers with a single block {single} are."
+                )
         for title, fits in report["filters"].items():
             round_ones = sum(fit["centre_surround"] for fit in fits)
             least = min(fit["surround_r2"] for fit in fits)
