@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=Path("../shared/data/mnist"), help="as torchvision has it"
     )
-    parser.add_argument("--lrs", nargs="+", type=float, default=[0.01, 0.03, 0.1, 0.3, 1.0])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=MEASURED)
     arguments = parser.parse_args()
