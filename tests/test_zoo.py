@@ -88,7 +88,9 @@ def test_an_entry_is_what_it_says(name: str, torch_model: torch.nn.Module) -> No
     else:
         assert entry.urls
     recipe = load_recipe(folder / "recipe.yaml")
-    assert name == default_name(recipe).replace(f"_{recipe.data.dataset}", f"_{entry.dataset}")
+    network = default_name(recipe).partition(".")[0]
+    width = r"(w\d+)?"  # of the first stage, where that is not the encoder's own
+    assert re.fullmatch(rf"{re.escape(network)}{width}\.{recipe.model.norm}_{entry.dataset}", name)
     assert (recipe.model.norm, recipe.train.seed) == (entry.norm, scores["seed"])
     assert entry.parameters == count_parameters(torch_model)
     assert entry.gflops == pytest.approx(count_gflops(torch_model, entry.input), rel=1e-6)
