@@ -1,7 +1,7 @@
 """The entries of the zoo: which there are, what they say about themselves, where their weights lie.
 
-An entry is a folder ``zoo/ARCH_ENCODER.nd_DATASET``, its batch-norm twin ``.bn_DATASET``; an encoder of another
-width says so, as in ``resnet18w32`` for 32 channels in the first stage. The folder holds
+An entry is a folder ``zoo/ARCH_ENCODER.nd_DATASET``, its batch-norm twin ``.bn_DATASET``; an encoder of its
+own width says so, as ``resnet18w32`` does with 32 channels in the first stage. The folder holds
 ``recipe.yaml``, ``metrics.json`` (as ``segdeconv eval`` writes it), ``card.md``, a picture, ``entry.json``
 and, where they are small, ``model.safetensors``. Larger weights are at the urls that ``entry.json`` lists.
 The folder zoo/ becomes segdeconv/zoo_entries in a wheel. Entries are made, checked and published in zoo.py.
