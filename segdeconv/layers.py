@@ -40,9 +40,9 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype | None:
-    """bfloat16 where autocast would use it for a matrix product; float16 has too little range for gradients
-    divided by the scale of a channel.
+def _low_precision(x: Tensor) -> torch.dtype | None:
+    """bfloat16 where autocast computes in it; float16 has too little range for gradients divided by the scale
+    of a channel.
     """
     device = x.device.type
     under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -296,16 +296,20 @@ class Whitened(nn.Module):
     def _whiten_fast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.numel() == x.shape[1] and world_size() == 1:
             return x, *self.folded_parameters()
-        product_dtype = _product_dtype(x)
+        low_precision = _low_precision(x)
         with _no_autocast(x):
             x, moments, samples = self._channel_moments(x)
             self._follow(x.detach(), moments.detach(), samples)
             moments = self._steadied(moments, samples)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
-            # A copy, because a refresh in a second forward pass may come before this one's backward pass.
-            whitening = self.running_whitening.clone()
             weight, bias = standardise_and_fold(
-                self.weight, bias, moments, whitening, self.num_blocks, self.config.eps, product_dtype
+                self.weight,
+                bias,
+                moments,
+                self.running_whitening,
+                self.num_blocks,
+                self.config.eps,
+                low_precision,
             )
         return x, weight, bias
 
@@ -372,7 +376,8 @@ class Whitened(nn.Module):
         # The variance of a weighted mean of independent samples, as a number of equally weighted ones.
         counted = 1 / ((1 - step).square() / self.cov_samples + step.square() / rows)
         self.cov_samples.copy_(torch.where(finite, counted, self.cov_samples))
-        self.running_whitening.copy_(shrunk_inverse_sqrt(self.running_cov, self.cov_samples))
+        # A new tensor: a forward pass before this one may still need the old one for its backward pass.
+        self.running_whitening = shrunk_inverse_sqrt(self.running_cov, self.cov_samples)
 
 
 def _step_size(momentum: float | None, count: Any) -> Any:

@@ -162,16 +162,18 @@ class _ChannelMoments(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor, grad_moments: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         rows, grad_rows = _moment_rows(x), _moment_rows(grad_x)
-        grad_mean, grad_var = grad_moments * (x.shape[1] / rows.numel())  # of every value's share
-        slope = grad_var * (2 * (1 - ctx.zeros))
+        grad_mean, grad_var = grad_moments
+        share, slope = x.shape[1] / rows.numel(), 2 * (1 - ctx.zeros)
         offset = torch.addcmul(grad_mean, grad_var, mean, value=4 * ctx.zeros - 2)
         # In place: the gradient was just made by the one layer that reads x, and nobody else holds it.
-        if grad_x.dtype == slope.dtype:
+        if grad_x.dtype == offset.dtype:
             shape = (-1, *(1,) * (x.ndim - 2))
-            grad_rows.addcmul_(rows, slope.view(shape)).add_(offset.view(shape))
+            grad_rows.addcmul_(rows, grad_var.view(shape), value=slope * share)
+            grad_rows.add_(offset.view(shape), alpha=share)
         else:  # tensor arithmetic in two precisions makes float32 copies, batch norm's kernel does not
-            zero, one = torch.zeros_like(slope), torch.ones_like(slope)
-            grad_rows.add_(F.batch_norm(_dense(rows, x), zero, one, slope, offset, eps=0.0))
+            zero, one = torch.zeros_like(offset), torch.ones_like(offset)
+            slope_C, offset = grad_var * (slope * share), offset * share
+            grad_rows.add_(F.batch_norm(_dense(rows, x), zero, one, slope_C, offset, eps=0.0))
         return grad_x, None
 
 
@@ -248,11 +250,11 @@ def fold_whitening(
     blocks: int,
     interleaved: bool,
     scale_GKF: Tensor | None = None,
-    product_dtype: torch.dtype | None = None,
+    low_precision: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The plain layer's parameters: w' = w D s in every block and b' = b - w'·μ (section 3.3).
 
-    Training, evaluation and folding all go through here. The scale s is what the fast mode divides every
+    Training, evaluation and folding all go through here. The scale s is what the fast mode multiplies every
     channel by before D; the other modes have none.
 
     Args:
@@ -260,32 +262,29 @@ def fold_whitening(
         bias: (G·O,).
         mean_GKF: the mean; K may be 1 for a mean that the blocks share.
         blocks: K, the number of blocks in a group.
-        product_dtype: bfloat16 for a product w D that is rounded as those of autocast are.
+        low_precision: the type to compute in and to return, where autocast would round to it anyway.
 
     Returns:
-        weight and bias of the shapes and type given; the arithmetic is in float32 or wider.
+        weight and bias of the shapes given, and, unless in low precision, of the type given and computed in
+        float32 or wider.
     """
-    dtype = weight.dtype
-    weight, bias = (t.to(torch.promote_types(t.dtype, whitening_GFF.dtype)) for t in (weight, bias))
-    whitening_GFF, mean_GKF = whitening_GFF.to(weight.dtype), mean_GKF.to(weight.dtype)
+    out = low_precision or weight.dtype
+    dtype = low_precision or torch.promote_types(out, whitening_GFF.dtype)
+    weight, bias, whitening_GFF, mean_GKF = (t.to(dtype) for t in (weight, bias, whitening_GFF, mean_GKF))
     groups = whitening_GFF.shape[0]
     weight_GOKF = to_blocks(weight.reshape(groups, weight.shape[0] // groups, -1), blocks, interleaved)
-    folded_GOKF = _product(weight_GOKF.flatten(1, 2), whitening_GFF, product_dtype).view_as(weight_GOKF)
+    folded_GOKF = (weight_GOKF.flatten(1, 2) @ whitening_GFF).view_as(weight_GOKF)
     if scale_GKF is not None:
-        folded_GOKF = folded_GOKF * scale_GKF[:, None]
+        folded_GOKF *= scale_GKF[:, None].to(dtype)
     mean_GP1 = mean_GKF.expand(groups, *folded_GOKF.shape[2:]).reshape(groups, -1, 1)
     shift_GO = folded_GOKF.flatten(2) @ mean_GP1
     folded = from_blocks(folded_GOKF, interleaved).reshape(weight.shape)
-    return folded.to(dtype), (bias - shift_GO.flatten()).to(dtype)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return a @ b if dtype is None else (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+    return folded.to(out), (bias - shift_GO.flatten()).to(out)
 
 
 class _StandardiseAndFold(torch.autograd.Function):
-    # With a backward pass of its own: autograd's has some thirty small operations, which cost more than the
-    # arithmetic does.
+    # With a backward pass of its own, in place where it can: autograd's has some thirty small operations, and
+    # new memory for the intermediate values of a large weight costs more than the arithmetic.
 
     @staticmethod
     def forward(
@@ -296,38 +295,42 @@ class _StandardiseAndFold(torch.autograd.Function):
         whitening_GFF: Tensor,
         blocks: int,
         eps: float,
-        product_dtype: torch.dtype | None,
+        low_precision: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        mean_GKF, var_GKF = per_feature(moments_2C, len(whitening_GFF), blocks, whitening_GFF.shape[-1])
-        scale_GKF = (var_GKF + eps).rsqrt()
+        groups, features, _ = whitening_GFF.shape
+        mean_GKF, var_GKF = per_feature(moments_2C, groups, blocks, features)
+        scale_GKF = (var_GKF + eps).rsqrt_()
         folded, shifted = fold_whitening(
-            weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, product_dtype
+            weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision
         )
         ctx.save_for_backward(folded, mean_GKF, scale_GKF, whitening_GFF)
-        ctx.product_dtype = product_dtype
+        ctx.dtypes = weight.dtype, bias.dtype, low_precision or mean_GKF.dtype
         return folded, shifted
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
         folded, mean_GKF, scale_GKF, whitening_GFF = ctx.saved_tensors
-        groups, _, features = mean_GKF.shape
-        mean_G1P, scale_G1P = (t.reshape(groups, 1, -1) for t in (mean_GKF, scale_GKF))
+        weight_dtype, bias_dtype, dtype = ctx.dtypes
+        groups, features, _ = whitening_GFF.shape
         rows = groups, len(folded) // groups
-        folded_GOP, grad_GOP = (t.reshape(*rows, -1).to(mean_GKF.dtype) for t in (folded, grad_folded))
-        grad_GO1 = grad_shifted.view(*rows, 1).to(mean_GKF.dtype)
-        grad_GOP = torch.addcmul(grad_GOP, grad_GO1, mean_G1P, value=-1)  # b' = b - w'·μ
+        folded_GOP, grad_GOP = (t.reshape(*rows, -1).to(dtype) for t in (folded, grad_folded))
+        mean_G1P, scale_G1P = (t.reshape(groups, 1, -1).to(dtype) for t in (mean_GKF, scale_GKF))
+        minus_GO1 = -grad_shifted.reshape(*rows, 1).to(dtype)
+        grad_GOP.addcmul_(minus_GO1, mean_G1P)  # b' = b - w'·μ
         grad_weight = grad_moments = None
-        if ctx.needs_input_grad[0]:  # w' = w D s
-            grad_whitened = (grad_GOP * scale_G1P).view(groups, -1, features)
-            grad_weight = _product(grad_whitened, whitening_GFF.mT, ctx.product_dtype)
-            grad_weight = grad_weight.view_as(folded).to(folded.dtype)
         if ctx.needs_input_grad[2]:  # s = (var + ε)^(-1/2), so ds/dvar = -s³/2
-            grad_mean = -(grad_GO1.mT @ folded_GOP)
-            grad_var = (grad_GOP * folded_GOP).sum(1, keepdim=True) * (-0.5 * scale_G1P.square())
-            taps = folded[0].numel() // folded.shape[1]
-            grad_moments = torch.stack((grad_mean, grad_var)).view(2, -1, taps).sum(-1)
-        return grad_weight, grad_shifted, grad_moments, None, None, None, None
+            sums_SG1P = mean_G1P.new_empty(2, *mean_G1P.shape)
+            torch.bmm(minus_GO1.mT, folded_GOP, out=sums_SG1P[0])
+            torch.sum(grad_GOP * folded_GOP, 1, keepdim=True, out=sums_SG1P[1])
+            taps = math.prod(folded.shape[2:])
+            grad_moments = sums_SG1P.view(2, -1, taps).sum(-1, dtype=mean_GKF.dtype)
+            grad_moments[1] *= scale_GKF.flatten()[::taps].square() * -0.5
+        if ctx.needs_input_grad[0]:  # w' = w D s
+            grad_whitened = grad_GOP.mul_(scale_G1P).view(groups, -1, features)
+            grad_weight = grad_whitened @ whitening_GFF.to(dtype).mT
+            grad_weight = grad_weight.view(folded.shape).to(weight_dtype)
+        return grad_weight, grad_shifted.to(bias_dtype), grad_moments, None, None, None, None
 
 
 def standardise_and_fold(
@@ -337,13 +340,19 @@ def standardise_and_fold(
     whitening_GFF: Tensor,
     blocks: int,
     eps: float,
-    product_dtype: torch.dtype | None = None,
+    low_precision: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fold_whitening` with every channel's mean and scale s = (var + ε)^(-1/2) of ``moments_2C``.
 
     Differentiable once, with respect to weight, bias and moments; the whitening matrix counts as constant.
+
+    Args:
+        low_precision: bfloat16 for arithmetic and results in it, which autocast would round to anyway.
+
+    Returns:
+        weight and bias for the one layer that computes with them: their gradients are taken up in place.
     """
-    return _StandardiseAndFold.apply(weight, bias, moments_2C, whitening_GFF, blocks, eps, product_dtype)
+    return _StandardiseAndFold.apply(weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision)
 
 
 def per_feature(values_SC: Tensor, groups: int, blocks: int, features: int) -> Tensor:

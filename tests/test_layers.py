@@ -299,7 +299,7 @@ def test_bfloat16_autocast_is_near_float32() -> None:
     wanted = step(False, torch.contiguous_format)
     for layout in (torch.channels_last, torch.contiguous_format):
         for got, want in zip(step(True, layout), wanted, strict=True):
-            assert (got - want).norm() < 0.015 * want.norm()
+            assert (got - want).norm() < 0.025 * want.norm()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

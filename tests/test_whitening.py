@@ -191,10 +191,10 @@ def test_channel_moments(shape: tuple, channels_last: bool, zeros: float, dtype:
     close(got.double(), want, rtol=1e-13 if exact else 2**-8, atol=1e-13 if exact else 2**-8 * 20)
 
 
-@pytest.mark.parametrize("product_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("low_precision", [None, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "blocks", "block", "kernel"), [(1, 2, 3, 3), (2, 1, 2, 1), (3, 2, 1, 2)])
 def test_standardise_and_fold(
-    groups: int, blocks: int, block: int, kernel: int, product_dtype: torch.dtype | None
+    groups: int, blocks: int, block: int, kernel: int, low_precision: torch.dtype | None
 ) -> None:
     """Values and gradients against autograd through the definition; products may be rounded to bfloat16."""
     channels, features = groups * blocks * block, block * kernel**2
@@ -205,7 +205,8 @@ def test_standardise_and_fold(
     ]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     whitening = torch.randn(groups, features, features).double()
-    got = standardise_and_fold(*leaves, whitening, blocks, 1e-3, product_dtype)
+    got = standardise_and_fold(*leaves, whitening, blocks, 1e-3, low_precision)
+    assert got[0].dtype == got[1].dtype == (low_precision or torch.float64)
     weight, bias, (mean, var) = leaves
     mean, scale = (
         value.view(groups, blocks, block).repeat_interleave(kernel**2, -1)
@@ -214,9 +215,11 @@ def test_standardise_and_fold(
     want = fold_whitening(weight, bias, whitening, mean, blocks, False, scale)
     probes = [torch.randn_like(value) for value in got]
     for mine, reference in zip(
-        (*got, *torch.autograd.grad(got, leaves, probes)),
+        (*got, *torch.autograd.grad(got, leaves, [probe.to(got[0].dtype, copy=True) for probe in probes])),
         (*want, *torch.autograd.grad(want, leaves, probes)),
         strict=True,
     ):
-        error = 1e-13 if product_dtype is None else 2**-6
-        torch.testing.assert_close(mine, reference, rtol=0, atol=error * reference.abs().max().item())
+        error = 1e-13 if low_precision is None else 2**-6
+        torch.testing.assert_close(
+            mine.double(), reference, rtol=0, atol=error * reference.abs().max().item()
+        )

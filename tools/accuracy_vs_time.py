@@ -154,7 +154,7 @@ def ablation(arm: str) -> Any:
         whitening: Tensor,
         blocks: int,
         eps: float,
-        product_dtype: torch.dtype | None,
+        low_precision: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         mean, var = per_feature(moments, len(whitening) // blocks, blocks, whitening.shape[-1])
         return fold_own(weight, bias, whitening, mean, (var + eps).rsqrt())
