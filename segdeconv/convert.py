@@ -141,8 +141,9 @@ def convert_to_network_deconv(
         if layer.action != "removed":
             continue
         swaps[module] = leftover(module)
-        if layer.name in structure.norm_before and getattr(swaps[module], "inplace", False):
-            swaps[module].inplace = False  # type: ignore[assignment]
+        for part in swaps[module].modules() if layer.name in structure.norm_before else ():
+            if getattr(part, "inplace", False):
+                part.inplace = False  # type: ignore[assignment]
         if warm_start:
             if layer.name in structure.norm_after and layer.name not in structure.guessed:
                 fold_batch_norm(modules[structure.norm_after[layer.name]], module)

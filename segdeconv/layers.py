@@ -45,14 +45,23 @@ def _low_precision(x: Tensor) -> torch.dtype | None:
     of a channel.
     """
     device = x.device.type
-    under_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.bfloat16 if under_autocast and torch.get_autocast_dtype(device) == torch.bfloat16 else None
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(
+        device
+    ):  # autocast leaves float64 alone
+        return None
+    bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    return torch.bfloat16 if bfloat16 else None
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def _again() -> bool:
+    """Whether this forward pass repeats one, inside a backward pass: activation checkpointing does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 # With fewer, statistics are so noisy that gradients grow from layer to layer: in a U-Net on MobileNetV2 the
@@ -132,6 +141,19 @@ class Whitened(nn.Module):
         # The fast mode's own copy of num_batches_tracked: reading a tensor would wait for the device.
         self._step: int | None = 0
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Whitened:
+        """As on any module, but running values stay in float32 or wider where the weights become narrower."""
+        running = {id(buffer) for buffer in self.buffers(recurse=False)}
+
+        def apply(tensor: Tensor) -> Tensor:
+            out: Tensor = fn(tensor)
+            if id(tensor) not in running or not out.is_floating_point():
+                return out
+            wide = _at_least_float32(out.dtype)
+            return out if out.dtype == wide else tensor.to(out.device, wide)
+
+        return super()._apply(apply, recurse)
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._step = None
@@ -169,7 +191,8 @@ class Whitened(nn.Module):
         if rows * self.num_blocks < 2:
             return x, *self.folded_parameters()
         whitening = self.whitening_from(cov)
-        self._update_running(mean.detach(), whitening.detach(), self.config.momentum)
+        if not _again():
+            self._update_running(mean.detach(), whitening.detach(), self.config.momentum)
         return x, *self._fold(whitening, mean, None)
 
     @torch.no_grad()
@@ -178,11 +201,12 @@ class Whitened(nn.Module):
         x = self._batched(x).to(self.running_whitening.dtype)
         if self.config.mode == "fast":
             _, moments, samples = self._channel_moments(x)
-            self._refresh(x, moments, samples, int(self.num_batches_tracked), None)
-            self._update_moments(moments, None)
+            self._pool_moments(moments, self._share_of_zeros(x))
+            self._refresh(x, self.running_moments, samples, self._steps_taken() - 1, None)
         else:
-            mean, cov, _ = self.moments(x)
-            self._update_running(mean, self.whitening_from(cov), None)
+            mean, cov, rows = self.moments(x)
+            if rows * self.num_blocks > 1:
+                self._update_running(mean, self.whitening_from(cov), None)
 
     @torch.no_grad()
     def adopt_running_values(self, other: Whitened) -> None:
@@ -322,15 +346,23 @@ class Whitened(nn.Module):
         mean, var = moments.double()
         (mean, second), total = mean_over_ranks(samples, mean, var + mean.square())
         var = (1 - zeros) * (second - mean.square()) + zeros * mean.square()
-        return x, torch.stack((mean, var)).to(moments.dtype), total.to(moments.dtype)
+        return x, torch.stack((mean, var)).to(moments.dtype), total
 
     def _steadied(self, moments: Tensor, samples: Any) -> Tensor:
         """The moments of a batch with the running ones counted in as ``_PRIOR_SAMPLES`` samples."""
-        return torch.lerp(self.running_moments, moments, 1 / (1 + _PRIOR_SAMPLES / samples))
+        trust = 1 / (1 + _PRIOR_SAMPLES / samples)
+        if isinstance(trust, Tensor):
+            trust = trust.to(moments.dtype)
+        return torch.lerp(self.running_moments, moments, trust)
 
     @torch.compiler.disable  # a graph of its own for every step count would be compiled otherwise
     def _follow(self, x: Tensor, moments: Tensor, samples: Any) -> None:
-        """Take a batch into the running moments and, when it is its turn, renew the whitening."""
+        """Take a batch into the running moments and, when it is its turn, renew the whitening.
+
+        Not a second time for activation checkpointing, whose second forward pass has to give the same.
+        """
+        if _again():
+            return
         self._update_moments(moments, self.config.momentum)
         step = self._steps_taken() - 1
         turn = step + self.refresh_offset
@@ -343,6 +375,21 @@ class Whitened(nn.Module):
         self.num_batches_tracked += 1  # finite or not: the schedule counts steps
         finite = (moments.abs() < math.inf).all()  # false where one is NaN
         _lerp_(self.running_moments, moments, _step_size(momentum, self._step), finite)
+
+    @torch.no_grad()
+    def _pool_moments(self, moments: Tensor, zeros: float) -> None:
+        """Make the running moments those of all batches so far as one, this one the last. The mean of the
+        batches' variances would leave out what lies between them: all there is, in batches of one.
+        """
+        other = 1 - 2 * zeros  # the variance is (1 - q) E[x²] - (1 - 2q) mean², see `_ChannelMoments`
+        seconds = [
+            torch.stack((mean, torch.addcmul(var, mean, mean, value=other)))
+            for mean, var in (self.running_moments, moments)
+        ]
+        self.running_moments.copy_(seconds[0])
+        self._update_moments(seconds[1], None)
+        mean, second = self.running_moments
+        second.addcmul_(mean, mean, value=-other)
 
     def _steps_taken(self) -> int:
         return int(self.num_batches_tracked) if self._step is None else self._step
@@ -504,7 +551,14 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
         return 1 - inside
 
     def forward(self, input: Tensor) -> Tensor:  # named as on the torch layer
-        batched, weight, bias = self.whiten(self._batched(input))
+        x = self._batched(input)
+        if x.shape[1] != self.in_channels or min(self._positions(x)) < 1:  # before it spoils running values
+            raise ValueError(
+                f"an input of shape {tuple(input.shape)} for a {tuple(self.kernel_size)} convolution of "
+                f"{self.in_channels} channels; expected (n, {self.in_channels}, height, width), a map no "
+                "smaller than the kernel"
+            )
+        batched, weight, bias = self.whiten(x)
         padding = self.padding
         if self.padding_mode != "zeros" or (padding == "same" and max(_pair(self.stride)) > 1):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -547,6 +601,11 @@ class WhitenedLinear(Whitened, nn.Linear):
         return 0.0
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"an input of shape {tuple(input.shape)} for a linear layer of {self.in_features} features; "
+                f"expected (..., {self.in_features})"
+            )
         rows, weight, bias = self.whiten(self._batched(input))
         return F.linear(rows, weight, bias).view(*input.shape[:-1], self.out_features)
 

@@ -531,6 +531,9 @@ class _Run:
         self.scaler.update()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
+            for mine, current in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
+                if not mine.is_floating_point():  # an average of counters, rounded down, would lag behind
+                    mine.copy_(current)
         return loss.detach()
 
     def _autocast(self) -> torch.autocast:

@@ -113,10 +113,11 @@ def inverse_sqrt(cov_GFF: Tensor, eps: float, num_iters: int) -> Tensor:
     norm = torch.linalg.matrix_norm(ridged, keepdim=True)
     y = ridged / norm
     z = identity.expand_as(y)
-    for _ in range(num_iters):
+    for step in range(num_iters):
         t = 1.5 * identity - 0.5 * (z @ y)
-        y = y @ t
         z = t @ z
+        if step < num_iters - 1:
+            y = y @ t
     return z / norm.sqrt()
 
 
@@ -234,10 +235,12 @@ def shrunk_inverse_sqrt(cov_GFF: Tensor, samples: Tensor) -> Tensor:
     largest = (1 + RIDGE) * norm
     y = (cov_GFF + RIDGE * norm * identity) / largest
     z = None
-    for a, b, c in _QUINTICS:
+    for step, (a, b, c) in enumerate(_QUINTICS):
         zy = y if z is None else z @ y
         p = a * identity + b * zy + c * (zy @ zy)
-        y, z = y @ p, p if z is None else p @ z
+        z = p if z is None else p @ z
+        if step < len(_QUINTICS) - 1:
+            y = y @ p
     assert z is not None
     return z / largest.sqrt()
 

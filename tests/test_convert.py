@@ -359,7 +359,8 @@ def test_computed_weights_are_kept() -> None:
 
 
 @pytest.mark.parametrize("own_activation", [False, True])
-def test_in_place_activations_do_not_reach_past_a_removed_norm(own_activation: bool) -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_in_place_activations_do_not_reach_past_a_removed_norm(own_activation: bool, training: bool) -> None:
     """x goes on unchanged beside a pre-activation block, as it did with batch norm in between."""
     from timm.layers import BatchNormAct2d
 
@@ -367,7 +368,7 @@ def test_in_place_activations_do_not_reach_past_a_removed_norm(own_activation: b
         def __init__(self) -> None:
             super().__init__()
             if own_activation:
-                self.norm, self.act = BatchNormAct2d(4), nn.Identity()
+                self.norm, self.act = BatchNormAct2d(4, drop_layer=nn.Dropout2d), nn.Identity()
             else:
                 self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
             self.conv = nn.Conv2d(4, 4, 1)
@@ -378,7 +379,7 @@ def test_in_place_activations_do_not_reach_past_a_removed_norm(own_activation: b
     model, _ = convert_to_network_deconv(PreActivation())
     x = torch.randn(2, 4, 5, 5)
     before = x.clone()
-    model(x)
+    model.train(training)(x)
     assert torch.equal(x, before)
 
 

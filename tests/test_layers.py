@@ -13,6 +13,7 @@ from reference import (
     whitening_by_eigenvalues,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.layers import WhitenedConv2d, WhitenedLinear
@@ -397,6 +398,74 @@ def test_two_forward_passes_before_one_backward_pass(mode: str) -> None:
     (layer(one).square().sum() + layer(other).square().sum()).backward()
     want = alone.weight.grad + apart.weight.grad
     torch.testing.assert_close(layer.weight.grad, want, rtol=0, atol=1e-12 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_activation_checkpointing_changes_nothing(mode: str, reentrant: bool) -> None:
+    """The forward pass that is repeated in the backward pass computes what the first did."""
+    first = WhitenedConv2d(4, 4, 3, padding=1, config=config(mode=mode))
+    plain = nn.Sequential(first, nn.ReLU(), WhitenedConv2d(4, 4, 3, config=config(mode=mode))).double()
+    checkpointed = copy.deepcopy(plain)
+    for _ in range(3):
+        x = torch.randn(2, 4, 9, 9, dtype=torch.float64, requires_grad=True)
+        plain(x).square().sum().backward()
+        checkpoint(checkpointed, x, use_reentrant=reentrant).square().sum().backward()
+    for mine, want in zip(checkpointed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, want.grad, rtol=0, atol=1e-12 * want.grad.abs().max().item())
+    for name, value in plain.named_buffers():
+        torch.testing.assert_close(checkpointed.get_buffer(name), value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_observed_batches_are_pooled(kind: str) -> None:
+    """Moments of many small batches are those of one large one; a batch of one has no variance of its own."""
+    if kind == "conv":
+        layer, x = WhitenedConv2d(4, 2, 3, padding=1), torch.randn(6, 4, 5, 5) * 2 + torch.randn(6, 4, 1, 1)
+    else:
+        layer, x = WhitenedLinear(4, 2), torch.randn(6, 4) * 2 + 3  # type: ignore[assignment]
+    layer, x = layer.double(), x.double()
+    apart = copy.deepcopy(layer)
+    layer.observe(x)
+    for image in x.split(1):
+        apart.observe(image)
+    torch.testing.assert_close(apart.running_moments, layer.running_moments, rtol=1e-12, atol=1e-12)
+    assert apart.running_cov.diagonal(dim1=1, dim2=2).mean() > 0.5
+
+
+def test_exact_mode_does_not_observe_a_single_row() -> None:
+    layer = WhitenedLinear(4, 2, config=config(mode="exact"))
+    layer.observe(torch.randn(1, 4))
+    assert torch.equal(layer.running_whitening[0], torch.eye(4))
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_a_network_made_narrow_keeps_its_running_values(mode: str) -> None:
+    layer = WhitenedConv2d(8, 4, 3, padding=1, config=config(mode=mode))
+    x = torch.randn(2, 8, 9, 9)
+    layer(x)
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    layer.bfloat16()
+    for name, value in layer.named_buffers():
+        assert torch.equal(value, before[name]), name
+    layer(x.bfloat16()).float().sum().backward()
+    assert layer.weight.grad.isfinite().all()
+    assert layer.double().get_buffer("running_whitening").dtype == torch.float64
+
+
+def test_an_input_that_does_not_fit_changes_nothing() -> None:
+    conv, linear = WhitenedConv2d(4, 2, 3), WhitenedLinear(8, 4)
+    for layer, shape in ((conv, (2, 1, 9, 9)), (conv, (2, 4, 2, 9)), (linear, (2, 16))):
+        before = copy.deepcopy(layer.state_dict())
+        with pytest.raises(ValueError, match=r"an input of shape \(2, .* expected"):
+            layer(torch.randn(shape))
+        assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_float64_stays_float64_under_autocast() -> None:
+    layer = WhitenedConv2d(4, 2, 3, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 4, 9, 9, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_fast_mode_resumes_bit_for_bit() -> None:
