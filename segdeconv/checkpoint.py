@@ -25,6 +25,7 @@ from segdeconv.entries import find_weights, is_entry
 from segdeconv.errors import UserError
 from segdeconv.files import make_folder, sha256_of, to_json, write_atomically
 from segdeconv.models import build_model
+from segdeconv.progress import console
 
 FORMAT = "segdeconv/1"
 STATE_FORMAT = "segdeconv-state/1"
@@ -221,27 +222,49 @@ def load_checkpoint(run: str | Path, device: torch.device | str = "cpu") -> tupl
     path = find_checkpoint(run)
     info = read_info(path)
     model, _ = build_model(info.recipe.model, len(info.classes), pretrained=False)
-    _load_state(model, path)
+    _fit(model, _read_state(path), path, "a network of its recipe")
     return model.to(device).eval(), replace(info, sha256=sha256_of(path))
 
 
-def load_weights_into(model: nn.Module, run: str | Path) -> None:
-    """Load a checkpoint's weights into a network of the same architecture and twin.
+def start_from(model: nn.Module, run: str | Path, classes: int) -> None:
+    """Load a checkpoint's weights into its architecture with batch norm. Where it has another number of
+    classes than ``classes``, the layers that put out one channel a class stay as they are, with a note.
 
     Raises:
-        UserError: nothing is there, the file is damaged, or the weights do not fit.
+        UserError: nothing is there, the file is damaged or holds a deconvolved network, or the weights do not
+            fit.
     """
     path = find_checkpoint(run)
-    read_info(path)
-    _load_state(model, path)
+    info = read_info(path)
+    if info.recipe.model.norm != "bn":
+        raise UserError(
+            f"model.init = {run}: holds network deconvolution; give the run of its batch-norm twin"
+        )
+    state, stayed = _read_state(path), []
+    for name, mine in model.state_dict().items() if len(info.classes) != classes else ():
+        theirs = state.get(name, mine)
+        if theirs.shape[:1] == (len(info.classes),) and mine.shape == (classes, *theirs.shape[1:]):
+            state[name] = mine
+            stayed.append(name)
+    if stayed:
+        console.print(f"note: {run} has {len(info.classes)} classes; not taken from it: {', '.join(stayed)}")
+    _fit(model, state, path, f"a {info.recipe.model.architecture} with {len(info.classes)} classes")
 
 
-def _load_state(model: nn.Module, path: Path) -> None:
+def _read_state(path: Path) -> dict[str, Tensor]:
     try:
-        model.load_state_dict(load_file(path))
+        return load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: not a safetensors file, or damaged ({error})") from None
+
+
+def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, holds: str) -> None:
+    try:
+        model.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         what = lines[1] if len(lines) > 1 else lines[0]
-        raise UserError(f"{path}: its weights do not fit the network: {what[:200]}") from None
+        raise UserError(
+            f"{path}: holds {holds}, whose weights do not fit the network: {what[:200]}; architecture, "
+            "encoder and model.options must be the same"
+        ) from None

@@ -186,6 +186,11 @@ def add(
         raise UserError(f"{run}: is not finished ({epochs} epochs); go on with segdeconv train --resume")
     if scores.get("epoch") != info.epoch or "settings" not in scores:
         raise UserError(f"{run}: eval.json is not of this checkpoint; evaluate anew: segdeconv eval {run}")
+    if scores["split"] != info.recipe.data.val:
+        raise UserError(
+            f"{run}: eval.json is of the split {scores['split']!r}, an entry's metrics are of the recipe's "
+            f"{info.recipe.data.val!r}; evaluate anew: segdeconv eval {run}"
+        )
     name = name or default_name(info.recipe)
     if not re.fullmatch(NAME, name):
         raise UserError(f"--name {name!r}: expected ARCH_ENCODER.nd_DATASET, or .bn_DATASET for the twin")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from dataclasses import replace
@@ -14,11 +15,11 @@ from segdeconv.checkpoint import (
     create_run_folder,
     find_checkpoint,
     load_checkpoint,
-    load_weights_into,
     read_info,
     save_checkpoint,
+    start_from,
 )
-from segdeconv.config import load_recipe
+from segdeconv.config import Recipe, load_recipe
 from segdeconv.errors import UserError
 from segdeconv.files import sha256_of, to_json, write_atomically
 from segdeconv.models import build_model
@@ -27,15 +28,21 @@ RECIPE = load_recipe("demo", ["model.encoder=lcnet_050", "model.network_deconv.b
 CLASSES = ("a", "b", "c")
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
-    model, _ = build_model(RECIPE.model, 3)
+TWIN = replace(RECIPE, model=replace(RECIPE.model, norm="bn"))
+
+
+def save(path: Path, recipe: Recipe) -> tuple[Path, torch.nn.Module]:
+    model, _ = build_model(recipe.model, 3)
     with torch.no_grad():
         model(torch.randn(2, 3, 64, 64))
-    info = CheckpointInfo(RECIPE, "segmentation", CLASSES, ((1, 2, 3),) * 3, 4, {"miou": 0.5})
-    path = tmp_path / "best.safetensors"
+    info = CheckpointInfo(recipe, "segmentation", CLASSES, ((1, 2, 3),) * 3, 4, {"miou": 0.5})
     save_checkpoint(path, model, info)
     return path, model
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    return save(tmp_path / "best.safetensors", RECIPE)
 
 
 def test_round_trip(saved: tuple[Path, torch.nn.Module]) -> None:
@@ -80,11 +87,34 @@ def test_damaged_metadata(saved: tuple[Path, torch.nn.Module]) -> None:
         load_checkpoint(path)
 
 
-def test_weights_that_do_not_fit(saved: tuple[Path, torch.nn.Module]) -> None:
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    path, _ = save(tmp_path / "twin.safetensors", TWIN)
+    options = {**TWIN.model.options, "decoder_channels": [48, 32, 16]}
+    other, _ = build_model(replace(TWIN.model, options=options), 3)
+    says = r"holds a unet with 3 classes, whose weights do not fit the network: .* must be the same"
+    with pytest.raises(UserError, match=says):
+        start_from(other, path, 3)
+
+
+def test_other_classes_begin_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, model = save(tmp_path / "twin.safetensors", TWIN)
+    other, _ = build_model(TWIN.model, 5)
+    head = copy.deepcopy(other.segmentation_head.state_dict())
+    start_from(other, path, 5)
+    assert "3 classes; not taken from it: segmentation_head.0.weight" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    for name, value in other.state_dict().items():
+        own = name.startswith("segmentation_head.")
+        want = head[name.partition(".")[2]] if own else model.state_dict()[name]
+        assert torch.equal(value, want), name
+
+
+def test_a_deconvolved_network_is_not_started_from(saved: tuple[Path, torch.nn.Module]) -> None:
     path, _ = saved
-    other, _ = build_model(RECIPE.model, 5)
-    with pytest.raises(UserError, match=r"do not fit the network: size mismatch for segmentation_head"):
-        load_weights_into(other, path)
+    other, _ = build_model(TWIN.model, 3)
+    with pytest.raises(UserError, match=r"model.init = .*best.safetensors: holds network deconvolution"):
+        start_from(other, path, 3)
 
 
 class Hostile:

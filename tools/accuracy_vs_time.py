@@ -75,6 +75,7 @@ from segdeconv.whitening import (
 RESULTS = Path("docs/measured/accuracy_vs_time.jsonl")
 CAMVID_BATCH, WEIGHT_DECAY = 8, 5e-4
 OF_EXACT = ("exact", "detached", "ridge")
+OF_FAST = ("fast", "identity", "own", "unscaled", "unshrunk", "all_rows", "warm")
 
 
 def resnet18_narrow() -> nn.Module:
@@ -114,6 +115,18 @@ def fold_own(
     return from_blocks(folded, False).reshape(weight.shape), bias - (folded * mean[:, None]).sum(
         (-1, -2)
     ).flatten()
+
+
+def arm_name(text: str) -> str:
+    name, _, settings = text.partition(":")
+    if name not in (*OF_EXACT, *OF_FAST) and text != "bn":
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no arm; expected bn, {', '.join((*OF_EXACT, *OF_FAST))}, "
+            "any but bn with settings as in fast:refresh_every=5"
+        )
+    if settings and not all("=" in setting for setting in settings.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME:SETTING=VALUE,SETTING=VALUE")
+    return text
 
 
 def convert(model: nn.Module, arm: str) -> nn.Module:
@@ -265,7 +278,8 @@ def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any
     data = make_data(seed)
     seed_everything(seed)
     model = build(data)
-    if arm not in ("bn", "warm"):
+    warm = arm.partition(":")[0] == "warm"
+    if arm != "bn" and not warm:
         model = convert(model, arm)
     config = load_recipe("camvid_unet_mobilenet_v2").train
     total, warmup = epochs * data.steps, data.steps // 4
@@ -273,7 +287,7 @@ def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any
     optimizer = make_optimizer(model)
     with ablation(arm):
         for epoch in range(epochs):
-            if arm == "warm" and epoch == epochs // 2:
+            if warm and epoch == epochs // 2:
                 model = calibrate(convert(model, arm), (images for images, _ in islice(data.epoch(0), 4)))
                 optimizer = make_optimizer(model)
             model.train()
@@ -311,11 +325,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def best(lines: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Of every task and arm the runs at the learning rate with the best mean, most seeds first."""
-    groups: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+Key = tuple[str, int, str]  # task, epochs, arm
+
+
+def best(lines: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
+    """Of every task, length and arm the runs at the learning rate with the best mean, most seeds first."""
+    groups: dict[Key, dict[float, list[dict[str, Any]]]] = {}
     for line in lines:
-        groups.setdefault((line["task"], line["arm"]), {}).setdefault(line["lr"], []).append(line)
+        key = line["task"], line["epochs"], line["arm"]
+        groups.setdefault(key, {}).setdefault(line["lr"], []).append(line)
     chosen = {}
     for key, by_lr in groups.items():
         seeds = max(len(runs) for runs in by_lr.values())
@@ -325,14 +343,14 @@ def best(lines: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, An
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    rows = ["| task | arm | lr | seeds | final | standard error | seconds |", "|---|---|---|---|---|---|---|"]
-    for (task, arm), runs in sorted(best(lines).items()):
+    titles = ["task", "epochs", "arm", "lr", "seeds", "final", "standard error", "seconds"]
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for (task, epochs, arm), runs in sorted(best(lines).items()):
         mean, error, _, _ = spread([r["final"] for r in runs])
         took = statistics.mean(r["curve"][-1][1] if r["curve"] else 0 for r in runs)
         shown = "" if math.isnan(error) else f"{error:.4f}"
-        rows.append(
-            f"| {task} | {arm} | {runs[0]['lr']:g} | {len(runs)} | {mean:.4f} | {shown} | {took:.0f} |"
-        )
+        columns = [task, epochs, arm, f"{runs[0]['lr']:g}", len(runs), f"{mean:.4f}", shown, f"{took:.0f}"]
+        rows.append(f"| {' | '.join(map(str, columns))} |")
     return "\n".join(rows) + "\n"
 
 
@@ -340,20 +358,21 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    chosen = {key: runs for key, runs in best(lines).items() if key[1] in ("bn", "exact", "fast")}
-    tasks = sorted({task for task, _ in chosen})
+    complete = [line for line in lines if len(line["curve"]) == line["epochs"]]
+    chosen = {key: runs for key, runs in best(complete).items() if key[2] in ("bn", "exact", "fast")}
+    tasks = sorted({key[:2] for key in chosen})
     fig, axes = plt.subplots(len(tasks), 2, figsize=(9, 3 * len(tasks)), squeeze=False)
     colours = {"bn": "tab:grey", "exact": "tab:orange", "fast": "tab:blue"}
-    for (task, arm), runs in chosen.items():
+    for (task, epochs, arm), runs in chosen.items():
         for column, label in ((0, "training steps"), (1, "training time, s (one core)")):
-            ax = axes[tasks.index(task)][column]
+            ax = axes[tasks.index((task, epochs))][column]
             points = np.mean([r["curve"] for r in runs], 0)
             for r in runs:
                 ax.plot(*np.array(r["curve"])[:, [column, 2]].T, color=colours[arm], alpha=0.25, lw=0.8)
             ax.plot(points[:, column], points[:, 2], color=colours[arm], label=f"{arm}, lr {runs[0]['lr']:g}")
             ax.set_xlabel(label)
             ax.set_ylabel("mIoU" if task == "camvid" else "top-1")
-            ax.set_title(task)
+            ax.set_title(f"{task}, {epochs} epochs")
             ax.legend()
     fig.tight_layout()
     fig.savefig(path, dpi=110)
@@ -363,7 +382,7 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="*", choices=[*TASKS, []])
-    parser.add_argument("--arms", nargs="+", default=["bn", "exact", "fast"])
+    parser.add_argument("--arms", nargs="+", type=arm_name, default=["bn", "exact", "fast"])
     parser.add_argument("--lrs", nargs="+", type=float, default=[0.1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--at-best", action="store_true", help="at each arm's best rate so far, not --lrs")
@@ -375,11 +394,15 @@ def main() -> None:
     torch.set_num_threads(1)
     make_folder(arguments.out.parent)
     for seed, task, arm in itertools.product(arguments.seeds, arguments.tasks, arguments.arms):
-        lrs = arguments.lrs
+        lrs, epochs = arguments.lrs, arguments.epochs or TASKS[task][2]
         if arguments.at_best:
-            lrs = [best(read(arguments.out))[task, arm][0]["lr"]]
+            tuned = best(read(arguments.out)).get((task, epochs, arm))
+            if tuned is None:
+                raise SystemExit(
+                    f"--at-best: no run of {arm} on {task} is in {arguments.out}; give --lrs first"
+                )
+            lrs = [tuned[0]["lr"]]
         for lr in lrs:
-            epochs = arguments.epochs or TASKS[task][2]
             key = {"task": task, "arm": arm, "lr": lr, "seed": seed, "epochs": epochs}
             if any(key.items() <= line.items() for line in read(arguments.out)):
                 continue

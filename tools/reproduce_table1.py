@@ -109,6 +109,7 @@ def train(
             losses = []
         if not math.isfinite(loss.item()):
             break
+    whole = bool(curve) and curve[-1][0] == steps
     return {
         "network": network,
         "arm": arm,
@@ -118,9 +119,9 @@ def train(
         "amp": config.amp,
         "weight_decay": config.weight_decay,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": steps,
+        "steps": step,  # fewer where it diverged
         "seconds": round(seconds, 2),
-        "top1": curve[-1][3] if curve and curve[-1][0] == steps else 1 / len(samples.classes),
+        "top1": curve[-1][3] if whole else 1 / len(samples.classes),
         "curve": curve,
     }
 
@@ -243,12 +244,18 @@ def main() -> None:
                 here = {a: next((x for x in lines if x["seed"] == seed), None) for a, lines in done.items()}
                 if here[arm] is not None:
                     continue
+                if any(x is not None and x["amp"] != arguments.amp for x in here.values()):
+                    raise SystemExit(
+                        f"{runs}: has {network} seed {seed} with another --amp than {arguments.amp}; arms "
+                        "of a network are compared in one precision"
+                    )
                 steps = None
                 if arm == "bn_for_nds_time":
                     bn, nd = here["bn"], here["nd"]
                     if bn is None or nd is None:
                         continue  # nothing says how long yet
-                    steps = max(round(bn["steps"] * nd["seconds"] / bn["seconds"]), 1)
+                    pace = nd["seconds"] / nd["steps"] / (bn["seconds"] / bn["steps"])
+                    steps = max(round(max(bn["steps"], nd["steps"]) * pace), 1)
                 line = train(network, arm, seed, arguments, steps)
                 with runs.open("a") as file:
                     file.write(to_json(line) + "\n")

@@ -89,9 +89,9 @@ def build_model(
         options = {key: value for key, value in options.items() if key not in _PRETRAINED_OPTIONS}
     model = _call(architecture, encoder, num_classes, options, config.architecture)
     if pretrained and config.init is not None:
-        from segdeconv.checkpoint import load_weights_into
+        from segdeconv.checkpoint import start_from
 
-        load_weights_into(model, config.init)
+        start_from(model, config.init, num_classes)
     if config.norm == "bn":
         return model, None
 
