@@ -42,8 +42,8 @@ class NetworkDeconvConfig:
         linear_block_size: the same for linear layers.
         eps: added to variances before their root: of each channel (fast) or of the features (otherwise).
         momentum: weight of a new batch in the running values.
-        refresh_every: fast mode: most training steps between two updates of the whitening matrix; they start
-            at one and grow by one every 20 steps.
+        refresh_every: fast mode: training steps between two updates of the whitening matrix, in the end: one
+            for the first 40 steps, then one more with every 20.
         num_iters: exact and reference mode: coupled Newton-Schulz iterations.
         sampling_stride: exact and reference mode: statistics use every n-th position, in units of the
             convolution's stride.

@@ -74,7 +74,7 @@ _FEWEST_SAMPLES = 256  # fast mode, for blocks of few features
 _PRIOR_SAMPLES = 16
 
 # Fast mode: statistics move quickly at first, so the whitening matrix is renewed at every step to begin with;
-# after each so many steps the interval grows by one, up to ``config.refresh_every``.
+# from the second so many steps on the interval grows by one with each, up to ``config.refresh_every``.
 _STEPS_AN_INTERVAL = 20
 
 
