@@ -328,7 +328,7 @@ class _StandardiseAndFold(torch.autograd.Function):
             torch.sum(grad_GOP * folded_GOP, 1, keepdim=True, out=sums_SG1P[1])
             taps = math.prod(folded.shape[2:])
             grad_moments = sums_SG1P.view(2, -1, taps).sum(-1, dtype=mean_GKF.dtype)
-            grad_moments[1] *= scale_GKF.flatten()[::taps].square() * -0.5
+            grad_moments[1].mul_(scale_GKF.flatten()[::taps].square() * -0.5)
         if ctx.needs_input_grad[0]:  # w' = w D s
             grad_whitened = grad_GOP.mul_(scale_G1P).view(groups, -1, features)
             grad_weight = grad_whitened @ whitening_GFF.to(dtype).mT

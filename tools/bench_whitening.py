@@ -20,6 +20,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.layers import WhitenedConv2d
@@ -49,6 +50,32 @@ def milliseconds(*functions: Callable[[], object], rounds: int = 7) -> list[floa
     return [statistics.median(mine) for mine in times]
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations that compute: not views, not allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = function(*args, **(kwargs or {}))
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        allocates = "empty" in function._schema.name
+        self.count += not (views or allocates) and isinstance(out, (torch.Tensor, tuple))
+        return out
+
+
+def launches(model: nn.Module, x: torch.Tensor, amp: bool) -> int:
+    """Operations of one step, forward and backward, that renews no whitening."""
+    model.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    with Launches() as counter:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+            output = model(x)
+        output.backward(torch.empty_like(output))
+    return counter.count
+
+
 def maps(batch: int, channels: int, height: int, width: int, device: torch.device) -> torch.Tensor:
     """A layer's input, in the layout that the loaders' batches bring about."""
     x = torch.randn(batch, channels, height, width, device=device)
@@ -62,6 +89,13 @@ def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device
     fast = WhitenedConv2d.from_conv(nn.Conv2d(channels, channels, 3, padding=1, device=device))
     exact = WhitenedConv2d.from_conv(conv, NetworkDeconvConfig(mode="exact"))
     fast(x)
+    late = {"num_batches_tracked": torch.tensor(1001)}
+    fast.load_state_dict(fast.state_dict() | late)
+    print(f"{channels} channels, batch {batch}, {size[0]}x{size[1]}")
+    for amp in (False, True):
+        counts = [launches(model, x, amp) for model in (nn.Sequential(conv, norm), fast)]
+        precision = "bfloat16 autocast" if amp else "float32"
+        print(f"  operations a step in {precision}: batch norm {counts[0]}, fast {counts[1]}")
     grad = torch.randn_like(x)
     features, blocks = fast.running_whitening.shape[-1], fast.num_blocks
     mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
@@ -78,8 +112,7 @@ def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device
         torch.autograd.backward(channel_moments(x), (grad, moments.detach()))
 
     def product() -> torch.Tensor:
-        whitening = fast.running_whitening.clone()
-        return standardise_and_fold(fast.weight, fast.bias, moments, whitening, blocks, 1e-5)[0]
+        return standardise_and_fold(fast.weight, fast.bias, moments, fast.running_whitening, blocks, 1e-5)[0]
 
     rows_and_functions = {
         "convolution, forward": lambda: conv(x),
@@ -97,11 +130,9 @@ def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device
         "exact layer, forward": lambda: exact(x),
         "exact layer, backward": backward(exact(x)),
     }
-    print(
-        f"{channels} channels, {blocks} blocks of {features} features, batch {batch}, {size[0]}x{size[1]}: ms"
-    )
+    print(f"  {blocks} blocks of {features} features, ms:")
     for name, took in zip(rows_and_functions, milliseconds(*rows_and_functions.values()), strict=True):
-        print(f"  {name:40} {took:9.2f}")
+        print(f"    {name:38} {took:9.2f}")
 
 
 def ratio(width: int, side: int, batch: int, device: torch.device) -> float:
