@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from segdeconv.errors import UserError
@@ -24,6 +24,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Size = tuple[Positive, Positive]  # height, width in pixels
 Channel = Annotated[int, Field(ge=0, le=255)]
+_OFF = BeforeValidator(lambda value: "off" if value is False else value)  # a bare off is False in YAML
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -194,7 +195,7 @@ class TrainConfig:
     poly_power: Annotated[float, Field(gt=0)] = 0.9
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Annotated[float, Field(gt=0)] | None = None
-    amp: Literal["off", "bf16", "fp16"] = "off"
+    amp: Annotated[Literal["off", "bf16", "fp16"], _OFF] = "off"
     label_smoothing: Fraction = 0.0
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     ohem: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -51,6 +51,7 @@ def test_overrides() -> None:
     )
     assert (recipe.train.lr, recipe.data.crop, recipe.model.encoder) == (0.5, (64, 64), "resnet18")
     assert recipe.name == "mine"
+    assert load_recipe("cityscapes_modern", ["train.amp=off"]).train.amp == "off"
 
 
 @pytest.mark.parametrize(
