@@ -359,7 +359,8 @@ class Whitened(nn.Module):
     def _follow(self, x: Tensor, moments: Tensor, samples: Any) -> None:
         """Take a batch into the running moments and, when it is its turn, renew the whitening.
 
-        Not a second time for activation checkpointing, whose second forward pass has to give the same.
+        Not a second time for activation checkpointing, whose second forward pass has to give the same; for a
+        layer that is called once before the backward pass, it does.
         """
         if _again():
             return
@@ -381,15 +382,12 @@ class Whitened(nn.Module):
         """Make the running moments those of all batches so far as one, this one the last. The mean of the
         batches' variances would leave out what lies between them: all there is, in batches of one.
         """
-        other = 1 - 2 * zeros  # the variance is (1 - q) E[x²] - (1 - 2q) mean², see `_ChannelMoments`
-        seconds = [
-            torch.stack((mean, torch.addcmul(var, mean, mean, value=other)))
-            for mean, var in (self.running_moments, moments)
-        ]
-        self.running_moments.copy_(seconds[0])
-        self._update_moments(seconds[1], None)
-        mean, second = self.running_moments
-        second.addcmul_(mean, mean, value=-other)
+        share = 1 / (self._steps_taken() + 1)
+        apart = (moments[0] - self.running_moments[0]).square() * (share * (1 - share) * (1 - 2 * zeros))
+        apart = torch.where((moments.abs() < math.inf).all(), apart, 0)
+        self._update_moments(moments, None)
+        mean, var = self.running_moments
+        torch.maximum(var + apart, zeros * mean.square(), out=var)  # less only if batches differ in `zeros`
 
     def _steps_taken(self) -> int:
         return int(self.num_batches_tracked) if self._step is None else self._step
@@ -424,7 +422,9 @@ class Whitened(nn.Module):
         counted = 1 / ((1 - step).square() / self.cov_samples + step.square() / rows)
         self.cov_samples.copy_(torch.where(finite, counted, self.cov_samples))
         # A new tensor: a forward pass before this one may still need the old one for its backward pass.
-        self.running_whitening = shrunk_inverse_sqrt(self.running_cov, self.cov_samples)
+        with torch.inference_mode(False):
+            renewed = torch.empty_like(self.running_cov)
+        self.running_whitening = renewed.copy_(shrunk_inverse_sqrt(self.running_cov, self.cov_samples))
 
 
 def _step_size(momentum: float | None, count: Any) -> Any:

@@ -429,8 +429,31 @@ def test_observed_batches_are_pooled(kind: str) -> None:
     layer.observe(x)
     for image in x.split(1):
         apart.observe(image)
-    torch.testing.assert_close(apart.running_moments, layer.running_moments, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(apart.running_moments, layer.running_moments, rtol=1e-13, atol=1e-13)
     assert apart.running_cov.diagonal(dim1=1, dim2=2).mean() > 0.5
+
+
+def test_observing_loses_no_small_variance() -> None:
+    """A channel that is nearly constant far from zero, in float32; and maps of which most is padding."""
+    layer, x = WhitenedLinear(2, 2), torch.randn(64, 2) * 0.01 + torch.tensor([300.0, 0.0])
+    for batch in x.split(8):
+        layer.observe(batch)
+    want = x.double().var(0, correction=0).float()
+    torch.testing.assert_close(layer.running_moments[1], want, rtol=2e-3, atol=0)
+    dilated = WhitenedConv2d(2, 2, 3, padding=12, dilation=12)
+    for size, mean in ((64, 5.0), (8, 0.0)):
+        dilated.observe(torch.randn(1, 2, size, size) + mean)
+    assert dilated.running_moments[1].min() > 1
+
+
+def test_observing_in_inference_mode_leaves_a_layer_that_trains() -> None:
+    layer = WhitenedConv2d(4, 2, 3)
+    x = torch.randn(2, 4, 9, 9)
+    with torch.inference_mode():
+        layer.observe(x)
+    layer(x).sum().backward()
+    layer.eval()(x).sum().backward()
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()))
 
 
 def test_exact_mode_does_not_observe_a_single_row() -> None:
