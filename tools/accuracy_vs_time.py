@@ -360,7 +360,8 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
 
     complete = [line for line in lines if len(line["curve"]) == line["epochs"]]
     chosen = {key: runs for key, runs in best(complete).items() if key[2] in ("bn", "exact", "fast")}
-    tasks = sorted({key[:2] for key in chosen})
+    tasks = sorted({key[:2] for key in chosen if key[2] == "bn"})  # beside which the others are drawn
+    chosen = {key: runs for key, runs in chosen.items() if key[:2] in tasks}
     fig, axes = plt.subplots(len(tasks), 2, figsize=(9, 3 * len(tasks)), squeeze=False)
     colours = {"bn": "tab:grey", "exact": "tab:orange", "fast": "tab:blue"}
     for (task, epochs, arm), runs in chosen.items():
