@@ -246,9 +246,9 @@ def start_from(model: nn.Module, run: str | Path, classes: int) -> None:
         if theirs.shape[:1] == (len(info.classes),) and mine.shape == (classes, *theirs.shape[1:]):
             state[name] = mine
             stayed.append(name)
+    _fit(model, state, path, f"a {info.recipe.model.architecture} with {len(info.classes)} classes")
     if stayed:
         console.print(f"note: {run} has {len(info.classes)} classes; not taken from it: {', '.join(stayed)}")
-    _fit(model, state, path, f"a {info.recipe.model.architecture} with {len(info.classes)} classes")
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -41,15 +41,13 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _low_precision(x: Tensor) -> torch.dtype | None:
-    """bfloat16 where autocast computes in it; float16 has too little range for gradients divided by the scale
-    of a channel.
+    """bfloat16 where autocast computes in it, which leaves float64 alone; float16 has too little range for
+    gradients divided by the scale of a channel.
     """
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(
-        device
-    ):  # autocast leaves float64 alone
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
-    bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    bfloat16 = torch.get_autocast_dtype(device) == torch.bfloat16 and x.dtype != torch.float64
     return torch.bfloat16 if bfloat16 else None
 
 

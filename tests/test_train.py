@@ -160,6 +160,15 @@ def test_a_network_that_cannot_take_the_batches_says_so(tmp_path: Path) -> None:
         train(tiny("model.options={in_channels: 4}"), tmp_path / "run")
 
 
+def test_averaged_weights_have_the_counters_of_the_network(tmp_path: Path) -> None:
+    train(tiny("train.ema_decay=0.9"), tmp_path / "run")
+    averaged, last = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("last", "state"))
+    counters = [name for name in averaged if name.endswith(("num_batches_tracked", "num_refreshes"))]
+    assert counters
+    for name in counters:
+        assert averaged[name] == last[f"model.{name}"], name
+
+
 def test_init_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run folder"):
         train(tiny("model.init=nowhere"), tmp_path / "run")

@@ -326,6 +326,7 @@ BAD_RUNS = {
     "not evaluated": (lambda run: (run / "eval.json").unlink(), {}, "has no eval.json; first segdeconv eval"),
     "not finished": (lambda run: (run / "metrics.jsonl").write_text(""), {}, "is not finished"),
     "evaluated before": (lambda run: edit(run / "eval.json", epoch=0), {}, "not of this checkpoint"),
+    "another split": (lambda run: edit(run / "eval.json", split="train"), {}, "is of the split 'train'"),
     "eval.json damaged": (lambda run: (run / "eval.json").write_text("{"), {}, "not readable as JSON"),
     "there already": (lambda run: None, {"name": NAME}, "there is such an entry"),
     "no name": (lambda run: None, {"name": "../../x.nd_toy"}, "expected ARCH_ENCODER.nd_DATASET"),

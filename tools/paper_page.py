@@ -173,9 +173,9 @@ def page() -> str:
         "## Networks converge in fewer steps and to better accuracy (table 1)\n",
         table1_part(table1) if table1 else "Not measured yet.\n",
         "## What of it matters\n",
-        "Six convolutions on 12,800 pictures of CIFAR-10 (JPEG), 200 steps of 128, and what other networks "
-        "there are; every arm at the best of its learning rates (`python tools/accuracy_vs_time.py`, whose "
-        "head explains the arms).\n",
+        "Six convolutions on 12,800 pictures of CIFAR-10 (JPEG), 100 steps of 128 an epoch, and what other "
+        "networks there are; every arm at the best of its learning rates (`python tools/accuracy_vs_time.py`, "
+        "whose head explains the arms).\n",
         accuracy_vs_time.table(ablation) if ablation else "Not measured yet.\n",
         "## Gradient descent on whitened features is nearly Newton's method\n",
         linear_part(linear) if linear else "Not measured yet.\n",
