@@ -174,8 +174,8 @@ def page() -> str:
         table1_part(table1) if table1 else "Not measured yet.\n",
         "## What of it matters\n",
         "Six convolutions on 12,800 pictures of CIFAR-10 (JPEG), 100 steps of 128 an epoch, and what other "
-        "networks there are; every arm at the best of its learning rates (`python tools/accuracy_vs_time.py`, "
-        "whose head explains the arms).\n",
+        "networks there are; every arm at the best of its learning rates (see the head "
+        "of `tools/accuracy_vs_time.py` for the arms).\n",
         accuracy_vs_time.table(ablation) if ablation else "Not measured yet.\n",
         "## Gradient descent on whitened features is nearly Newton's method\n",
         linear_part(linear) if linear else "Not measured yet.\n",
