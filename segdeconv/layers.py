@@ -65,7 +65,7 @@ def _again() -> bool:
 # With fewer, statistics are so noisy that gradients grow from layer to layer: in a U-Net on MobileNetV2 the
 # first layer's was 25 times as large without this rule (tools/gradient_by_sampling.py).
 _SAMPLES_PER_FEATURE = 8
-_FEWEST_SAMPLES = 256  # fast mode, for blocks of few features
+_FEWEST_SAMPLES = 128  # fast mode, for blocks of few features
 
 # Fast mode: the running values count as so many samples in the statistics of a batch. That is next to nothing
 # on a map; but of a batch of two a linear layer sees two values a channel, which alone would become +-1.
@@ -156,9 +156,9 @@ class Whitened(nn.Module):
         super()._load_from_state_dict(*args)
         self._step = None
 
-    def _sample(self, x: Tensor, every: int, first: tuple[int, int] = (0, 0)) -> Tensor:
-        """Rows of features at every ``every``-th output position from ``first`` on, (N, G·K·F) in float32 or
-        wider.
+    def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[int, int] = (0, 0)) -> Tensor:
+        """Rows of features, (N, G·K·F) in float32 or wider, on a grid of output positions: ``every`` rows and
+        columns apart, from row and column ``first`` on.
         """
         raise NotImplementedError
 
@@ -223,13 +223,12 @@ class Whitened(nn.Module):
         self.bias.copy_(bias)
 
     @torch.no_grad()
-    def patches(self, x: Tensor, at_most: int) -> Tensor:
-        """What the layer reads at evenly spread positions of ``x``, (N, G, K, F), N about ``at_most``."""
-        x, every = self._batched(x), 1
-        while every < max(self._positions(x)) and self._count(x, every, len(x)) > at_most:
-            every += 1
-        down, right = (min(every, size) // 2 for size in self._positions(x))  # the corner is mostly padding
-        rows = self._sample(x, every, (down, right)).unflatten(1, (self._shape[0], -1))
+    def patches(self, x: Tensor, about: int) -> Tensor:
+        """What the layer reads at evenly spread positions of ``x``, (N, G, K, F), N ``about`` as many."""
+        x = self._batched(x)
+        every = self._grid(x, about, len(x))
+        first = every[0] // 2, every[1] // 2  # the corner is mostly padding
+        rows = self._sample(x, every, first).unflatten(1, (self._shape[0], -1))
         return to_blocks(rows, self.num_blocks, self.interleaved)
 
     @torch.no_grad()
@@ -268,7 +267,8 @@ class Whitened(nn.Module):
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean (G, K, F), covariance (G, F, F) and number of sampled rows N of one batch, over all ranks."""
         with _no_autocast(x):
-            rows = self._sample(x, self.sampling_stride(x))
+            every = self.sampling_stride(x)
+            rows = self._sample(x, (every, every))
             patches = to_blocks(rows.unflatten(1, (self._shape[0], -1)), self.num_blocks, self.interleaved)
             mean, cov = patch_moments(patches.permute(1, 2, 0, 3), self.config.mode == "reference")
             if world_size() > 1:
@@ -289,12 +289,25 @@ class Whitened(nn.Module):
             return every
         wanted = _SAMPLES_PER_FEATURE * self.running_whitening.shape[-1] / self.num_blocks
         images = int(sum_over_ranks(torch.tensor(len(x), device=x.device))) if world_size() > 1 else len(x)
-        while every > 1 and self._count(x, every, images) < wanted:
+        while every > 1 and self._count(x, (every, every), images) < wanted:
             every -= 1
         return every
 
-    def _count(self, x: Tensor, every: int, images: int) -> int:
-        return images * math.prod(math.ceil(size / every) for size in self._positions(x))
+    def _grid(self, x: Tensor, wanted: float, images: int) -> tuple[int, int]:
+        """Rows and columns apart, the widest grid that is ``wanted`` samples of ``images`` or all."""
+        sizes = self._positions(x)
+
+        def strides(n: int) -> tuple[int, int]:  # 1x1, 2x1, 2x2, 3x2, ...
+            return min(n // 2 + 1, sizes[0]), min((n + 1) // 2, sizes[1])
+
+        n = 1
+        while n < 2 * max(sizes) and self._count(x, strides(n + 1), images) >= wanted:
+            n += 1
+        return strides(n)
+
+    def _count(self, x: Tensor, every: tuple[int, int], images: int) -> int:
+        rows, columns = (math.ceil(n / step) for n, step in zip(self._positions(x), every, strict=True))
+        return images * rows * columns
 
     def whitening_from(self, cov_GFF: Tensor) -> Tensor:
         """The whitening matrices (G, F, F) of covariances, by this layer's settings."""
@@ -395,15 +408,12 @@ class Whitened(nn.Module):
         """Take second moments of standardised patches into ``running_cov`` and renew the whitening."""
         groups, blocks, block, taps = self._shape
         wanted = max(_SAMPLES_PER_FEATURE * block * taps, _FEWEST_SAMPLES) / blocks
-        height, width = self._positions(x)
-        every = 1
         images = int(samples) * x.shape[1] // x[0].numel()  # over all ranks
-        while every < max(height, width) and self._count(x, every + 1, images) >= wanted:
-            every += 1
+        every = self._grid(x, wanted, images)
         # A grid that always starts in the corner sees too much padding. Fractions of a two-dimensional
         # golden ratio spread its start evenly, and depend on nothing but the step.
         down, right = turn * 0.7548777 % 1, turn * 0.5698403 % 1
-        first = int(down * min(every, height)), int(right * min(every, width))
+        first = int(down * every[0]), int(right * every[1])
         patches = self._sample(x, every, first).unflatten(1, (groups, blocks, -1))
         mean, scale = self._mean_and_scale(moments)
         patches_GNF = ((patches - mean) * scale).transpose(0, 1).flatten(1, 2)
@@ -512,19 +522,19 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
     def _batched(self, x: Tensor) -> Tensor:
         return x if x.ndim == 4 else x[None]
 
-    def _sample(self, x: Tensor, every: int, first: tuple[int, int] = (0, 0)) -> Tensor:
+    def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[int, int] = (0, 0)) -> Tensor:
         sy, sx = _pair(self.stride)
         if self.config.mode == "reference" and self.kernel_size == (1, 1):
             # The authors skip along flattened rows here, over image borders.
             rows = x.to(_at_least_float32(x.dtype)).permute(0, 2, 3, 1).flatten(0, 2)
-            return rows[:: (every * sy) ** 2]
+            return rows[:: (every[0] * sy) ** 2]
         return sample_patches(
             x,
             self.kernel_size,
             _pair(self.dilation),
             self._padding_lrtb(x),
             self.padding_mode,
-            (every * sy, every * sx),
+            (every[0] * sy, every[1] * sx),
             (first[0] * sy, first[1] * sx),
         )
 
@@ -589,7 +599,7 @@ class WhitenedLinear(Whitened, nn.Linear):
     def _batched(self, x: Tensor) -> Tensor:
         return x.reshape(-1, self.in_features)
 
-    def _sample(self, x: Tensor, every: int, first: tuple[int, int] = (0, 0)) -> Tensor:
+    def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[int, int] = (0, 0)) -> Tensor:
         return x.to(_at_least_float32(x.dtype))
 
     def _positions(self, x: Tensor) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from reference import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from segdeconv import layers
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.layers import WhitenedConv2d, WhitenedLinear
 
@@ -73,11 +74,12 @@ def test_conv_against_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONVS)
-def test_fast_conv_against_reference(name: str) -> None:
+def test_fast_conv_against_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output, every gradient and running values of a step, against whitening the standardised data itself.
 
-    Few positions, so every one is sampled, and the whitening matrix is that of the batch.
+    Every position is sampled, and the whitening matrix is that of the batch.
     """
+    monkeypatch.setattr(layers, "_FEWEST_SAMPLES", 10**6)
     conv = nn.Conv2d(8, 8, **CONVS[name]).double()  # type: ignore[arg-type]
     layer = WhitenedConv2d.from_conv(conv, config(mode="fast"))
     x = (
@@ -176,6 +178,24 @@ def test_small_maps_are_sampled_densely(shape: tuple, mode: str, expected: int) 
         _, _, rows = layer.moments(torch.randn(shape))
         positions = math.ceil(shape[-1] / expected) ** 2
         assert rows == shape[0] * positions
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((8, 16, 40, 56), 10 * 19 * 8),  # 4 rows and 3 columns apart; 4 and 4 would be 1120
+        ((8, 16, 20, 28), 10 * 28 * 8),
+        ((8, 16, 12, 12), 12 * 12 * 8),
+        ((2, 16, 1, 900), 1 * 900 * 2),
+        ((2, 16, 1, 2304), 1 * 576 * 2),
+        ((1, 16, 2, 2), 2 * 2 * 1),  # never enough
+    ],
+)
+def test_a_renewal_samples_the_widest_grid_that_is_enough(shape: tuple, rows: int) -> None:
+    """1152 patches, eight for each of the 144 features, and less than twice as many."""
+    layer = WhitenedConv2d(16, 4, 3, padding=1)
+    layer(torch.randn(shape))
+    assert layer.cov_samples.item() == pytest.approx(rows, rel=1e-6)
 
 
 def test_linear_against_conv() -> None:
