@@ -9,9 +9,10 @@ parameters, which `to_conv` and `to_linear` return.
 from __future__ import annotations
 
 import contextlib
-import functools
+import itertools
 import math
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,17 @@ class Whitened(nn.Module):
         self._shape = groups, self.num_blocks, block, taps
         #: Fast mode: added to the step count, so that the layers of a network refresh on different steps.
         self.refresh_offset = 0
+        self._enrol()
         self.reset_running_stats()
+
+    def _enrol(self) -> None:
+        """A number of its own for every layer, copies included, by which compiled graphs find it again."""
+        self._number = next(_NUMBERS)
+        _LAYERS[self._number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._enrol()
 
     def reset_running_stats(self) -> None:
         """Running values as before the first batch: mean zero, scale one, whitening identity."""
@@ -334,14 +345,19 @@ class Whitened(nn.Module):
         low_precision = _low_precision(x)
         with _no_autocast(x):
             x, moments, samples = self._channel_moments(x)
-            self._follow(x.detach(), moments.detach(), samples)
-            moments = self._steadied(moments, samples)
+            if torch.compiler.is_compiling():
+                total = samples if isinstance(samples, Tensor) else None
+                running, whitening = _follow_outside_graph(x.detach(), moments.detach(), total, self._number)
+            else:
+                self._follow(x.detach(), moments.detach(), samples)
+                running, whitening = self.running_moments, self.running_whitening
+            moments = self._steadied(moments, samples, running)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
             weight, bias = standardise_and_fold(
                 self.weight,
                 bias,
                 moments,
-                self.running_whitening,
+                whitening,
                 self.num_blocks,
                 self.config.eps,
                 low_precision,
@@ -359,14 +375,13 @@ class Whitened(nn.Module):
         var = (1 - zeros) * (second - mean.square()) + zeros * mean.square()
         return x, torch.stack((mean, var)).to(moments.dtype), total
 
-    def _steadied(self, moments: Tensor, samples: Any) -> Tensor:
+    def _steadied(self, moments: Tensor, samples: Any, running: Tensor) -> Tensor:
         """The moments of a batch with the running ones counted in as ``_PRIOR_SAMPLES`` samples."""
         trust = 1 / (1 + _PRIOR_SAMPLES / samples)
         if isinstance(trust, Tensor):
             trust = trust.to(moments.dtype)
-        return torch.lerp(self.running_moments, moments, trust)
+        return torch.lerp(running, moments, trust)
 
-    @torch.compiler.disable  # a graph of its own for every step count would be compiled otherwise
     def _follow(self, x: Tensor, moments: Tensor, samples: Any) -> None:
         """Take a batch into the running moments and, when it is its turn, renew the whitening.
 
@@ -379,7 +394,9 @@ class Whitened(nn.Module):
         step = self._steps_taken() - 1
         turn = step + self.refresh_offset
         if turn % min(self.config.refresh_every, max(step // _STEPS_AN_INTERVAL, 1)) == 0:
-            self._refresh(x, self._steadied(moments, samples), samples, turn, self.config.momentum)
+            self._refresh(
+                x, self._steadied(moments, samples, self.running_moments), samples, turn, self.config.momentum
+            )
 
     @torch.no_grad()
     def _update_moments(self, moments: Tensor, momentum: float | None) -> None:
@@ -433,6 +450,29 @@ class Whitened(nn.Module):
         with torch.inference_mode(False):
             renewed = torch.empty_like(self.running_cov)
         self.running_whitening = renewed.copy_(shrunk_inverse_sqrt(self.running_cov, self.cov_samples))
+
+
+_LAYERS: WeakValueDictionary[int, Whitened] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+# The schedule is Python's, so graphs of torch.compile leave it out: a graph for every step would be compiled.
+@torch.library.custom_op("segdeconv::follow", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _follow_outside_graph(
+    x: Tensor, moments: Tensor, samples: Tensor | None, number: int
+) -> tuple[Tensor, Tensor]:
+    """`Whitened._follow`; returns copies of the running moments and of the whitening matrix afterwards."""
+    layer = _LAYERS[number]
+    layer._follow(x, moments, x.numel() // x.shape[1] if samples is None else samples)
+    return layer.running_moments.clone(), layer.running_whitening.clone()
+
+
+@_follow_outside_graph.register_fake
+def _(x: Tensor, moments: Tensor, samples: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
+    layer = _LAYERS[number]
+    buffers = layer.running_moments, layer.running_whitening
+    running, whitening = (torch.empty(b.shape, dtype=b.dtype, device=x.device) for b in buffers)
+    return running, whitening
 
 
 def _step_size(momentum: float | None, count: Any) -> Any:
@@ -618,12 +658,15 @@ class WhitenedLinear(Whitened, nn.Linear):
         return F.linear(rows, weight, bias).view(*input.shape[:-1], self.out_features)
 
 
-@functools.lru_cache(maxsize=4096)
 def _share_inside(size: int, before: int, after: int, kernel: int, dilation: int, stride: int) -> float:
     """Along one axis, the share of the taps of all windows that fall on data, not on padding."""
-    starts = range(-before, size + after - dilation * (kernel - 1), stride)
-    inside = sum(0 <= start + tap * dilation < size for start in starts for tap in range(kernel))
-    return inside / max(len(starts) * kernel, 1)
+    windows = (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+    inside = 0
+    for tap in range(kernel):
+        start = tap * dilation - before  # in the first window
+        first, last = max(-(start // stride), 0), min((size - 1 - start) // stride, windows - 1)
+        inside += max(last - first + 1, 0)
+    return inside / max(windows * kernel, 1)
 
 
 def _adopt(layer: Any, plain: Any) -> Any:

@@ -145,7 +145,8 @@ class _ChannelMoments(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, zeros: float) -> tuple[Tensor, Tensor]:
         rows = _moment_rows(x)
         wide = torch.promote_types(x.dtype, torch.float32)
-        if x.device.type in ("cpu", "cuda"):  # batch norm's own kernel, several times faster than var_mean
+        # Batch norm's own kernel is several times faster than var_mean, unless that is compiled.
+        if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
             # It gives statistics in the precision of the running values it is handed; these are thrown away.
             unused = x.new_empty(2, x.shape[1], dtype=wide)
             mean, var = torch.batch_norm_update_stats(_dense(rows, x), unused[0], unused[1], 0.0)

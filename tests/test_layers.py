@@ -598,3 +598,27 @@ def test_reference_mode_samples_1x1_rows() -> None:
     layer(x)
     rows = x.permute(0, 2, 3, 1).reshape(-1, 4)[::9]
     torch.testing.assert_close(layer.running_mean[0, 0], 0.1 * rows.mean(0), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(("low_precision", "tolerance"), [(False, 1e-5), (True, 2e-2)])
+def test_compiled_layers_are_one_graph_and_keep_their_own_running_values(
+    low_precision: bool, tolerance: float
+) -> None:
+    """Copies share their compiled code, and must not share what it updates."""
+    first = WhitenedConv2d(4, 6, 3, padding=1)
+    for layer in (first, copy.deepcopy(first)):
+        eager = copy.deepcopy(layer)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        for size in (8, 8, 11):
+            x = torch.randn(3, 4, size, size, requires_grad=True)
+            results = []
+            for module, leaves in ((compiled, layer), (eager, eager)):
+                with torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+                    out = module(x)
+                grads = torch.autograd.grad(out.square().sum(), (x, *leaves.parameters()))
+                results.append((out, *grads))
+            for mine, theirs in zip(*results, strict=True):
+                atol = tolerance * theirs.abs().max().item()
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=atol)
+        for mine, theirs in zip(layer.state_dict().values(), eager.state_dict().values(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)

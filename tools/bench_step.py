@@ -39,6 +39,7 @@ class Network:
     batch: int
     size: tuple[int, int]
     options: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False
 
 
 TARGETS = {
@@ -69,6 +70,9 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     images = images.contiguous(memory_format=torch.channels_last)  # as the loaders make them
     labels = (network.batch, *(network.size if resolve(config)[0].task == "segmentation" else ()))
     targets = torch.randint(CLASSES, labels, device=device)
+
+    if network.compiled:
+        model.compile(fullgraph=True)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -102,7 +106,7 @@ def peak_mib(name: str, network: Network, arm: str, device: torch.device, amp: b
         return torch.cuda.max_memory_allocated() / 2**20
     command = [sys.executable, __file__, name, "--arms", arm, "--memory-of-this-process"]
     command += ["--batch", str(network.batch), "--size", *map(str, network.size)]
-    command += ["--amp"] if amp else []
+    command += ["--amp"] * amp + ["--compile"] * network.compiled
     # glibc would keep freed activations: without a threshold every large block goes back at once.
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -136,7 +140,7 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
             times[arm].append(cycle[arm])
     gflop = {}
     for arm in arms:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
             for _ in range(CYCLE if arm == "fast" else 1):
                 steps[arm]()
         gflop[arm] = counter.get_total_flops() / (CYCLE if arm == "fast" else 1) / 1e9
@@ -163,6 +167,7 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--amp", action="store_true", help="bf16 autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, both twins")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-of-this-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -175,6 +180,7 @@ def main() -> None:
             network,
             batch=arguments.batch or network.batch,
             size=tuple(arguments.size) if arguments.size else network.size,
+            compiled=arguments.compile,
         )
         if arguments.memory_of_this_process:
             print(memory_of_this_process(network, arguments.arms[0], arguments.amp))
