@@ -24,7 +24,7 @@ from segdeconv.models.registry import merge
         ("fcn_resnet50", None, "FCN"),
         ("resnet18", None, "ResNet"),
         ("densenet121", None, "DenseNet"),
-        ("cifar_resnet18", None, "ResNet"),
+        ("cifar_resnet18", None, "Sequential"),
         ("mobilenetv3_small_050", None, "MobileNetV3"),
     ],
 )

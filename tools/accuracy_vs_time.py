@@ -47,7 +47,6 @@ from unittest import mock
 
 import matplotlib
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -61,7 +60,7 @@ from segdeconv.figures import spread
 from segdeconv.files import make_folder
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, size_multiple
-from segdeconv.models.cifar import six_conv
+from segdeconv.models.cifar import resnet18, six_conv
 from segdeconv.train import lr_factor, seed_everything
 from segdeconv.whitening import (
     channel_moments,
@@ -76,14 +75,6 @@ RESULTS = Path("docs/measured/accuracy_vs_time.jsonl")
 CAMVID_BATCH, WEIGHT_DECAY = 8, 5e-4
 OF_EXACT = ("exact", "detached", "ridge")
 OF_FAST = ("fast", "identity", "own", "unscaled", "unshrunk", "all_rows", "warm")
-
-
-def resnet18_narrow() -> nn.Module:
-    model = timm.create_model("resnet18", num_classes=10, channels=(16, 32, 64, 128), stem_width=16)
-    width = model.layer1[0].conv1.in_channels
-    model.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
 
 
 class OwnBlocks(layers.Whitened):
@@ -265,7 +256,7 @@ class CamVid:
 # name: (data, network, epochs)
 TASKS: dict[str, tuple[Callable[[int], Any], Callable[[Any], nn.Module], int]] = {
     "six_conv": (Cifar, lambda data: six_conv(10), 2),
-    "resnet18_narrow": (Cifar, lambda data: resnet18_narrow(), 4),
+    "resnet18_narrow": (Cifar, lambda data: resnet18(10, width=16), 4),
     "camvid": (CamVid, lambda data: data.build(), 6),
 }
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +31,16 @@ def vgg16(num_classes: int) -> nn.Module:
     return nn.Sequential(OrderedDict(features=features, **_head(512, num_classes)))
 
 
-def resnet18(num_classes: int, **options: Any) -> nn.Module:
-    """ResNet-18; 11.17 M."""
-    model = torchvision.models.ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes, **options)
-    return _small_stem(model, 3)
+def resnet18(num_classes: int, width: int = 64) -> nn.Module:
+    """ResNet-18; 11.17 M at a width of 64."""
+    blocks, channels = [], width
+    for out in (width, 2 * width, 4 * width, 8 * width):
+        for stride in (1 if out == width else 2, 1):
+            same = stride == 1 and channels == out
+            skip = None if same else ConvNormReLU(channels, out, 1, stride, activation_layer=None)
+            blocks.append(BasicBlock(channels, out, stride, skip))
+            channels = out
+    return _network(ConvNormReLU(3, width), blocks, channels, num_classes)
 
 
 def preact_resnet18(num_classes: int) -> nn.Module:
@@ -58,7 +63,9 @@ def resnext29_32x4d(num_classes: int) -> nn.Module:
     model = torchvision.models.ResNet(Bottleneck, [3, 3, 3, 1], groups=32, width_per_group=4)
     model.layer4 = nn.Identity()
     model.fc = nn.Linear(1024, num_classes)
-    return _small_stem(model, 1)
+    model.conv1 = nn.Conv2d(3, 64, 1, bias=False)
+    model.maxpool = nn.Identity()
+    return _begin_as_torch(model)
 
 
 def mobilenet_v2(num_classes: int) -> nn.Module:
@@ -223,13 +230,6 @@ def _head(channels: int, num_classes: int) -> dict[str, nn.Module]:
         "flatten": nn.Flatten(),
         "head": nn.Linear(channels, num_classes),
     }
-
-
-def _small_stem(model: torchvision.models.ResNet, kernel_size: int) -> nn.Module:
-    """At full resolution, and without max-pooling."""
-    model.conv1 = nn.Conv2d(3, 64, kernel_size, padding=kernel_size // 2, bias=False)
-    model.maxpool = nn.Identity()
-    return _begin_as_torch(model)
 
 
 def _begin_as_torch(model: nn.Module) -> nn.Module:
