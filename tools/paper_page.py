@@ -191,4 +191,7 @@ if __name__ == "__main__":
     make_folder(PICTURES)
     text = page()
     write_atomically(DOCS / "paper.md", lambda path: path.write_text(text))
+    for picture in PICTURES.glob("*.png"):
+        if f"paper/{picture.name}" not in text:
+            picture.unlink()
     print(DOCS / "paper.md")
