@@ -35,7 +35,7 @@ from segdeconv.structure import is_plain_layer
 from segdeconv.whitening import sample_patches
 
 _PIXELS = 16 * 180 * 240  # in the batch that is looked at
-_PATCHES = 8192  # a layer, at most
+_PATCHES = 4096  # a layer, or up to twice as many
 _KAPPA_MAX = 1e6  # condition numbers beyond are float32's noise, and constant features
 _WINDOW = 11  # pixels; wide enough to see a surround
 _RIDGE = 1e-3  # of the mean variance, for the whitening of photographs: else it is their noise that is seen

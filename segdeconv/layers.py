@@ -120,9 +120,15 @@ class Whitened(nn.Module):
         self.reset_running_stats()
 
     def _enrol(self) -> None:
-        """A number of its own for every layer, copies included, by which compiled graphs find it again."""
-        self._number = next(_NUMBERS)
-        _LAYERS[self._number] = self
+        """A number of its own for every layer, copies included, by which compiled code finds it again.
+
+        A tensor, so that layers of one shape can share that code. What shares it unasked is a replica that
+        was made without a copy, and `torch.func.functional_call`: compiled, their running values go to the
+        layer itself.
+        """
+        number = next(_NUMBERS)
+        self._number = torch.tensor(number, device="cpu")
+        _LAYERS[number] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -234,10 +240,12 @@ class Whitened(nn.Module):
         self.bias.copy_(bias)
 
     @torch.no_grad()
-    def patches(self, x: Tensor, about: int) -> Tensor:
-        """What the layer reads at evenly spread positions of ``x``, (N, G, K, F), N ``about`` as many."""
+    def patches(self, x: Tensor, at_least: int) -> Tensor:
+        """What the layer reads at evenly spread positions of ``x``, (N, G, K, F): ``at_least`` so many, if
+        there are, and up to twice as many, or a row and a column less.
+        """
         x = self._batched(x)
-        every = self._grid(x, about, len(x))
+        every = self._grid(x, at_least, len(x))
         first = every[0] // 2, every[1] // 2  # the corner is mostly padding
         rows = self._sample(x, every, first).unflatten(1, (self._shape[0], -1))
         return to_blocks(rows, self.num_blocks, self.interleaved)
@@ -300,25 +308,24 @@ class Whitened(nn.Module):
             return every
         wanted = _SAMPLES_PER_FEATURE * self.running_whitening.shape[-1] / self.num_blocks
         images = int(sum_over_ranks(torch.tensor(len(x), device=x.device))) if world_size() > 1 else len(x)
-        while every > 1 and self._count(x, (every, every), images) < wanted:
+        height, width = self._positions(x)
+        while every > 1 and images * math.ceil(height / every) * math.ceil(width / every) < wanted:
             every -= 1
         return every
 
     def _grid(self, x: Tensor, wanted: float, images: int) -> tuple[int, int]:
-        """Rows and columns apart, the widest grid that is ``wanted`` samples of ``images`` or all."""
-        sizes = self._positions(x)
+        """Rows and columns apart, the widest grid with ``wanted`` samples of ``images``, or all positions.
 
-        def strides(n: int) -> tuple[int, int]:  # 1x1, 2x1, 2x2, 3x2, ...
-            return min(n // 2 + 1, sizes[0]), min((n + 1) // 2, sizes[1])
-
-        n = 1
-        while n < 2 * max(sizes) and self._count(x, strides(n + 1), images) >= wanted:
-            n += 1
-        return strides(n)
-
-    def _count(self, x: Tensor, every: tuple[int, int], images: int) -> int:
-        rows, columns = (math.ceil(n / step) for n, step in zip(self._positions(x), every, strict=True))
-        return images * rows * columns
+        One that does not start in the corner may have a row and a column less.
+        """
+        height, width = self._positions(x)
+        every = 1, 1
+        for n in range(2, 2 * max(height, width)):  # 2x1, 2x2, 3x2, ...
+            down, right = min(n // 2 + 1, height), min((n + 1) // 2, width)
+            if images * math.ceil(height / down) * math.ceil(width / right) < wanted:
+                break
+            every = down, right
+        return every
 
     def whitening_from(self, cov_GFF: Tensor) -> Tensor:
         """The whitening matrices (G, F, F) of covariances, by this layer's settings."""
@@ -346,8 +353,14 @@ class Whitened(nn.Module):
         with _no_autocast(x):
             x, moments, samples = self._channel_moments(x)
             if torch.compiler.is_compiling():
-                total = samples if isinstance(samples, Tensor) else None
-                running, whitening = _follow_outside_graph(x.detach(), moments.detach(), total, self._number)
+                running, whitening = _follow_outside_graph(
+                    x.detach(),
+                    moments.detach(),
+                    samples if isinstance(samples, Tensor) else None,
+                    self.running_moments,
+                    self.running_whitening,
+                    self._number,
+                )
             else:
                 self._follow(x.detach(), moments.detach(), samples)
                 running, whitening = self.running_moments, self.running_whitening
@@ -457,22 +470,34 @@ _NUMBERS = itertools.count()
 
 
 # The schedule is Python's, so graphs of torch.compile leave it out: a graph for every step would be compiled.
-@torch.library.custom_op("segdeconv::follow", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+# The number counts as changed, or the call could be left out, or made once for two.
+@torch.library.custom_op("segdeconv::follow", mutates_args=("number",), tags=(torch.Tag.cudagraph_unsafe,))
 def _follow_outside_graph(
-    x: Tensor, moments: Tensor, samples: Tensor | None, number: int
+    x: Tensor,
+    moments: Tensor,
+    samples: Tensor | None,
+    running_moments: Tensor,
+    running_whitening: Tensor,
+    number: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`Whitened._follow`; returns copies of the running moments and of the whitening matrix afterwards."""
-    layer = _LAYERS[number]
+    """`Whitened._follow`; returns copies of the running moments and the whitening matrix afterwards. Before,
+    they are given for their shapes only.
+    """
+    layer = _LAYERS[int(number)]
     layer._follow(x, moments, x.numel() // x.shape[1] if samples is None else samples)
     return layer.running_moments.clone(), layer.running_whitening.clone()
 
 
 @_follow_outside_graph.register_fake
-def _(x: Tensor, moments: Tensor, samples: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
-    layer = _LAYERS[number]
-    buffers = layer.running_moments, layer.running_whitening
-    running, whitening = (torch.empty(b.shape, dtype=b.dtype, device=x.device) for b in buffers)
-    return running, whitening
+def _(
+    x: Tensor,
+    moments: Tensor,
+    samples: Tensor | None,
+    running_moments: Tensor,
+    running_whitening: Tensor,
+    number: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(running_moments), torch.empty_like(running_whitening)
 
 
 def _step_size(momentum: float | None, count: Any) -> Any:

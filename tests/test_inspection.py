@@ -44,7 +44,7 @@ def test_whitened_patches_are_what_the_layer_computes_with(mode: str, channels: 
     x = torch.randn(3, channels, 11, 8, dtype=torch.float64).cumsum(3)
     layer(x)
     layer.eval()
-    patches = layer.patches(x, about=10_000)
+    patches = layer.patches(x, at_least=10_000)
     assert patches.shape == (3 * 6 * 4, groups, layer.num_blocks, channels // groups // layer.num_blocks * 9)
     whitened = layer.whitened(patches)
     if layer.interleaved:
@@ -52,7 +52,7 @@ def test_whitened_patches_are_what_the_layer_computes_with(mode: str, channels: 
     out = torch.einsum("ngp,gop->ngo", whitened.flatten(2), layer.weight.view(groups, 8 // groups, -1))
     want = layer(x).permute(0, 2, 3, 1).flatten(0, 2)
     torch.testing.assert_close(out.flatten(1) + layer.bias, want, rtol=0, atol=1e-12)
-    assert len(layer.patches(x, about=20)) == 3 * 3 * 4
+    assert len(layer.patches(x, at_least=20)) == 3 * 3 * 4
 
 
 def test_whitened_rows_of_a_linear_layer() -> None:

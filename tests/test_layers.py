@@ -622,3 +622,21 @@ def test_compiled_layers_are_one_graph_and_keep_their_own_running_values(
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=atol)
         for mine, theirs in zip(layer.state_dict().values(), eager.state_dict().values(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_compiled_code_is_shared_and_every_call_counts() -> None:
+    """More layers than torch.compile makes versions of one function, and calls that look superfluous."""
+    layers = [WhitenedConv2d(4, 6, 1) for _ in range(10)]
+    x = torch.randn(3, 4, 8, 8)
+    for layer in layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+        layer(x)
+    assert [int(layer.num_batches_tracked) for layer in layers] == [1] * 10
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def thrice(x: torch.Tensor) -> torch.Tensor:
+        layers[0](x)
+        return layers[0](x) + layers[0](x)
+
+    thrice(x)
+    assert layers[0].num_batches_tracked == 4
