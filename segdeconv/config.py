@@ -55,7 +55,7 @@ class NetworkDeconvConfig:
     linear_block_size: Positive = 512
     eps: Annotated[float, Field(gt=0)] = 1e-5
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
-    refresh_every: Positive = 10
+    refresh_every: Positive = 20
     num_iters: Positive = 5
     sampling_stride: Positive = 3
 

@@ -72,6 +72,10 @@ _FEWEST_SAMPLES = 128  # fast mode, for blocks of few features
 # on a map; but of a batch of two a linear layer sees two values a channel, which alone would become +-1.
 _PRIOR_SAMPLES = 16
 
+# Fast mode under bfloat16 autocast: so many multiplications of weight and whitening matrix take less time in
+# bfloat16. Fewer, and the small operations beside them take more (CPU with AMX).
+_LOW_PRECISION_PAYS = 2**25
+
 # Fast mode: statistics move quickly at first, so the whitening matrix is renewed at every step to begin with;
 # from the second so many steps on the interval grows by one with each, up to ``config.refresh_every``.
 _STEPS_AN_INTERVAL = 20
@@ -349,7 +353,8 @@ class Whitened(nn.Module):
     def _whiten_fast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.numel() == x.shape[1] and world_size() == 1:
             return x, *self.folded_parameters()
-        low_precision = _low_precision(x)
+        products = self.weight.numel() * self.running_whitening.shape[-1]
+        low_precision = _low_precision(x) if products >= _LOW_PRECISION_PAYS else None
         with _no_autocast(x):
             x, moments, samples = self._channel_moments(x)
             if torch.compiler.is_compiling():

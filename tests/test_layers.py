@@ -304,8 +304,12 @@ def test_statistics_are_float32_under_autocast() -> None:
         torch.testing.assert_close(mixed.get_buffer(name), value, rtol=0, atol=1e-6)
 
 
-def test_bfloat16_autocast_is_near_float32() -> None:
-    """Output and gradients of a step on maps whose every third row counts, in both memory layouts."""
+@pytest.mark.parametrize("pays", [0, math.inf])
+def test_bfloat16_autocast_is_near_float32(pays: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradients of a step on maps whose every third row counts, in both memory layouts, with
+    weights folded in bfloat16 and in float32.
+    """
+    monkeypatch.setattr(layers, "_LOW_PRECISION_PAYS", pays)
     x = torch.randn(4, 8, 40, 12) * torch.rand(8, 1, 1) + 2
     probe = torch.randn(4, 6, 40, 12)
 

@@ -5,7 +5,7 @@
     python tools/bench_step.py unet_resnet18 --batch 8 --size 160 224
 
 A step is forward, loss, backward and optimiser, on the GPU where there is one. The arms take turns step by
-step, so that a slow minute of the machine meets all of them. A cycle is ten steps, in which the fast mode
+step, so that a slow minute of the machine meets all of them. A cycle is twenty steps, in which the fast mode
 renews every layer's whitening matrix once. Printed are the median cycle's time over batch norm's (lowest and
 highest cycle in brackets), floating-point operations counted a step, and peak memory: of the GPU, or of a
 process of its own.

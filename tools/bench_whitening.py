@@ -4,7 +4,7 @@
     python tools/bench_whitening.py --figure docs/step_time.png
 
 The parts are those of the fast mode: the channel moments and their gradient, the weight product and its
-gradient, and, a tenth of it a step, the renewal of the whitening matrix: sampling patches, their second
+gradient, and, a twentieth of it a step, the renewal of the whitening matrix: sampling patches, their second
 moments, the root. Beside them the layer's own convolution, a batch norm, and the exact mode. The figure is of
 whole layers, convolution and ReLU with batch norm or with whitening, forward and backward.
 """
@@ -144,7 +144,7 @@ def ratio(width: int, side: int, batch: int, device: torch.device) -> float:
     conv = nn.Conv2d(width, width, 3, padding=1).to(device)
     whitened = nn.Sequential(WhitenedConv2d.from_conv(conv), nn.ReLU(inplace=True))
     grad = torch.randn_like(norm(x))
-    late = {"num_batches_tracked": torch.tensor(1000)}  # when every tenth step refreshes
+    late = {"num_batches_tracked": torch.tensor(1000)}  # when every twentieth step refreshes
     whitened[0].load_state_dict(whitened[0].state_dict() | late)
 
     def cycle(model: nn.Module) -> Callable[[], object]:
