@@ -472,11 +472,15 @@ class Whitened(nn.Module):
 
 _LAYERS: WeakValueDictionary[int, Whitened] = WeakValueDictionary()
 _NUMBERS = itertools.count()
+# torch has this tag since 2.8.
+_TAGS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
 
 
 # The schedule is Python's, so graphs of torch.compile leave it out: a graph for every step would be compiled.
 # The number counts as changed, or the call could be left out, or made once for two.
-@torch.library.custom_op("segdeconv::follow", mutates_args=("number",), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op("segdeconv::follow", mutates_args=("number",), **_TAGS)
 def _follow_outside_graph(
     x: Tensor,
     moments: Tensor,
