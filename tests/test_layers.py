@@ -629,18 +629,18 @@ def test_compiled_layers_are_one_graph_and_keep_their_own_running_values(
 
 
 def test_compiled_code_is_shared_and_every_call_counts() -> None:
-    """More layers than torch.compile makes versions of one function, and calls that look superfluous."""
-    layers = [WhitenedConv2d(4, 6, 1) for _ in range(10)]
+    """More many than torch.compile makes versions of one function, and calls that look superfluous."""
+    many = [WhitenedConv2d(4, 6, 1) for _ in range(10)]
     x = torch.randn(3, 4, 8, 8)
-    for layer in layers:
+    for layer in many:
         layer.compile(backend="aot_eager", fullgraph=True)
         layer(x)
-    assert [int(layer.num_batches_tracked) for layer in layers] == [1] * 10
+    assert [int(layer.num_batches_tracked) for layer in many] == [1] * 10
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def thrice(x: torch.Tensor) -> torch.Tensor:
-        layers[0](x)
-        return layers[0](x) + layers[0](x)
+        many[0](x)
+        return many[0](x) + many[0](x)
 
     thrice(x)
-    assert layers[0].num_batches_tracked == 4
+    assert many[0].num_batches_tracked == 4
