@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +35,8 @@ from segdeconv.structure import (
 )
 
 Filter = Callable[[nn.Module, str], bool]
+
+_HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")  # torch's own attributes of a module
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def convert_to_network_deconv(
         if layer.action != "removed":
             continue
         swaps[module] = leftover(module)
-        for part in swaps[module].modules() if layer.name in structure.norm_before else ():
+        shares_its_input = layer.name in structure.norm_before or layer.name in structure.guessed
+        for part in swaps[module].modules() if shares_its_input else ():
             if getattr(part, "inplace", False):
                 part.inplace = False  # type: ignore[assignment]
         if warm_start:
@@ -184,15 +186,23 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         ``model``, in the mode it was in.
 
     Raises:
-        UserError: no batch was given, the network holds no whitened layer, two of them share a weight, or
-            statistics are not finite. The network is unchanged.
+        UserError: no batch was given, the network holds no whitened layer, one of them shares its weight or
+            bias with another layer or has none of its own, or statistics are not finite. The network is
+            unchanged.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Whitened)}
     if not layers:
         raise UserError("calibrate: the network holds no whitened layer; convert it first")
-    for (one, a), (other, b) in itertools.combinations(layers.items(), 2):
-        if a.weight is b.weight:
-            raise UserError(f"calibrate: {one} and {other} share a weight but not their input's statistics")
+    owners = collections.Counter(p for m in model.modules() for p in m.parameters(recurse=False))
+    for name, layer in layers.items():
+        for part, value in (("weight", layer.weight), ("bias", layer.bias)):
+            if not isinstance(value, nn.Parameter):
+                state = "missing" if value is None else "computed, not a parameter"
+                raise UserError(f"calibrate: the {part} of {name} is {state}, so it cannot be rewritten")
+            if owners[value] > 1:
+                raise UserError(
+                    f"calibrate: {name} shares its {part} with another layer but not its input's statistics"
+                )
     # Copies observe, so that the network computes what it did while its statistics are measured.
     observers = {name: copy.deepcopy(layer) for name, layer in layers.items()}
     for observer in observers.values():
@@ -288,13 +298,27 @@ def leftover(norm: Any) -> Any:
 
 
 def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Replace modules wherever they are registered, shared ones in every place."""
+    """Replace modules wherever they are held, registered or in a plain list, tuple or dictionary. The forward
+    and backward hooks of the old are those of the new.
+    """
+    for old, new in swaps.items():
+        for name, value in vars(old).items():
+            if name.startswith(_HOOKS) and value not in (None, {}):
+                setattr(new, name, value)
     if model in swaps:
         return swaps[model]
+
+    def swapped(value: Any) -> Any:
+        return swaps.get(value, value) if isinstance(value, nn.Module) else value
+
     for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):  # named_children() skips repetitions
-            if child in swaps:
-                setattr(parent, key, swaps[child])
+        for name, held in list(vars(parent).items()):
+            if isinstance(held, dict):
+                held.update({k: swapped(v) for k, v in held.items() if swapped(v) is not v})
+            elif isinstance(held, list):
+                held[:] = map(swapped, held)
+            elif type(held) is tuple:
+                setattr(parent, name, tuple(map(swapped, held)))
     return model
 
 

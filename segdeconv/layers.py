@@ -104,6 +104,7 @@ class Whitened(nn.Module):
     running_cov: Tensor
     cov_samples: Tensor
     num_refreshes: Tensor
+    _step: int | None
 
     def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:
         """``channels`` and ``taps`` are those of one group."""
@@ -126,9 +127,8 @@ class Whitened(nn.Module):
     def _enrol(self) -> None:
         """A number of its own for every layer, copies included, by which compiled code finds it again.
 
-        A tensor, so that layers of one shape can share that code. What shares it unasked is a replica that
-        was made without a copy, and `torch.func.functional_call`: compiled, their running values go to the
-        layer itself.
+        A tensor, so that layers of one shape can share that code. `torch.func.functional_call` shares it
+        unasked: compiled, its running values go to the layer itself.
         """
         number = next(_NUMBERS)
         self._number = torch.tensor(number, device="cpu")
@@ -137,6 +137,7 @@ class Whitened(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._enrol()
+        self._step = None
 
     def reset_running_stats(self) -> None:
         """Running values as before the first batch: mean zero, scale one, whitening identity."""
@@ -157,8 +158,21 @@ class Whitened(nn.Module):
             self.register_buffer("running_mean", like.new_zeros(groups, means, features))
         self.register_buffer("running_whitening", identity)
         self.register_buffer("num_batches_tracked", counter)
-        # The fast mode's own copy of num_batches_tracked: reading a tensor would wait for the device.
-        self._step: int | None = 0
+        # The fast mode's own copy of num_batches_tracked: reading a tensor would wait for the device. It is
+        # taken anew where the buffers may have been written: by DistributedDataParallel from another rank,
+        # or by averaging of weights.
+        self._step = None
+
+    def reset_parameters(self) -> None:
+        """New weights, and running values as before the first batch."""
+        super().reset_parameters()  # type: ignore[misc]
+        if hasattr(self, "_shape"):  # not yet while the torch layer constructs itself
+            self.reset_running_stats()
+
+    def train(self, mode: bool = True) -> Whitened:
+        if mode != self.training:
+            self._step = None
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Whitened:
         """As on any module, but running values stay in float32 or wider where the weights become narrower."""
@@ -201,8 +215,24 @@ class Whitened(nn.Module):
         In training from the statistics of ``x``, and the running values are updated. In evaluation, and for a
         batch with a single sampled position, which has no covariance, from the running values. The input is
         ``x``, made part of the gradient of its own statistics in fast mode.
+
+        Raises:
+            RuntimeError: where a training step would silently go wrong: a replica of DataParallel, or an
+                empty batch while other processes have one.
         """
-        if not self.training or x.numel() == 0:
+        if not self.training:
+            return x, *self.folded_parameters()
+        if getattr(self, "_is_replica", False) and self.config.mode == "fast":
+            raise RuntimeError(
+                "network deconvolution does not train under torch.nn.DataParallel, whose replicas lose what "
+                "they measure; use torch.nn.parallel.DistributedDataParallel"
+            )
+        if x.numel() == 0:
+            if world_size() > 1:  # the others would wait for this process's statistics
+                raise RuntimeError(
+                    f"an empty batch, {tuple(x.shape)}, on one of {world_size()} processes that take the "
+                    "statistics of all their images; give every process at least one"
+                )
             return x, *self.folded_parameters()
         if self.config.mode == "fast":
             return self._whiten_fast(x)
@@ -218,11 +248,12 @@ class Whitened(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Take the statistics of ``x`` into the running values, weighted as every batch before."""
         x = self._batched(x).to(self.running_whitening.dtype)
-        if self.config.mode == "fast":
-            _, moments, samples = self._channel_moments(x)
-            self._pool_moments(moments, self._share_of_zeros(x))
-            self._refresh(x, self.running_moments, samples, self._steps_taken() - 1, None)
-        else:
+        with _no_autocast(x):
+            if self.config.mode == "fast":
+                _, moments, samples = self._channel_moments(x)
+                self._pool_moments(moments, self._share_of_zeros(x))
+                self._refresh(x, self.running_moments, samples, self._steps_taken() - 1, None)
+                return
             mean, cov, rows = self.moments(x)
             if rows * self.num_blocks > 1:
                 self._update_running(mean, self.whitening_from(cov), None)
@@ -265,7 +296,11 @@ class Whitened(nn.Module):
 
     def folded_parameters(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer this layer is in evaluation."""
-        return self._fold(self.running_whitening, *self._running_mean_and_scale())
+        whitening, (mean, scale) = self.running_whitening, self._running_mean_and_scale()
+        if torch.is_grad_enabled():  # a training step before the backward pass writes into running values
+            mean = mean.clone()
+            whitening = whitening if self.config.mode == "fast" else whitening.clone()
+        return self._fold(whitening, mean, scale)
 
     def _running_mean_and_scale(self) -> tuple[Tensor, Tensor | None]:
         """What evaluation subtracts from every feature and, in fast mode, multiplies it by, (G, K, F)."""
@@ -436,7 +471,9 @@ class Whitened(nn.Module):
         torch.maximum(var + apart, zeros * mean.square(), out=var)  # less only if batches differ in `zeros`
 
     def _steps_taken(self) -> int:
-        return int(self.num_batches_tracked) if self._step is None else self._step
+        if self._step is None:
+            return 0 if self.num_batches_tracked.is_meta else int(self.num_batches_tracked)
+        return self._step
 
     @torch.no_grad()
     def _refresh(self, x: Tensor, moments: Tensor, samples: Any, turn: int, momentum: float | None) -> None:

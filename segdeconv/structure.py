@@ -63,8 +63,8 @@ class Structure:
         norm_after: batch norm -> the layer (convolution, linear, transposed) whose output alone it reads.
         guessed: those of ``norm_after`` that rest on module order or on an unknown layout, not on proof.
         norm_before: batch norm -> the layers that alone read what it puts out.
-        in_place: activation modules that write into what a ``norm_before`` batch norm puts out. Without the
-            norm they would write into its input, which others may read.
+        in_place: activation modules that write into what a ``norm_before`` batch norm puts out, or may do so
+            with a ``guessed`` one. Without the norm they would write into its input, which others may read.
         escapes: batch norms whose output leaves the part of the network that could be traced.
         shared_in_place: batch norms whose output a function overwrites while others read their input.
         sees_1x1: layers whose input is a globally pooled map, classifier heads excepted.
@@ -239,6 +239,12 @@ class _Reader:
 
     def _pair_by_order(self, module: nn.Module, prefix: str) -> None:
         previous: tuple[str, nn.Module] | None = None
+        if any(isinstance(child, _BatchNorm) for child in module.children()):
+            self.structure.in_place.update(
+                self.canonical[prefix + name]
+                for name, child in module.named_children()
+                if getattr(child, "inplace", False)
+            )
         for name, child in module.named_children():
             if isinstance(child, _BatchNorm):
                 if previous and out_channels(previous[1]) == child.num_features:

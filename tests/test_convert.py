@@ -162,6 +162,24 @@ def test_untraceable_modules_fall_back_to_module_order_with_a_reason() -> None:
     assert isinstance(model[0].conv, WhitenedConv2d)
 
 
+def test_module_order_does_not_say_who_else_reads_what_is_overwritten() -> None:
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            z = self.relu(self.norm(y))
+            return y + z if x.shape[0] == 2 else y
+
+    model, report = convert_to_network_deconv(Moody())
+    assert report.untraced
+    x = torch.randn(2, 3, 9, 9)
+    y = model.eval().conv(x)
+    assert torch.equal(model(x), y + y.relu())
+
+
 def test_a_norm_read_by_what_could_not_be_traced_is_kept() -> None:
     class Moody(nn.Module):
         def __init__(self) -> None:
@@ -442,6 +460,39 @@ def test_shared_modules_are_replaced_everywhere() -> None:
     assert isinstance(model[0], WhitenedConv2d)
 
 
+@pytest.mark.parametrize("hold", [list, tuple, lambda layers: dict(enumerate(layers))])
+def test_modules_held_in_plain_containers_are_replaced_too(hold: Callable) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.steps = hold([self.conv, self.norm])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for step in self.steps.values() if isinstance(self.steps, dict) else self.steps:
+                x = step(x)
+            return x
+
+    model, _ = convert_to_network_deconv(Net())
+    x = torch.randn(2, 3, 9, 9)
+    assert torch.equal(model.eval()(x), model.conv(x))
+    torch.testing.assert_close(fold_network_deconv(model)(x), model(x))
+    assert isinstance(model.conv, WhitenedConv2d)
+
+
+def test_hooks_stay_through_conversion_and_folding() -> None:
+    calls: list[str] = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[0].register_forward_pre_hook(lambda *_: calls.append("before"))
+    model[0].register_full_backward_hook(lambda *_: calls.append("backward"))
+    model[1].register_forward_hook(lambda *_: calls.append("after"), always_call=True)
+    model, _ = convert_to_network_deconv(model)
+    x = torch.randn(2, 3, 9, 9, requires_grad=True)
+    model(x).sum().backward()
+    fold_network_deconv(model)(x)
+    assert calls == ["before", "after", "backward", "before", "after"]
+
+
 def test_converting_twice_keeps_what_is_whitened() -> None:
     model, _ = convert_to_network_deconv(
         nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), filter=lambda m, n: n == "0"
@@ -464,11 +515,41 @@ def test_calibrate_refuses(batches: list) -> None:
         calibrate(nn.Sequential(nn.ReLU()), [torch.zeros(1)])
 
 
-def test_calibrate_refuses_tied_weights() -> None:
-    model, _ = convert_to_network_deconv(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)))
-    model[1].weight = model[0].weight
-    with pytest.raises(UserError, match="0 and 1 share a weight"):
+def tied(part: str, other: type[nn.Module]) -> Callable:
+    def tie(model: nn.Sequential) -> None:
+        model.append(other(4, 4, 1))
+        setattr(model[1], part, getattr(model[0], part))
+
+    return tie
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (tied("weight", nn.Conv2d), "0 shares its weight with another layer"),
+        (tied("weight", nn.ConvTranspose2d), "0 shares its weight with another layer"),
+        (tied("bias", WhitenedConv2d), "0 shares its bias with another layer"),
+        (lambda model: nn.utils.parametrizations.weight_norm(model[0]), "the weight of 0 is computed"),
+        (lambda model: setattr(model[0], "bias", None), "the bias of 0 is missing"),
+    ],
+)
+def test_calibrate_refuses_what_it_cannot_rewrite(change: Callable, says: str) -> None:
+    model, _ = convert_to_network_deconv(nn.Sequential(nn.Conv2d(4, 4, 1)))
+    change(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=says):
         calibrate(model, [torch.randn(2, 4, 5, 5)])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_calibration_computes_in_float32_under_autocast() -> None:
+    model, _ = convert_to_network_deconv(nn.Sequential(nn.Conv2d(3, 8, 3)), warm_start=True)
+    images, rounded = [torch.rand(2, 3, 16, 16)], copy.deepcopy(model)
+    calibrate(model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        calibrate(rounded, images)
+    for key, value in model.state_dict().items():
+        assert torch.equal(rounded.state_dict()[key], value), key
 
 
 def test_calibrate_writes_all_or_nothing() -> None:

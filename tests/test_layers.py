@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from reference import (
     whitening_by_eigenvalues,
 )
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from segdeconv import layers
@@ -422,6 +424,66 @@ def test_two_forward_passes_before_one_backward_pass(mode: str) -> None:
     (layer(one).square().sum() + layer(other).square().sum()).backward()
     want = alone.weight.grad + apart.weight.grad
     torch.testing.assert_close(layer.weight.grad, want, rtol=0, atol=1e-12 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_running_values_in_a_graph_outlast_the_next_step(kernel: int, mode: str) -> None:
+    """A pass in evaluation, then one in training, then the backward pass of both, as batch norm allows."""
+    layer = WhitenedConv2d(4, 4, kernel, config=config(mode=mode)).double()
+    one, other = torch.randn(2, 2, 4, 9, 9, dtype=torch.float64)
+    layer(other)
+    want = torch.autograd.grad(layer.eval()(one).square().sum(), layer.weight)[0]
+    loss = layer(one).square().sum()
+    layer.train()(other)
+    torch.testing.assert_close(torch.autograd.grad(loss, layer.weight)[0], want, rtol=0, atol=0)
+
+
+def averaged(layer: WhitenedConv2d) -> WhitenedConv2d:
+    """The layer as torch's averages of weights keep it, which write into buffers behind its back."""
+    new = WhitenedConv2d(4, 4, 3)
+    new(torch.randn(2, 4, 5, 5))
+    average = AveragedModel(new.eval(), use_buffers=True)
+    average.update_parameters(layer)
+    return average.module.train()
+
+
+@pytest.mark.parametrize("received", [averaged, lambda layer: copied_into(WhitenedConv2d(4, 4, 3), layer)])
+def test_a_layer_goes_on_where_its_buffers_are(received: Callable) -> None:
+    """Its schedule too, though its buffers were written by others: a second process, an average."""
+    layer = WhitenedConv2d(4, 4, 3)
+    for _ in range(100):
+        layer(torch.randn(2, 4, 5, 5))
+    other, x = received(copy.deepcopy(layer)), torch.randn(2, 4, 5, 5)
+    assert layer.training
+    layer(x)
+    other(x)
+    for name, value in layer.named_buffers():
+        torch.testing.assert_close(other.get_buffer(name), value, msg=name)
+
+
+def copied_into(new: WhitenedConv2d, layer: WhitenedConv2d) -> WhitenedConv2d:
+    """As DistributedDataParallel sends rank 0's buffers to the other ranks, when it is constructed."""
+    for name, value in layer.named_buffers():
+        new.get_buffer(name).copy_(value)
+    return new
+
+
+def test_new_parameters_begin_with_new_running_values() -> None:
+    """Constructed without memory, as large networks are."""
+    layer = WhitenedConv2d(4, 4, 3, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    new = WhitenedConv2d(4, 4, 3)
+    for name, value in new.named_buffers():
+        assert torch.equal(layer.get_buffer(name), value), name
+    assert layer(torch.randn(2, 4, 5, 5)).isfinite().all()
+
+
+def test_replicas_of_data_parallel_are_refused() -> None:
+    """What they measure is thrown away with them."""
+    replica = WhitenedConv2d(4, 4, 3)._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(torch.randn(2, 4, 5, 5))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
