@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from segdeconv.config import Recipe, load_recipe, recipe_from_dict, recipe_to_dict
-from segdeconv.entries import find_weights, is_entry
+from segdeconv.entries import WEIGHTS, find_weights, is_entry, near
 from segdeconv.errors import UserError
 from segdeconv.files import make_folder, sha256_of, to_json, write_atomically
 from segdeconv.models import build_model
@@ -172,7 +172,7 @@ def find_checkpoint(run: str | Path) -> Path:
     """
     path = Path(run)
     if path.is_dir():
-        for name in ("best.safetensors", "last.safetensors"):
+        for name in ("best.safetensors", "last.safetensors", WEIGHTS):  # the last is an entry's folder's
             if (path / name).is_file():
                 return path / name
         raise UserError(
@@ -182,7 +182,9 @@ def find_checkpoint(run: str | Path) -> Path:
         return path
     if is_entry(run):
         return find_weights(str(run))
-    raise UserError(f"{path}: no such run folder or checkpoint, and no entry of the zoo is called so")
+    raise UserError(
+        f"{path}: no such run folder or checkpoint, and no entry of the zoo is called so; {near(str(run))}"
+    )
 
 
 def read_info(path: Path) -> CheckpointInfo:
@@ -227,19 +229,15 @@ def load_checkpoint(run: str | Path, device: torch.device | str = "cpu") -> tupl
 
 
 def start_from(model: nn.Module, run: str | Path, classes: int) -> None:
-    """Load a checkpoint's weights into its architecture with batch norm. Where it has another number of
-    classes than ``classes``, the layers that put out one channel a class stay as they are, with a note.
+    """Load a checkpoint's weights into its network, with the norm it was trained with. Where it has another
+    number of classes than ``classes``, the layers that put out one channel a class stay as they are, with a
+    note.
 
     Raises:
-        UserError: nothing is there, the file is damaged or holds a deconvolved network, or the weights do not
-            fit.
+        UserError: nothing is there, the file is damaged, or the weights do not fit.
     """
     path = find_checkpoint(run)
     info = read_info(path)
-    if info.recipe.model.norm != "bn":
-        raise UserError(
-            f"model.init = {run}: holds network deconvolution; give the run of its batch-norm twin"
-        )
     state, stayed = _read_state(path), []
     for name, mine in model.state_dict().items() if len(info.classes) != classes else ():
         theirs = state.get(name, mine)
@@ -266,5 +264,5 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, holds: str) -> 
         what = lines[1] if len(lines) > 1 else lines[0]
         raise UserError(
             f"{path}: holds {holds}, whose weights do not fit the network: {what[:200]}; architecture, "
-            "encoder and model.options must be the same"
+            "encoder, model.options and, of a deconvolved one, model.network_deconv must be the same"
         ) from None

@@ -19,7 +19,7 @@ from segdeconv.checkpoint import (
     save_checkpoint,
     start_from,
 )
-from segdeconv.config import Recipe, load_recipe
+from segdeconv.config import NetworkDeconvConfig, Recipe, load_recipe
 from segdeconv.errors import UserError
 from segdeconv.files import sha256_of, to_json, write_atomically
 from segdeconv.models import build_model
@@ -110,11 +110,21 @@ def test_other_classes_begin_anew(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert torch.equal(value, want), name
 
 
-def test_a_deconvolved_network_is_not_started_from(saved: tuple[Path, torch.nn.Module]) -> None:
-    path, _ = saved
-    other, _ = build_model(TWIN.model, 3)
-    with pytest.raises(UserError, match=r"model.init = .*best.safetensors: holds network deconvolution"):
-        start_from(other, path, 3)
+def test_a_deconvolved_network_is_started_from(saved: tuple[Path, torch.nn.Module]) -> None:
+    path, model = saved
+    begun, _ = build_model(replace(RECIPE.model, init=str(path)), 5)
+    head = "segmentation_head.0."
+    for name, value in model.state_dict().items():
+        mine = begun.state_dict()[name]
+        if name in (head + "weight", head + "bias"):
+            assert len(mine) == 5
+        else:
+            assert torch.equal(mine, value), name
+    with pytest.raises(UserError, match=r"holds network deconvolution, .* or --norm nd"):
+        build_model(replace(TWIN.model, init=str(path)), 3)
+    other = replace(RECIPE.model, init=str(path), network_deconv=NetworkDeconvConfig(block_size=2))
+    with pytest.raises(UserError, match=r"model\.network_deconv must be the same"):
+        build_model(other, 3)
 
 
 class Hostile:

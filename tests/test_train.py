@@ -155,6 +155,14 @@ def test_warm_start_from_the_batch_norm_twin(tmp_path: Path) -> None:
     assert line["loss"] == pytest.approx(twin["loss"], rel=0.35)
 
 
+def test_a_deconvolved_run_goes_on_with_other_data(tmp_path: Path) -> None:
+    """The first run's function is where the second begins."""
+    first = train(tiny("train.epochs=2"), tmp_path / "first")
+    changes = [f"model.init={tmp_path / 'first'}", "train.epochs=1", "train.lr=1.0e-12"]
+    train(tiny(*changes), tmp_path / "second")
+    assert evaluate_run(tmp_path / "second")["miou"] == pytest.approx(first["miou"], abs=0.02)
+
+
 def test_a_network_that_cannot_take_the_batches_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot train on batches of shape \(4, 3, 32, 64\)"):
         train(tiny("model.options={in_channels: 4}"), tmp_path / "run")

@@ -88,10 +88,18 @@ def build_model(
     if not pretrained:
         options = {key: value for key, value in options.items() if key not in _PRETRAINED_OPTIONS}
     model = _call(architecture, encoder, num_classes, options, config.architecture)
+    start = None
     if pretrained and config.init is not None:
-        from segdeconv.checkpoint import start_from
+        from segdeconv.checkpoint import find_checkpoint, read_info, start_from
 
-        start_from(model, config.init, num_classes)
+        start = read_info(find_checkpoint(config.init)).recipe.model.norm
+        if start == "nd" and config.norm == "bn":
+            raise UserError(
+                f"model.init = {config.init}: holds network deconvolution, which batch norm cannot start "
+                "from; give the run of its batch-norm twin, or --norm nd"
+            )
+        if start == "bn":
+            start_from(model, config.init, num_classes)
     if config.norm == "bn":
         return model, None
 
@@ -103,7 +111,10 @@ def build_model(
     def wanted(module: nn.Module, name: str) -> bool:
         return not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.keep)
 
-    return convert_to_network_deconv(model, config.network_deconv, wanted, starts_trained(config))
+    model, report = convert_to_network_deconv(model, config.network_deconv, wanted, starts_trained(config))
+    if start == "nd":
+        start_from(model, config.init, num_classes)  # type: ignore[arg-type]
+    return model, report
 
 
 def _call(
