@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
 
 import typer
 
 from segdeconv import __version__
 from segdeconv.errors import Refused, UserError
+
+if TYPE_CHECKING:
+    from segdeconv.config import Recipe
 
 app = typer.Typer(
     help="Segmentation networks with network deconvolution: train, evaluate, export ONNX, predict.",
@@ -121,9 +124,15 @@ def train(
             help="nd for network deconvolution, bn for the batch-norm twin; default as the recipe says."
         ),
     ] = None,
+    init: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="RUN|ENTRY", help="Take the network of a run or zoo entry, and begin with its weights."
+        ),
+    ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="The run's folder; by default runs/NAME.NORM."),
+        typer.Option(help="The run's folder; by default runs/NAME.NORM, or runs/ENTRY of a zoo entry."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out; begin it where there is none.")
@@ -145,13 +154,17 @@ def train(
     from segdeconv.train import pick_device
     from segdeconv.train import train as train_run
 
-    changes = list(overrides or []) + ([f"model.norm={norm.value}"] if norm else [])
+    changes = [
+        *(_network_of(init) if init else []),
+        *(overrides or []),
+        *([f"model.norm={norm.value}"] if norm else []),
+    ]
     loaded = load_recipe(_recipe_file(recipe), changes)
     if dry_run:
         console.print(yaml.safe_dump(recipe_to_dict(loaded), sort_keys=False))
         describe_run(loaded, pick_device(device))
         return
-    folder = out or Path("runs") / f"{loaded.name}.{loaded.model.norm}"
+    folder = out or Path("runs") / _run_name(recipe, loaded)
     train_run(loaded, folder, pick_device(device), resume)
     console.print(f"wrote {folder}; next: segdeconv eval {folder}")
 
@@ -622,7 +635,7 @@ def zoo_info(name: EntryName) -> None:
     from segdeconv.progress import console
     from segdeconv.zoo import card
 
-    console.print(Markdown(card(name)))
+    console.print(Markdown(card(name)), soft_wrap=False)
     console.print(f"from {entry_folder(name)}")
 
 
@@ -743,6 +756,29 @@ def _recipe_file(name: str) -> str | Path:
     from segdeconv.entries import entry_folder, is_entry
 
     return entry_folder(name) / "recipe.yaml" if is_entry(name) else name
+
+
+def _run_name(recipe: str, loaded: Recipe) -> str:
+    """NAME.NORM; of a zoo entry its own, or its twin's: many entries are of one recipe."""
+    from segdeconv.entries import is_entry
+
+    if not is_entry(recipe):
+        return f"{loaded.name}.{loaded.model.norm}"
+    network, _, rest = recipe.partition(".")
+    return f"{network}.{loaded.model.norm}_{rest.partition('_')[2]}"
+
+
+def _network_of(run: str) -> list[str]:
+    """The changes that give a recipe the network of a run or entry, and make it begin with the weights."""
+    import json
+
+    from segdeconv.checkpoint import find_checkpoint, read_info
+    from segdeconv.config import recipe_to_dict
+
+    model = recipe_to_dict(read_info(find_checkpoint(run)).recipe)["model"] | {"init": run}
+    # A batch-norm network may become a deconvolved one of any kind.
+    kept = ("norm", "keep", "network_deconv") if model["norm"] == "bn" else ("norm",)
+    return [f"model.{key}={json.dumps(value)}" for key, value in model.items() if key not in kept]
 
 
 def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:

@@ -98,12 +98,16 @@ def entry_folder(name: str) -> Path:
     Raises:
         UserError: no entry is called so; the message names what is near.
     """
-    names = entry_names()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else "segdeconv zoo list shows what there is"
-        raise UserError(f"no entry of the zoo is called {name!r}; {hint}")
+    if not is_entry(name):
+        raise UserError(f"no entry of the zoo is called {name!r}; {near(name)}")
     return zoo_folder() / name
+
+
+def near(name: str) -> str:
+    """A hint for one who mistook the name of an entry."""
+    by_lower = {known.lower(): known for known in entry_names()}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f"did you mean {by_lower[close[0]]}?" if close else "segdeconv zoo list shows what there is"
 
 
 def read_entry(name: str) -> Entry:

@@ -37,9 +37,7 @@ def triptych(
     heights = [round(image.shape[0] * width / image.shape[1]) for image, _, _ in rows]
     below = line if captions else pad
     total_width = 3 * width + 4 * pad
-    legend = _legend_rows(classes, total_width)
-    total_height = bar + sum(heights) + len(rows) * below + line * len(legend) + pad
-    canvas = Image.new("RGB", (total_width, total_height), "white")
+    canvas = Image.new("RGB", (total_width, bar + sum(heights) + len(rows) * below), "white")
     pen = ImageDraw.Draw(canvas)
     for column, title in enumerate(("image", "truth", "prediction")):
         pen.text((pad + column * (width + pad), 4), title, fill="black")
@@ -54,6 +52,15 @@ def triptych(
         if captions:
             pen.text((pad, y + 3), captions[i], fill="black")
         y += below
+    return with_legend(canvas, classes, palette)
+
+
+def with_legend(picture: Image.Image, classes: tuple[str, ...], palette: Palette) -> Image.Image:
+    """A picture with the colours of the classes below it."""
+    legend, line = _legend_rows(classes, picture.width), 20
+    canvas = Image.new("RGB", (picture.width, picture.height + line * len(legend) + 6), "white")
+    canvas.paste(picture)
+    pen, y = ImageDraw.Draw(canvas), picture.height
     for row in legend:
         for x, index in row:
             pen.rectangle((x, y + 3, x + 12, y + 15), fill=palette[index], outline="black")

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, read_info, store_checkpoint
 from segdeconv.config import DataConfig, Recipe, recipe_to_dict
 from segdeconv.data import EvalSet, open_samples
+from segdeconv.download import offline
 from segdeconv.entries import (
     DATA,
     NAME,
@@ -42,7 +43,7 @@ from segdeconv.entries import (
 )
 from segdeconv.errors import UserError
 from segdeconv.evaluate import Inference, evaluate_run, predicted_samples, torch_predictor
-from segdeconv.figures import read_metrics
+from segdeconv.figures import read_metrics, with_legend
 from segdeconv.files import make_folder, sha256_of, to_json, write_atomically
 from segdeconv.fold import fold_network_deconv
 from segdeconv.images import overlay, save_image
@@ -53,6 +54,7 @@ Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
 
 TOLERANCE = 1e-3  # of a metric measured again, on a machine that rounds otherwise
 _UNIT = {"miou": "mIoU", "top1": "top-1", "top5": "top-5", "pixel_acc": "pixel accuracy"}
+_PRECISION = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of train.amp
 _FAILURES = 4  # classes and confusions that a card names
 
 
@@ -76,20 +78,24 @@ def measured(name: str) -> dict[str, Any]:
     Raises:
         UserError: no entry is called so, or its file is damaged.
     """
-    return _read_json(entry_folder(name) / "metrics.json")
+    return _read_scores(entry_folder(name) / "metrics.json")
 
 
 def listed(task: str | None = None, dataset: str | None = None, sort: Sort = "name") -> list[Entry]:
-    """Entries of a task and a data set; a metric sorts from high to low, all else from low to high.
+    """Entries of a task and a data set; a metric sorts from high to low, entries without it last, all else
+    from low to high.
 
     Raises:
-        UserError: an entry's files are damaged.
+        UserError: there is none, or an entry's files are damaged.
     """
-    entries = [read_entry(name) for name in entry_names()]
-    entries = [e for e in entries if task in (None, e.task) and dataset in (None, e.dataset)]
+    known = [read_entry(name) for name in entry_names()]
+    entries = [e for e in known if task in (None, e.task) and dataset in (None, e.dataset)]
+    if known and not entries:
+        asked = " and ".join(repr(what) for what in (task, dataset) if what)
+        data_sets = ", ".join(sorted({entry.dataset for entry in known}))
+        raise UserError(f"the zoo has no entry of {asked}; its data sets are {data_sets}")
     if sort in ("miou", "top1"):
-        entries = [entry for entry in entries if sort in measured(entry.name)]
-        return sorted(entries, key=lambda entry: -measured(entry.name)[sort])
+        return sorted(entries, key=lambda entry: -measured(entry.name).get(sort, -1))
     return sorted(entries, key=lambda entry: getattr(entry, sort))
 
 
@@ -180,12 +186,18 @@ def add(
         raise UserError(f"{run}: has no best.safetensors; give the folder of a finished run")
     if not (run / "eval.json").is_file():
         raise UserError(f"{run}: has no eval.json; first segdeconv eval {run}")
-    info, scores, lines = read_info(checkpoint), _read_json(run / "eval.json"), read_metrics(run)
+    info, scores, lines = read_info(checkpoint), _read_scores(run / "eval.json"), read_metrics(run)
     epochs = info.recipe.train.epochs
     if not lines or lines[-1]["epoch"] != epochs:
         raise UserError(f"{run}: is not finished ({epochs} epochs); go on with segdeconv train --resume")
-    if scores.get("epoch") != info.epoch or "settings" not in scores:
+    if scores.get("epoch") != info.epoch:
         raise UserError(f"{run}: eval.json is not of this checkpoint; evaluate anew: segdeconv eval {run}")
+    settings = replace(_inference(scores), amp="off")
+    if settings.flip or settings.scales != (1.0,):
+        raise UserError(
+            f"{run}: eval.json is averaged over mirror images or scales, an entry's metrics are those of the "
+            f"network alone; evaluate anew: segdeconv eval {run}"
+        )
     if scores["split"] != info.recipe.data.val:
         raise UserError(
             f"{run}: eval.json is of the split {scores['split']!r}, an entry's metrics are of the recipe's "
@@ -197,6 +209,12 @@ def add(
     norm, _, dataset = name.partition(".")[2].partition("_")
     if norm != info.recipe.model.norm:
         raise UserError(f"--name {name!r}: says {norm}, but the run's model.norm is {info.recipe.model.norm}")
+    of = info.recipe.data.dataset
+    if origin.data is None and {of, dataset} <= DATA.keys() and of != dataset:
+        raise UserError(
+            f"--name {name!r}: says {dataset}, but the run's data.dataset is {of}; choose another name, or "
+            "say with --data what the data is and its licence"
+        )
     folder, data = zoo_folder() / name, origin.data or DATA.get(dataset)
     if folder.exists():
         raise UserError(f"{folder}: there is such an entry; remove it first, or choose another --name")
@@ -213,7 +231,7 @@ def add(
                 device,
                 root=root,
                 split=scores["split"],
-                inference=replace(_inference(scores), amp="off"),
+                inference=settings,
                 figures=Path(temporary),
             )
         except UserError as error:
@@ -319,7 +337,8 @@ def _picture(
     rows = predicted_samples(torch_predictor(model), samples, val_set, device)
     # Only what the network painted: the pictures and masks themselves are not the zoo's to hand on.
     painted = [overlay(image, labels, samples.palette) for image, _, labels in rows]
-    save_image(Image.fromarray(np.concatenate(painted, axis=1)), folder / "overlay.jpg")
+    strip = Image.fromarray(np.concatenate(painted, axis=1))
+    save_image(with_legend(strip, samples.classes, samples.palette), folder / "overlay.jpg")
     return "overlay.jpg"
 
 
@@ -349,6 +368,7 @@ def _card(
         "stored as": f"{entry.storage}, {entry.bytes / 1e6:.1f} MB",
         "parameters": f"{entry.parameters / 1e6:.2f} M",
         f"operations for {size}": f"{entry.gflops:.2f} GFLOP (a multiplication and an addition are two)",
+        "learning rate": f"{recipe.train.lr:g}",
         "seed": str(recipe.train.seed),
     }
     by_class = scores["iou" if entry.task == "segmentation" else "recall"]
@@ -376,8 +396,9 @@ def _card(
             "",
             f"    segdeconv train {entry.name}",
             "",
-            f"{recipe.train.epochs} epochs, {seconds / 60:.0f} minutes on {origin.machine}; the stored "
-            f"weights are of epoch {info.epoch}.{place}",
+            f"{recipe.train.epochs} epochs in {_PRECISION[recipe.train.amp]}, {seconds / 60:.0f} minutes on "
+            f"{origin.machine}. The stored weights are of epoch {info.epoch}, the best on the pictures that "
+            f"the metrics are of.{place}",
             "",
             f"## Classes ({per_class})",
             "",
@@ -427,7 +448,8 @@ def verify(name: str, root: str | None = None, device: torch.device | str = "cpu
     """Check an entry's weights against its SHA-256, load them, and evaluate them where the data is at hand.
 
     Raises:
-        UserError: the weights cannot be fetched, do not fit, or do not give what the entry claims.
+        UserError: the weights cannot be fetched, do not fit, or do not give what the entry claims; or there
+            is no such data in ``root``.
     """
     entry, scores = read_entry(name), measured(name)
     weights = find_weights(name)
@@ -439,6 +461,8 @@ def verify(name: str, root: str | None = None, device: torch.device | str = "cpu
     try:
         open_samples(data, "val")
     except UserError as error:
+        if root is not None:
+            raise
         return Verdict(weights, metric, scores[metric], None, str(error))
     again = evaluate_run(
         weights, device, root=root, split=scores["split"], inference=_inference(scores)
@@ -466,22 +490,25 @@ def publish(to: str, names: Sequence[str] = ()) -> list[str]:
         UserError: there is no such entry, its weights are not to be had, or the place cannot be written.
     """
     names = list(names) or entry_names()
+    if not to or (not to.startswith("hf://") and re.match("[a-z]+:/", to)):
+        raise UserError(f"--to {to!r}: expected a folder or hf://ORG/REPO")
+    weights = {name: find_weights(name) for name in names}  # all of them, before anything is written
     if not to.startswith("hf://"):
-        if "://" in to:
-            raise UserError(f"--to {to}: expected a folder or hf://ORG/REPO")
         for name in names:
-            _lay_out(name, Path(to))
+            _lay_out(name, weights[name], Path(to).expanduser())
         return names
     repository = to.removeprefix("hf://").strip("/")
     if repository.count("/") != 1:
         raise UserError(f"--to {to}: expected hf://ORG/REPO")
+    if offline():
+        raise UserError(f"--to {to}: SEGDECONV_OFFLINE or HF_HUB_OFFLINE forbids the network")
     try:
         from huggingface_hub import HfApi
     except ImportError:
         raise UserError("--to hf://: huggingface_hub is not installed; pip install huggingface_hub") from None
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
-            _lay_out(name, Path(temporary))
+            _lay_out(name, weights[name], Path(temporary))
         try:
             api = HfApi()
             api.create_repo(repository, exist_ok=True)
@@ -491,8 +518,8 @@ def publish(to: str, names: Sequence[str] = ()) -> list[str]:
     return names
 
 
-def _lay_out(name: str, place: Path) -> None:
-    folder, weights = make_folder(place / name), find_weights(name)
+def _lay_out(name: str, weights: Path, place: Path) -> None:
+    folder = make_folder(place / name)
     for source in (weights, *sorted(entry_folder(name).iterdir())):
         if source.name != WEIGHTS or source == weights:
             target = folder / (WEIGHTS if source == weights else source.name)
@@ -513,11 +540,18 @@ def _inference(scores: dict[str, Any]) -> Inference:
     return Inference(**settings)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_scores(path: Path) -> dict[str, Any]:
+    """What `segdeconv eval` wrote, with a metric in it and settings that can be had again."""
     try:
-        values = json.loads(path.read_text())
+        scores = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a mapping, as segdeconv eval writes it")
-    return values
+    try:
+        _inference(scores)
+        if not any(isinstance(scores.get(metric), float) for metric in MAIN_METRIC.values()):
+            raise KeyError(" or ".join(MAIN_METRIC.values()))
+        if not isinstance(scores["split"], str):
+            raise TypeError("split")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not as segdeconv eval writes it ({error}); evaluate anew") from None
+    return scores

@@ -97,7 +97,14 @@ def test_an_entry_is_what_it_says(name: str, torch_model: torch.nn.Module) -> No
     assert 0 < scores[MAIN_METRIC[entry.task]] <= 1
     text = card(name)
     assert all(heading in text for heading in HEADINGS)
-    assert f"{scores[MAIN_METRIC[entry.task]]:.4f}" in text
+    precision = {"off": "float32", "bf16": "bfloat16"}[recipe.train.amp]
+    for fact in (
+        f"{scores[MAIN_METRIC[entry.task]]:.4f}",
+        f"| learning rate | {recipe.train.lr:g} |",
+        f"{recipe.train.epochs} epochs in {precision}",
+        f"of epoch {scores['epoch']}",
+    ):
+        assert fact in text
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
     Image.open(folder / picture).verify()
 
@@ -177,7 +184,8 @@ def test_what_add_makes(zoo: Path, runs: Path) -> None:
     assert all(
         part in text for part in ("a loom", "It sees ghosts.", "drawn by this package", TWIN, *HEADINGS)
     )
-    assert Image.open(zoo / NAME / "overlay.jpg").size == (3 * 64, 32)
+    picture = Image.open(zoo / NAME / "overlay.jpg")
+    assert (picture.width, picture.height > 32) == (3 * 64, True)  # the classes' colours are below
     assert not [path for path in zoo.iterdir() if path.name.startswith(".")]
 
 
@@ -188,7 +196,7 @@ def test_metrics_are_of_what_is_stored(zoo: Path) -> None:
 
 
 def test_a_name_is_good_wherever_a_run_is(zoo: Path, runs: Path) -> None:
-    assert find_checkpoint(TWIN) == zoo / TWIN / WEIGHTS
+    assert find_checkpoint(TWIN) == find_checkpoint(zoo / TWIN) == zoo / TWIN / WEIGHTS
     model = segdeconv.load(TWIN)
     expected, info = load_checkpoint(runs / "bn")
     x = torch.randn(1, 3, 32, 64)
@@ -210,8 +218,13 @@ def test_the_commands(zoo: Path, call: Call, tmp_path: Path) -> None:  # noqa: F
     assert code == 0
     better, worse = sorted((NAME, TWIN), key=lambda name: -measured(name)["miou"])
     assert 0 < out.index(better) < out.index(worse)
-    assert NAME not in call("zoo", "list", "--dataset", "camvid")[1]
-    assert "Known failures" in call("zoo", "info", NAME)[1]
+    code, _, error = call("zoo", "list", "--dataset", "camvidd")
+    assert (code, "no entry of 'camvidd'; its data sets are toy" in error) == (2, True)
+    shown, known = (
+        text.partition("Known failures")[2] for text in (call("zoo", "info", NAME)[1], card(NAME))
+    )
+    words = re.findall(r"[\w.]+", known)
+    assert re.findall(r"[\w.]+", shown)[: len(words)] == words
     assert call("zoo", "download", NAME)[1].strip() == str(zoo / NAME / WEIGHTS)
     code, out, _ = call("zoo", "verify", NAME, "--device", "cpu")
     assert code == 0
@@ -224,6 +237,18 @@ def test_the_commands(zoo: Path, call: Call, tmp_path: Path) -> None:  # noqa: F
     code, out, _ = call("zoo", "publish", "--to", tmp_path / "www", NAME)
     assert code == 0
     assert f"www/{NAME}/{WEIGHTS}" in out
+
+
+def test_training_an_entry_or_from_one(zoo: Path, call: Call, tmp_path: Path) -> None:  # noqa: F811
+    """Into a folder of its own, as many entries are of one recipe; or with its network and weights."""
+    few = ("--set", "data.count=[8, 2]", "--set", "train.epochs=1", "--device", "cpu")
+    assert call("train", NAME, "--norm", "bn", *few)[0] == 0
+    assert (tmp_path / "runs" / TWIN / "best.safetensors").exists()
+    for name, norm in ((TWIN, "nd"), (NAME, "nd"), (TWIN, "bn")):
+        code, _, error = call("train", "toy_unet_resnet18", "--init", name, "--norm", norm, "--dry-run", *few)
+        assert (code, error) == (0, ""), (name, norm)
+    code, _, error = call("train", "toy_unet_resnet18", "--init", NAME, "--norm", "bn", "--dry-run", *few)
+    assert (code, "batch norm cannot start from" in error) == (2, True)
 
 
 def test_predict_exports_an_entry(
@@ -319,6 +344,8 @@ def test_verify_without_the_data(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("segdeconv.zoo.open_samples", missing)
     verdict = verify(NAME)
     assert (verdict.again, verdict.reason) == (None, "data/toy: no such folder")
+    with pytest.raises(UserError, match="data/toy"):
+        verify(NAME, root="data/toy")
 
 
 BAD_RUNS = {
@@ -332,6 +359,11 @@ BAD_RUNS = {
     "no name": (lambda run: None, {"name": "../../x.nd_toy"}, "expected ARCH_ENCODER.nd_DATASET"),
     "name of the twin": (lambda run: None, {"name": "x.bn_toy"}, "says bn, but the run's model.norm is nd"),
     "unknown data": (lambda run: None, {"name": "x.nd_photos"}, "--data is missing"),
+    "other data": (lambda run: None, {"name": "x.nd_camvid"}, "but the run's data.dataset is toy"),
+    "averaged": (lambda run: edit(run / "eval.json", settings={"flip": True}), {}, "averaged over mirror"),
+    "no split": (lambda run: edit(run / "eval.json", split=None), {}, "not as segdeconv eval writes it"),
+    "no score": (lambda run: edit(run / "eval.json", miou=None), {}, "not as segdeconv eval writes it"),
+    "no settings": (lambda run: edit(run / "eval.json", settings=[]), {}, "not as segdeconv eval writes it"),
 }  # fmt: skip
 
 
@@ -364,8 +396,9 @@ def test_an_entry_that_cannot_be_measured_is_not_made(
 
 
 def test_names_that_are_none(zoo: Path, call: Call) -> None:  # noqa: F811
-    with pytest.raises(UserError, match=rf"did you mean {re.escape(NAME)}\?"):
-        read_entry("unet_lcnet_50.nd_toy")
+    for asked in (read_entry, find_checkpoint):
+        with pytest.raises(UserError, match=rf"did you mean {re.escape(NAME)}\?"):
+            asked("UNet_LCNet_50.nd_toy")
     code, _, error = call("zoo", "info", "nothing")
     assert code == 2
     assert "no entry of the zoo is called 'nothing'" in error
@@ -374,10 +407,24 @@ def test_names_that_are_none(zoo: Path, call: Call) -> None:  # noqa: F811
         read_entry(NAME)
 
 
-@pytest.mark.parametrize("to", ["https://example.org/zoo", "hf://alone", "hf://a/b/c"])
+@pytest.mark.parametrize("to", ["", "https://example.org/zoo", "hf:/a/b", "hf://alone", "hf://a/b/c"])
 def test_places_that_cannot_be_published_to(zoo: Path, to: str) -> None:
     with pytest.raises(UserError, match="expected"):
         publish(to)
+
+
+def test_publishing_looks_before_it_writes(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"no entry of the zoo is called '\.\./wrong'"):
+        publish("www", [NAME, "../wrong"])
+    assert {path.name for path in tmp_path.iterdir()} == {"zoo"}
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    publish("~/www", [NAME])
+    assert (tmp_path / "home" / "www" / NAME / WEIGHTS).exists()
+    monkeypatch.setenv("SEGDECONV_OFFLINE", "1")
+    with pytest.raises(UserError, match="SEGDECONV_OFFLINE or HF_HUB_OFFLINE forbids"):
+        publish("hf://me/zoo", [NAME])
 
 
 def test_publishing_to_the_hub(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
