@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED_DATA
 from PIL import Image
 from safetensors.torch import load_file
 from test_checkpoint import Hostile
@@ -30,6 +31,7 @@ from segdeconv.config import load_recipe
 from segdeconv.entries import WEIGHTS, entry_json, entry_names, find_weights, read_entry, zoo_folder
 from segdeconv.errors import UserError
 from segdeconv.evaluate import evaluate_run, write_scores
+from segdeconv.export import export_onnx
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import build_model
 from segdeconv.train import train
@@ -107,6 +109,22 @@ def test_an_entry_is_what_it_says(name: str, torch_model: torch.nn.Module) -> No
         assert fact in text
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
     Image.open(folder / picture).verify()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", entry_names())
+def test_an_entrys_graph_gives_its_metric(name: str, tmp_path: Path) -> None:
+    """Exported, and evaluated with onnxruntime on all pictures that the entry was measured on."""
+    own = load_recipe(zoo_folder() / name / "recipe.yaml").data.root
+    places = [ROOT / own, SHARED_DATA / Path(own).name] if own else [None]
+    root = next((place for place in places if place is None or place.is_dir()), "")
+    if root == "":
+        pytest.skip(f"{own} is not here")
+    model, info = load_checkpoint(name)
+    export_onnx(model, info, tmp_path / "model.onnx")
+    scores = evaluate_run(name, onnx=tmp_path / "model.onnx", root=str(root) if root else None)
+    metric = MAIN_METRIC[info.task]
+    assert scores[metric] == pytest.approx(measured(name)[metric], abs=2e-4)
 
 
 def test_the_table_of_the_readme_is_fresh() -> None:
