@@ -12,7 +12,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -468,7 +467,7 @@ def test_publishing_to_the_hub(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> No
 # The wheel.
 
 
-def test_the_wheel_brings_the_zoo(tmp_path: Path) -> None:
+def test_an_installed_wheel_lists_the_zoo(tmp_path: Path) -> None:
     source, site = tmp_path / "source", tmp_path / "site"
     for name in ("segdeconv", "zoo"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -480,25 +479,19 @@ def test_the_wheel_brings_the_zoo(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(site)
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*install, str(wheel)], check=True)
     modules = {path.relative_to(source) for path in (source / "segdeconv").rglob("*.py")}
     assert {path.relative_to(site) for path in (site / "segdeconv").rglob("*.py")} == modules
-    code = (
-        "import segdeconv; from segdeconv.entries import entry_names, find_weights;"
-        f"assert segdeconv.__file__.startswith({str(site)!r}), segdeconv.__file__;"
-        "print(*entry_names(), sep='\\n'); print(find_weights(entry_names()[0]))"
-    )
     environment = {**os.environ, "PYTHONPATH": str(site), "SEGDECONV_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    *names, weights = done.stdout.splitlines()
-    assert names == entry_names()
-    assert weights == str(site / "segdeconv" / "zoo_entries" / names[0] / WEIGHTS)
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "segdeconv", "zoo", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+
+    names, listing = entry_names(), run("list")
+    assert re.findall(r"[\w-]+\.(?:nd|bn)_\w+", listing) == names
+    assert run("download", names[0]).strip() == str(site / "segdeconv" / "zoo_entries" / names[0] / WEIGHTS)
     assert entries.zoo_folder() == ROOT / "zoo"
