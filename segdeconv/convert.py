@@ -308,17 +308,15 @@ def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.M
     if model in swaps:
         return swaps[model]
 
-    def swapped(value: Any) -> Any:
-        return swaps.get(value, value) if isinstance(value, nn.Module) else value
+    def gone(value: Any) -> bool:
+        return isinstance(value, nn.Module) and value in swaps
 
     for parent in list(model.modules()):
         for name, held in list(vars(parent).items()):
             if isinstance(held, dict):
-                held.update({k: swapped(v) for k, v in held.items() if swapped(v) is not v})
-            elif isinstance(held, list):
-                held[:] = map(swapped, held)
-            elif type(held) is tuple:
-                setattr(parent, name, tuple(map(swapped, held)))
+                held.update({key: swaps[value] for key, value in held.items() if gone(value)})
+            elif isinstance(held, (list, tuple)) and any(map(gone, held)):
+                setattr(parent, name, type(held)(swaps[x] if gone(x) else x for x in held))
     return model
 
 
