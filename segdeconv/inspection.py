@@ -145,12 +145,17 @@ def inspect_run(
 
 def _some_pictures(model: nn.Module, data: Any) -> Tensor:
     """Validation pictures of one size, evenly spread over the split, normalised: (n, 3, H, W)."""
-    samples = open_samples(data, "val")
-    dataset = EvalSet(samples, data, size_multiple(model))
+    samples, multiple = open_samples(data, "val"), size_multiple(model)
+    dataset = EvalSet(samples, data, 1)
     first = dataset[0][0]
     count = min(max(_PIXELS // first[0].numel(), 2), len(dataset))
     chosen = [dataset[i * len(dataset) // count][0] for i in range(count)]
-    return torch.stack([image for image in chosen if image.shape == first.shape])
+    # Cut to what the network takes, for padding would count as picture; only what is too small is padded.
+    missing = [max(side // multiple, 1) * multiple - side for side in first.shape[1:]]
+    return F.pad(
+        torch.stack([image for image in chosen if image.shape == first.shape]),
+        (0, missing[1], 0, missing[0]),
+    )
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from segdeconv.config import NetworkDeconvConfig
 from segdeconv.convert import calibrate, convert_to_network_deconv
 from segdeconv.data import open_samples
 from segdeconv.inspection import (
+    _some_pictures,
     fit_dog,
     inspect_run,
     layer_filters,
@@ -115,6 +118,18 @@ def test_blurred_pictures_have_centre_surround_filters() -> None:
     assert [row.shape for row in filters] == [(3, 11, 11)] * 3
     fits = [fit_dog(row[c]) for c, row in enumerate(filters)]
     assert all(fit.centre_surround and fit.r2 > 0.9 for fit in fits)
+
+
+def test_padding_is_not_looked_at() -> None:
+    data = tiny("data.size=[45, 70]").data
+    network: Any = SimpleNamespace(
+        requires_divisible_input_shape=True, encoder=SimpleNamespace(output_stride=32)
+    )
+    whole = _some_pictures(nn.Identity(), data)
+    assert whole.shape == (4, 3, 45, 70)
+    torch.testing.assert_close(_some_pictures(network, data), whole[:, :, :32, :64], rtol=0, atol=0)
+    network.encoder.output_stride = 64  # more than there is
+    assert _some_pictures(network, data).shape == (4, 3, 64, 64)
 
 
 def small() -> nn.Sequential:

@@ -17,22 +17,14 @@ quarter of the width, on 12,800 pictures of CIFAR-10 (JPEG, an image folder in d
 U-Net of the recipe camvid_unet_mobilenet_v2 on data/camvid.
 
 Arms: `bn`, `exact`, `fast`, any of the two with settings as in `fast:refresh_every=5,block_size=32`, and what
-they are taken apart into. Of the fast mode:
-    identity    the channel statistics only, no whitening: D = I
-    own         a whitening matrix for every block instead of one for all blocks of a layer
-    unscaled    live mean, but the covariance of the raw patches: no live channel scale
-    unshrunk    no shrinkage of covariances that rest on few samples
-    all_rows    channel statistics from every row of large maps, not every third
-    warm        batch norm for the first half, then converted with its function kept (warm start)
-and of the exact mode:
-    detached    no gradient through the statistics
-    ridge       the converged root with an explicit ridge instead of five iterations
+they are taken apart into: OF_EXACT and OF_FAST, below, say what each is.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -55,9 +47,10 @@ from torch import Tensor, nn
 from segdeconv import calibrate, convert_to_network_deconv, layers, whitening
 from segdeconv.config import NetworkDeconvConfig, load_recipe
 from segdeconv.data import eval_loader, open_samples, train_loader
+from segdeconv.errors import UserError
 from segdeconv.evaluate import ignore_index_of, score, torch_predictor
 from segdeconv.figures import spread
-from segdeconv.files import make_folder
+from segdeconv.files import make_folder, write_atomically
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, size_multiple
 from segdeconv.models.cifar import resnet18, six_conv
@@ -73,8 +66,29 @@ from segdeconv.whitening import (
 
 RESULTS = Path("docs/measured/accuracy_vs_time.jsonl")
 CAMVID_BATCH, WEIGHT_DECAY = 8, 5e-4
-OF_EXACT = ("exact", "detached", "ridge")
-OF_FAST = ("fast", "identity", "own", "unscaled", "unshrunk", "all_rows", "warm")
+OF_EXACT = {
+    "exact": "exact mode, the published method",
+    "detached": "exact mode without gradient through the statistics",
+    "ridge": "exact mode with the converged root and an explicit ridge instead of five iterations",
+}
+OF_FAST = {
+    "fast": "fast mode",
+    "identity": "fast mode's channel statistics only, no whitening: D = I",
+    "own": "fast mode with a whitening matrix for every block instead of one for all blocks of a layer",
+    "unscaled": "fast mode with live mean, but the covariance of the raw patches: no live channel scale",
+    "unshrunk": "fast mode without shrinkage of covariances that rest on few samples",
+    "all_rows": "fast mode with channel statistics from every row of large maps, not every third",
+    "warm": "batch norm for the first half, then fast mode with the network's function kept (warm start)",
+}
+SETTINGS = {
+    "block_size": "channels a block",
+    "linear_block_size": "features a block of linear layers",
+    "eps": "eps",
+    "momentum": "momentum of the running values",
+    "refresh_every": "most steps between renewals",
+    "num_iters": "Newton-Schulz iterations",
+    "sampling_stride": "sampling stride",
+}
 
 
 class OwnBlocks(layers.Whitened):
@@ -108,24 +122,45 @@ def fold_own(
     ).flatten()
 
 
+def parsed(arm: str) -> tuple[str, dict[str, Any]]:
+    """The name before the colon, and the settings behind it."""
+    name, _, settings = arm.partition(":")
+    pairs = [setting.partition("=") for setting in settings.split(",") if setting]
+    return name, {key: json.loads(value) for key, _, value in pairs}
+
+
+def config_of(arm: str) -> NetworkDeconvConfig:
+    name, settings = parsed(arm)
+    return NetworkDeconvConfig(mode="exact" if name in OF_EXACT else "fast", **settings)
+
+
 def arm_name(text: str) -> str:
-    name, _, settings = text.partition(":")
+    name = text.partition(":")[0]
     if name not in (*OF_EXACT, *OF_FAST) and text != "bn":
         raise argparse.ArgumentTypeError(
             f"{text!r} is no arm; expected bn, {', '.join((*OF_EXACT, *OF_FAST))}, "
             "any but bn with settings as in fast:refresh_every=5"
         )
-    if settings and not all("=" in setting for setting in settings.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME:SETTING=VALUE,SETTING=VALUE")
+    try:
+        config_of(text)
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected NAME:SETTING=VALUE,SETTING=VALUE with settings of network deconvolution"
+        ) from None
     return text
 
 
+def described(arm: str) -> str:
+    """What an arm is, in a few words."""
+    name, settings = parsed(arm)
+    usual = config_of(name)
+    usual = dataclasses.replace(usual, block_size=usual.conv_block_size)
+    changes = [f"{SETTINGS[key]} {value}, not {getattr(usual, key)}" for key, value in settings.items()]
+    return "; ".join([{"bn": "batch norm", **OF_FAST, **OF_EXACT}[name], *changes])
+
+
 def convert(model: nn.Module, arm: str) -> nn.Module:
-    mode, _, settings = arm.partition(":")
-    values = {
-        key: json.loads(value) for key, _, value in (s.partition("=") for s in settings.split(",") if s)
-    }
-    config = NetworkDeconvConfig(mode="exact" if mode in OF_EXACT else "fast", **values)  # type: ignore[arg-type]
+    mode, config = parsed(arm)[0], config_of(arm)
     model, _ = convert_to_network_deconv(model, config, warm_start=mode == "warm")
     for layer in model.modules():
         if mode == "own" and isinstance(layer, layers.Whitened):
@@ -188,7 +223,7 @@ def ablation(arm: str) -> Any:
 def cifar(split: str, count: int) -> tuple[Tensor, Tensor]:
     files = sorted(Path("data/cifar10", split).glob("*/*.jpg"))
     if not files:
-        raise SystemExit(f"data/cifar10/{split}: holds no CLASS/NAME.jpg; unpack CIFAR-10 there")
+        raise UserError(f"data/cifar10/{split}: holds no CLASS/NAME.jpg; unpack CIFAR-10 there")
     classes = sorted({file.parent.name for file in files})
     chosen = [files[i] for i in np.random.default_rng(0).permutation(len(files))[:count]]
     images = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in chosen])
@@ -334,15 +369,41 @@ def best(lines: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    titles = ["task", "epochs", "arm", "lr", "seeds", "final", "standard error", "seconds"]
-    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for (task, epochs, arm), runs in sorted(best(lines).items()):
-        mean, error, _, _ = spread([r["final"] for r in runs])
-        took = statistics.mean(r["curve"][-1][1] if r["curve"] else 0 for r in runs)
-        shown = "" if math.isnan(error) else f"{error:.4f}"
-        columns = [task, epochs, arm, f"{runs[0]['lr']:g}", len(runs), f"{mean:.4f}", shown, f"{took:.0f}"]
-        rows.append(f"| {' | '.join(map(str, columns))} |")
-    return "\n".join(rows) + "\n"
+    rows = [[*key, *measured(runs)] for key, runs in sorted(best(lines).items())]
+    return markdown(["task", "epochs", "arm", *_MEASURED], rows)
+
+
+def explained(lines: list[dict[str, Any]]) -> str:
+    """The table of one task's lines, which says what every arm is and how many learning rates it had."""
+    chosen, rows = best(lines), []
+    for key in sorted(chosen, key=lambda key: (key[1], rank(key[2]))):
+        _, epochs, arm = key
+        tried = {line["lr"] for line in lines if line["epochs"] == epochs and line["arm"] == arm}
+        rows.append([epochs, arm, described(arm), len(tried), *measured(chosen[key])])
+    return markdown(["epochs", "arm", "what it is", "rates tried", *_MEASURED], rows)
+
+
+def rank(arm: str) -> tuple[Any, ...]:
+    """Batch norm and the two modes come first, then what they are taken apart into."""
+    name, settings = parsed(arm)
+    first = ("bn", "fast", "exact")
+    place = first.index(arm) if arm in first else len(first)
+    return place, ("bn", *OF_FAST, *OF_EXACT).index(name), list(settings.items())
+
+
+_MEASURED = ["lr", "seeds", "final", "standard error", "seconds"]
+
+
+def measured(runs: list[dict[str, Any]]) -> list[Any]:
+    mean, error, _, _ = spread([r["final"] for r in runs])
+    took = statistics.mean(r["curve"][-1][1] if r["curve"] else 0 for r in runs)
+    shown = "" if math.isnan(error) else f"{error:.4f}"
+    return [f"{runs[0]['lr']:g}", len(runs), f"{mean:.4f}", shown, f"{took:.0f}"]
+
+
+def markdown(titles: list[str], rows: list[list[Any]]) -> str:
+    lines = [f"| {' | '.join(map(str, columns))} |" for columns in (titles, *rows)]
+    return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]]) + "\n"
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
@@ -352,6 +413,8 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
     complete = [line for line in lines if len(line["curve"]) == line["epochs"]]
     chosen = {key: runs for key, runs in best(complete).items() if key[2] in ("bn", "exact", "fast")}
     tasks = sorted({key[:2] for key in chosen if key[2] == "bn"})  # beside which the others are drawn
+    if not tasks:
+        raise UserError(f"--figure {path}: there is no whole run of bn yet to draw the others beside")
     chosen = {key: runs for key, runs in chosen.items() if key[:2] in tasks}
     fig, axes = plt.subplots(len(tasks), 2, figsize=(9, 3 * len(tasks)), squeeze=False)
     colours = {"bn": "tab:grey", "exact": "tab:orange", "fast": "tab:blue"}
@@ -367,7 +430,7 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
             ax.set_title(f"{task}, {epochs} epochs")
             ax.legend()
     fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    write_atomically(path, lambda temporary: fig.savefig(temporary, dpi=110))
     print(path)
 
 
@@ -383,6 +446,16 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     parser.add_argument("--figure", type=Path, help="draw the curves of what is there")
     arguments = parser.parse_args()
+    shortest = 1 if arguments.epochs is None else arguments.epochs
+    if shortest < 1 or min(arguments.seeds) < 0 or min(arguments.lrs) <= 0:
+        parser.error("--epochs must be at least 1, --seeds at least 0 and --lrs above 0")
+    try:
+        measure(arguments)
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def measure(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     make_folder(arguments.out.parent)
     for seed, task, arm in itertools.product(arguments.seeds, arguments.tasks, arguments.arms):
@@ -390,7 +463,7 @@ def main() -> None:
         if arguments.at_best:
             tuned = best(read(arguments.out)).get((task, epochs, arm))
             if tuned is None:
-                raise SystemExit(
+                raise UserError(
                     f"--at-best: no run of {arm} on {task} is in {arguments.out}; give --lrs first"
                 )
             lrs = [tuned[0]["lr"]]

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from segdeconv import convert_to_network_deconv
 from segdeconv.config import DataConfig, NetworkDeconvConfig
 from segdeconv.data import open_samples
+from segdeconv.errors import UserError
 from segdeconv.figures import spread
 from segdeconv.files import make_folder, to_json, write_atomically
 from segdeconv.train import seed_everything
@@ -191,6 +192,15 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=MEASURED)
     arguments = parser.parse_args()
+    if min(arguments.seeds) < 0 or min(arguments.lrs) <= 0:
+        parser.error("--seeds must be at least 0 and --lrs above 0")
+    try:
+        reproduce(arguments)
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def reproduce(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     path = make_folder(arguments.out.parent) / arguments.out.name
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from segdeconv.config import Recipe, load_recipe
 from segdeconv.data import Samples, eval_loader, open_samples, train_loader
+from segdeconv.errors import UserError
 from segdeconv.evaluate import AMP, score, torch_predictor
 from segdeconv.figures import spread
 from segdeconv.files import make_folder, to_json, write_atomically
@@ -235,6 +236,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--out", type=Path, default=MEASURED)
     arguments = parser.parse_args()
+    if min(arguments.epochs, arguments.pictures) < 1 or min(arguments.seeds) < 0:
+        parser.error("--epochs and --pictures must be at least 1, --seeds at least 0")
+    try:
+        reproduce(arguments)
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def reproduce(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     runs = make_folder(arguments.out.parent) / arguments.out.name
     for seed in arguments.seeds:
@@ -245,7 +255,7 @@ def main() -> None:
                 if here[arm] is not None:
                     continue
                 if any(x is not None and x["amp"] != arguments.amp for x in here.values()):
-                    raise SystemExit(
+                    raise UserError(
                         f"{runs}: has {network} seed {seed} with another --amp than {arguments.amp}; arms "
                         "of a network are compared in one precision"
                     )

@@ -1,0 +1,250 @@
+"""What tools/ make of docs/measured: whether the pages hold it, what they count, how they refuse input."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tools"))  # the tools import each other
+paper_page = importlib.import_module("paper_page")
+accuracy_vs_time = paper_page.accuracy_vs_time
+reproduce_linear = paper_page.reproduce_linear
+reproduce_table1 = paper_page.reproduce_table1
+
+
+def test_the_papers_page_holds_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    fresh = paper_page.measured_part() in Path("docs/paper.md").read_text()
+    assert fresh, "docs/paper.md is older than docs/measured or the zoo; run: python tools/paper_page.py"
+
+
+def test_the_whitening_page_holds_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    table = accuracy_vs_time.table(accuracy_vs_time.read(accuracy_vs_time.RESULTS))
+    assert len(table.splitlines()) > 2
+    fresh = table in Path("docs/whitening.md").read_text()
+    assert fresh, (
+        "docs/whitening.md is older than docs/measured; run python tools/accuracy_vs_time.py --table "
+        "--figure docs/accuracy_vs_time.png and put the table there"
+    )
+
+
+# Accuracy against time.
+
+
+def run(arm: str, lr: float, seed: int, final: float, epochs: int = 2) -> dict[str, Any]:
+    curve = [[100, 7.0, 0.1, 2.0], [200, 20.0 + seed, final, 1.0]]
+    return {
+        "task": "six_conv", "arm": arm, "lr": lr, "seed": seed, "epochs": epochs, "final": final,
+        "curve": curve,
+    }  # fmt: skip
+
+
+RUNS = [
+    run("fast", 0.4, 0, 0.9),  # the best, but of one seed
+    *(run("fast", 0.2, seed, final) for seed, final in enumerate((0.5, 0.6, 0.7))),
+    *(run("fast", 0.1, seed, 0.4) for seed in range(3)),
+    run("bn", 0.1, 0, 0.3),
+    run("bn", 0.05, 0, 0.4),
+    run("bn", 0.2, 0, 0.0, epochs=6),
+    run("exact", 0.1, 0, 0.5),
+    run("exact:block_size=16", 0.1, 0, 0.5),
+    run("identity", 0.1, 0, 0.5),
+    run("fast:block_size=16", 0.1, 0, 0.5),
+    run("fast:block_size=8", 0.1, 0, 0.5),
+]
+
+
+def test_the_best_rate_has_the_most_seeds_and_the_best_mean() -> None:
+    best = accuracy_vs_time.best(RUNS)
+    assert {run["lr"] for run in best["six_conv", 2, "fast"]} == {0.2}
+    assert [run["lr"] for run in best["six_conv", 2, "bn"]] == [0.05]
+    assert [run["lr"] for run in best["six_conv", 6, "bn"]] == [0.2]
+
+
+def test_accuracy_tables() -> None:
+    lines = accuracy_vs_time.table(RUNS).splitlines()
+    assert lines[:3] == [
+        "| task | epochs | arm | lr | seeds | final | standard error | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        "| six_conv | 2 | bn | 0.05 | 1 | 0.4000 |  | 20 |",
+    ]
+    assert "| six_conv | 2 | fast | 0.2 | 3 | 0.6000 | 0.0577 | 21 |" in lines  # 0.1 / sqrt(3)
+    rows = accuracy_vs_time.explained(RUNS).splitlines()[2:]
+    assert [tuple(row.split(" | ")[:2]) for row in rows] == [
+        ("| 2", "bn"), ("| 2", "fast"), ("| 2", "exact"), ("| 2", "fast:block_size=8"),
+        ("| 2", "fast:block_size=16"), ("| 2", "identity"), ("| 2", "exact:block_size=16"), ("| 6", "bn"),
+    ]  # fmt: skip
+    assert rows[1] == "| 2 | fast | fast mode | 3 | 0.2 | 3 | 0.6000 | 0.0577 | 21 |"
+
+
+def test_arms_are_described() -> None:
+    described = accuracy_vs_time.described
+    assert (
+        described("fast:block_size=8,eps=1e-2")
+        == "fast mode; channels a block 8, not 32; eps 0.01, not 1e-05"
+    )
+    assert described("exact:block_size=16").endswith("channels a block 16, not 64")
+    for arm in ("bn", *accuracy_vs_time.OF_FAST, *accuracy_vs_time.OF_EXACT):
+        assert accuracy_vs_time.arm_name(arm) == arm
+        assert described(arm)
+
+
+@pytest.mark.parametrize(
+    "arm", ["slow", "bn:eps=1", "fast:eps", "fast:eps=-1", "fast:epsilon=1", "fast:eps=x"]
+)
+def test_what_is_no_arm(arm: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=arm):
+        accuracy_vs_time.arm_name(arm)
+
+
+# Table 1.
+
+
+def trained(network: str, arm: str, seed: int, top1: float) -> dict[str, Any]:
+    return {
+        "network": network, "arm": arm, "seed": seed, "epochs": 1, "pictures": 50_000, "amp": "bf16",
+        "parameters": 1_230_000, "steps": 390, "seconds": 100.0 + seed, "top1": top1,
+    }  # fmt: skip
+
+
+TABLE1 = [
+    *(trained("vgg16", "bn", seed, top1) for seed, top1 in enumerate((0.1, 0.2, 0.3))),
+    *(trained("vgg16", "nd", seed, top1) for seed, top1 in enumerate((0.6, 0.7, 0.8))),
+    trained("resnet18", "bn", 0, 0.5),
+    trained("resnet18", "nd", 0, 0.4),
+    trained("senet18", "bn", 0, 0.5),
+]
+
+
+def test_table1() -> None:
+    rows = reproduce_table1.table(TABLE1, 1).splitlines()
+    assert "epochs: 1, of 390 steps" in rows[0]
+    means = "20.00 ± 5.77 | 70.00 ± 5.77 |  | 3 | 101 | 101 | bfloat16 |"
+    assert rows[4] == f"| VGG-16 | 1.23 | 14.12 | 74.18 | 14.38 | 74.20 | {means}"
+    assert "| 50.00 | 40.00 |  | 1 | 100 | 100 |" in rows[5]
+    assert "| 50.00 |  |  | 1 | 100 |  |" in rows[6]
+
+
+def test_verdicts_on_table1() -> None:
+    text = paper_page.table1_part([*TABLE1, {**TABLE1[0], "epochs": 20, "pictures": 500}])
+    for sentence in (
+        "The claim **holds in part** here: after 1 epoch deconvolution is ahead of batch norm in 1 of 2 "
+        "networks (1 with 1 seed, 1 with 3 seeds); not in ResNet-18.",
+        "Not measured yet: whether it is ahead of batch norm trained for as long as it took.",
+    ):
+        assert sentence in text
+    assert "epochs: 20" not in text  # a trial on few pictures
+    assert "Not trained yet: Preact-18" in text
+
+
+@pytest.mark.parametrize(
+    ("holds", "of", "expected"),
+    [
+        (3, 3, "The claim **holds** here: it is so in 3 of 3 pairs."),
+        (1, 3, "The claim **holds in part** here: it is so in 1 of 3 pairs; not in a; b."),
+        (0, 3, "The claim **does not hold** here: it is so in 0 of 3 pairs."),
+        (0, 0, "Not measured yet: whether it is so."),
+    ],
+)
+def test_verdicts_count(holds: int, of: int, expected: str) -> None:
+    assert paper_page.verdict(holds, of, "it is so", " pairs", ["a", "b", "c"][: of - holds]) == expected
+
+
+def test_twins_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"unet_resnet10t.bn_toy": 0.5, "unet_resnet10t.nd_toy": 0.6, "cifar_six_conv.nd_cifar10": 0.9}
+    entries = [entry for entry in paper_page.listed() if entry.name in scores]
+    monkeypatch.setattr(paper_page, "listed", lambda: entries)
+    monkeypatch.setattr(paper_page, "measured", lambda name: {"miou": scores[name]})
+    text = paper_page.twins_part()
+    assert "| unet_resnet10t on toy | miou | 0.5000 | 0.6000 | 8 | 0.1 | 0.1 |" in text
+    assert "six_conv" not in text  # it has no twin here
+    assert "in 1 of 1 pairs, of one seed each." in text
+
+
+# MNIST.
+
+
+def small(arm: str, lr: float, level: float | None, test: float, task: str = "mlp") -> dict[str, Any]:
+    losses = [2.0] * 100 + [level or 9.0] * 134
+    return {
+        "task": task, "arm": arm, "lr": lr, "seed": 0, "losses": losses, "final": level,
+        "seconds": {"plain": 2.0, "bn": 3.0, "nd": 8.0}[arm], "test_loss": test, "top1": 0.5,
+    }  # fmt: skip
+
+
+LINEAR = [
+    small("plain", 0.1, 0.5, 0.3),
+    small("plain", 1.0, None, 9.0),  # diverged
+    small("bn", 0.1, 0.4, 0.6),
+    small("nd", 0.1, 0.6, 0.2),
+    small("nd", 0.3, 0.3, 0.7),
+]
+
+
+def test_linear_best_is_of_those_that_did_not_diverge() -> None:
+    assert [run["lr"] for run in reproduce_linear.best(LINEAR, "mlp", "plain")] == [0.1]
+    assert [run["lr"] for run in reproduce_linear.best(LINEAR, "mlp", "nd")] == [0.3]
+    assert reproduce_linear.best(LINEAR, "convnet", "nd") == []
+
+
+def test_linear_table() -> None:
+    rows = reproduce_linear.table(LINEAR).splitlines()[4:]
+    # Five steps of the lower loss before the mean of five is below plain training's end.
+    assert [row.removeprefix("| perceptron, cross-entropy | ") for row in rows] == [
+        "no normalisation | 0.1 | 1 | 0.5000 | 0.3000 | 50.00 | - | 2.0 |",
+        "batch norm | 0.1 | 1 | 0.4000 | 0.6000 | 50.00 | 105 | 3.0 |",
+        "network deconvolution | 0.3 | 1 | 0.3000 | 0.7000 | 50.00 | 105 | 8.0 |",
+    ]
+
+
+def test_verdicts_on_mnist() -> None:
+    ahead = [small(arm, 0.1, level, level, "convnet") for arm, level in (("plain", 0.5), ("bn", 0.4))]
+    better = small("nd", 0.1, 0.3, 0.3, "convnet")
+    text = paper_page.linear_part(
+        [*LINEAR, *ahead, {**better, "seconds": 3.0}, small("nd", 1, 1, 1, "logistic")]
+    )
+    assert (
+        "**holds** here: its training loss ends lowest of the three, each at its best rate, in 2 of 2 tasks."
+        in text
+    )
+    assert "at the same rates, in 1 of 2 tasks; not in perceptron, cross-entropy." in text
+    assert "takes 1.5 to 4 times as long" in text
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "says"),
+    [
+        (reproduce_table1, ["--pictures", "0"], "--pictures"),
+        (reproduce_table1, ["--epochs", "0", "--networks"], "--epochs"),
+        (reproduce_table1, ["--data", "nowhere", "--networks", "vgg16"], "nowhere"),
+        (reproduce_linear, ["--data", "nowhere"], "nowhere"),
+        (reproduce_linear, ["--lrs", "-1"], "--lrs"),
+        (accuracy_vs_time, ["six_conv"], "data/cifar10/train: holds no CLASS/NAME.jpg"),
+        (accuracy_vs_time, ["camvid"], "data/camvid"),
+        (accuracy_vs_time, ["camvid", "--at-best"], "--at-best"),
+        (accuracy_vs_time, ["six_conv", "--epochs", "0"], "--epochs"),
+        (accuracy_vs_time, ["--figure", "curves.png"], "curves.png"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    tool: Any, arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tool", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        tool.main()
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("tool: error: ")
+    assert says in last
