@@ -14,7 +14,6 @@ import http.client
 import json
 import math
 import os
-import re
 import socket
 import ssl
 import time
@@ -27,11 +26,11 @@ from typing import Any
 import filelock
 
 from segdeconv.errors import UserError
-from segdeconv.files import make_folder, sha256_of, write_atomically
-from segdeconv.progress import Bar, console
+from segdeconv.files import sha256_of
+from segdeconv.progress import Bar, notes
 
 _ATTEMPTS = 5  # in a row that brought nothing new, before the next source is tried
-_WAIT = 1.0  # seconds after a failed attempt, doubled after every further one
+_WAIT = 1.0  # seconds after an attempt that brought nothing new, doubled after every further one
 _LONGEST_WAIT = 30.0
 _TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 2**20
@@ -52,7 +51,7 @@ def fetch(target: Path, sources: Sequence[str], size: int, sha256: str) -> Path:
     Sources are tried in order: ``https://``, ``http://`` and ``file://`` URLs, and
     ``hf://ORG/REPO/PATH`` on the Hugging Face Hub. A transfer that was cut, in this process or one before it,
     goes on where it stopped. Of several processes one downloads, the others wait. With SEGDECONV_OFFLINE or
-    HF_HUB_OFFLINE set, only files are read.
+    HF_HUB_OFFLINE set, only files are read. Notes and progress go to standard error.
 
     Args:
         target: the file to make; ``TARGET.part`` is what has arrived of it so far.
@@ -65,19 +64,17 @@ def fetch(target: Path, sources: Sequence[str], size: int, sha256: str) -> Path:
     try:
         if target.is_file() and sha256_of(target) == sha256:
             return target
-        make_folder(target.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with _only_process(target):
             if target.is_file():
                 if sha256_of(target) == sha256:  # another process brought it meanwhile
                     return target
-                console.print(
-                    f"{target}: is damaged, kept as {_set_aside(target, target)}; it is fetched again"
-                )
+                notes.print(f"{target}: is damaged, kept as {_set_aside(target, target)}")
             _fetch(target, sources, size, sha256)
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be written ({error.strerror or error}); it takes {size / 2**20:.1f} MiB, and "
-            "SEGDECONV_CACHE names another folder"
+            f"{target.name}: cannot be written to {target.parent} ({error.strerror or error}); it takes "
+            f"{size / 2**20:.1f} MiB: make room there, or name another folder in SEGDECONV_CACHE"
         ) from None
     return target
 
@@ -128,43 +125,53 @@ def _url(source: str) -> str:
 
 def _download(url: str, part: Path, size: int, title: str) -> bool:
     """Fill ``part``, in as many attempts as it takes; whether it was put together from several."""
-    furthest, failures, resumed = _size(part), 0, False
+    furthest, failures, resumed = _begun(url, part)[0], 0, False
     while True:
         try:
             return _attempt(url, part, size, title) or resumed
         except _Interrupted as interruption:
-            reached = _size(part)
+            reached = _begun(url, part)[0]
             failures = 0 if reached > furthest else failures + 1
             furthest, resumed = max(furthest, reached), resumed or reached > 0
             if failures == _ATTEMPTS:
                 raise _Refused(f"{interruption} ({failures} times)") from None
-            time.sleep(min(_WAIT * 2 ** max(failures - 1, 0), _LONGEST_WAIT))
+            if failures:
+                time.sleep(min(_WAIT * 2 ** (failures - 1), _LONGEST_WAIT))
 
 
 def _attempt(url: str, part: Path, size: int, title: str) -> bool:
     """Ask once for what is missing; whether that was less than the whole."""
-    begun = _read_state(part)
-    offset = _size(part) if begun.get("url") == url and begun.get("validator") else 0
+    offset, version = _begun(url, part)
     if offset >= size:
         return True
     headers = {"User-Agent": "segdeconv"}
     if offset:
-        headers |= {"Range": f"bytes={offset}-", "If-Range": begun["validator"]}
-    with _open(urllib.request.Request(url, headers=headers), part) as response:
-        validator = _validator(response.headers)
-        if getattr(response, "status", None) == 206:
-            place = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-            if place is None or int(place[1]) != offset or validator not in (None, begun.get("validator")):
+        headers |= {"Range": f"bytes={offset}-", "If-Range": version}
+    with _open(urllib.request.Request(url, headers=headers)) as response:
+        validator = _validator(response.headers) if response.status else None  # a file:// has no ranges
+        ranged = response.status in (206, 416)
+        told = response.headers.get("Content-Range" if ranged else "Content-Length", "")
+        length = told.rpartition("/")[2]
+        # A first answer may lie about its length, and the server is asked for the rest; unless that cannot be
+        # asked for, or the bytes of another source would be lost by it.
+        if length.isdecimal() and int(length) != size and (_size(part) or not validator):
+            if offset:
                 _forget(part)
-                raise _Interrupted("has changed the file meanwhile")
-        else:  # the whole file: a first attempt, a server without ranges, or the file has changed
+            kind = "" if ranged else f" ({response.headers.get_content_type()})"
+            raise _Refused(f"answers with {length} bytes{kind}, not the {size} of this file")
+        if not ranged:  # the whole file: a first attempt, a server without ranges, or the file has changed
             offset = 0
             _forget(part)
-            text = json.dumps({"url": url, "validator": validator})
-            write_atomically(_state(part), lambda temporary: temporary.write_text(text))
+            if validator:
+                _state(part).write_text(json.dumps([url, validator]))
+        elif not told.startswith(f"bytes {offset}-") or validator not in (None, version):
+            _forget(part)
+            raise _Interrupted("has changed the file meanwhile")
         missing = size - offset
         with open(part, "ab", buffering=0) as file:
-            for chunk in Bar(_chunks(response, missing), math.ceil(missing / _CHUNK), f"{title} (MiB)"):
+            for chunk in Bar(
+                _chunks(response, missing), math.ceil(missing / _CHUNK), f"{title} (MiB)", notes
+            ):
                 file.write(chunk)
     if _size(part) < size:
         raise _Interrupted(f"cuts the connection after {_size(part)} of {size} bytes")
@@ -172,26 +179,26 @@ def _attempt(url: str, part: Path, size: int, title: str) -> bool:
 
 
 @contextlib.contextmanager
-def _open(request: urllib.request.Request, part: Path) -> Iterator[Any]:
+def _open(request: urllib.request.Request) -> Iterator[Any]:
     try:
         # An opener of its own: the global one keeps the proxies that it was made with.
         response = urllib.request.build_opener().open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416:
-            _forget(part)
-            raise _Interrupted("has changed the file meanwhile") from None
-        kind = _Interrupted if error.code in _TRY_AGAIN or error.code >= 500 else _Refused
-        raise kind(f"answers {error.code} {error.reason}") from None
+        if error.code != 416:
+            error.close()
+            kind = _Interrupted if error.code in _TRY_AGAIN or error.code >= 500 else _Refused
+            raise kind(f"answers {error.code} {_short(error.reason)}") from None
+        response = error  # says how long the file is
     except urllib.error.URLError as error:
         if isinstance(error.reason, socket.gaierror):
             raise _Refused("cannot be reached: no network, or no such host") from None
-        lasting = request.type == "file" or isinstance(error.reason, ssl.SSLCertVerificationError)
+        # A reason that is a text is about the address, as "no host given".
+        lasting = request.type == "file" or isinstance(error.reason, (str, ssl.SSLCertVerificationError))
         raise (_Refused if lasting else _Interrupted)(f"cannot be reached ({_short(error.reason)})") from None
+    except (ValueError, http.client.InvalidURL) as error:
+        raise _Refused(f"is no address ({_short(error)})") from None
     except (OSError, http.client.HTTPException) as error:
         raise _Interrupted(f"cannot be reached ({_short(error)})") from None
-    except ValueError as error:
-        raise _Refused(f"is no address ({_short(error)})") from None
     with response:
         yield response
 
@@ -223,7 +230,7 @@ def _only_process(target: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0.5)
     except filelock.Timeout:
-        console.print(f"waiting for another process that downloads {target.name}")
+        notes.print(f"waiting for another process that downloads {target.name}")
         lock.acquire()
     try:
         yield
@@ -235,12 +242,13 @@ def _state(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
-def _read_state(part: Path) -> dict[str, str]:
-    try:
-        state = json.loads(_state(part).read_text())
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
+def _begun(url: str, part: Path) -> tuple[int, str]:
+    """How many bytes of this source's file are there to go on from, and the validator of their version."""
+    with contextlib.suppress(OSError, ValueError, TypeError):  # none there, or it was being written
+        source, validator = json.loads(_state(part).read_text())
+        if source == url:
+            return _size(part), validator
+    return 0, ""
 
 
 def _forget(part: Path) -> None:

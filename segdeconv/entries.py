@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from segdeconv.download import fetch
 from segdeconv.errors import UserError
 from segdeconv.files import cache_folder, sha256_of
-from segdeconv.progress import console
+from segdeconv.progress import notes
 
 WEIGHTS = "model.safetensors"
 NAME = r"[A-Za-z0-9_-]+\.(nd|bn)_[A-Za-z0-9_-]+"
@@ -148,7 +148,7 @@ def find_weights(name: str) -> Path:
         problem = f"{own}: is not the file that entry.json names (its SHA-256 differs)"
         if not sources:
             raise UserError(f"{problem}; restore it, or name a mirror in SEGDECONV_ZOO_URL")
-        console.print(f"{problem}; trying elsewhere")
+        notes.print(f"{problem}; trying elsewhere")
     if not sources:
         raise UserError(f"{own}: is missing and its entry has no urls; name a mirror in SEGDECONV_ZOO_URL")
     # A new version of an entry is another file in the cache.

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(highlight=False, soft_wrap=True, markup=False)  # names may hold square brackets
+notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)  # beside what was asked for
 T = TypeVar("T")
 _LINE_EVERY = 20.0  # seconds between plain lines
 
@@ -17,11 +18,11 @@ _LINE_EVERY = 20.0  # seconds between plain lines
 class Bar(Generic[T]):
     """Iterate with progress; ``note`` is shown behind the bar and may be set at any time."""
 
-    def __init__(self, items: Iterable[T], total: int, title: str) -> None:
-        self.items, self.total, self.title, self.note = items, total, title, ""
+    def __init__(self, items: Iterable[T], total: int, title: str, console: Console = console) -> None:
+        self.items, self.total, self.title, self.note, self.console = items, total, title, "", console
 
     def __iter__(self) -> Iterator[T]:
-        yield from self._on_terminal() if console.is_terminal else self._as_lines()
+        yield from self._on_terminal() if self.console.is_terminal else self._as_lines()
 
     def _on_terminal(self) -> Iterator[T]:
         columns = (
@@ -31,7 +32,7 @@ class Bar(Generic[T]):
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(self.title, total=self.total, note="")
             for item in self.items:
                 yield item
@@ -44,5 +45,6 @@ class Bar(Generic[T]):
             now = time.monotonic()
             if now - last >= _LINE_EVERY and done < self.total:
                 left = (now - start) / done * (self.total - done)
-                console.print(f"{self.title}: {done}/{self.total}, {left:.0f} s left {self.note}".rstrip())
+                line = f"{self.title}: {done}/{self.total}, {left:.0f} s left {self.note}"
+                self.console.print(line.rstrip())
                 last = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import re
@@ -10,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from segdeconv import download
+from segdeconv import download, progress
 from segdeconv.download import fetch
 from segdeconv.errors import UserError
 
@@ -31,11 +33,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.requests: list[tuple[str, Message]] = []
         self.content: Callable[[int], bytes] = lambda request: RIGHT
+        self.type = "application/octet-stream"
         self.tag: Callable[[int], str | None] = lambda request: '"one"'
         self.cut: Callable[[int], int | None] = lambda request: None  # bytes of an answer before it is cut
         self.status: Callable[[int], int] = lambda request: 200
@@ -55,7 +58,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, number = self.server, len(self.server.requests)
         server.requests.append((self.path, self.headers))
         time.sleep(server.silence)
-        if self.path.startswith("/moved"):
+        if self.path.startswith(("/moved", "/circle")):
             self.send_response(302)
             self.send_header("Location", self.path.replace("/moved", "/there"))
             self.end_headers()
@@ -68,13 +71,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         same = not server.heeds_if_range or self.headers.get("If-Range") == tag
         if wanted and server.ranges and same:
             start = int(wanted[1])
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            there = start < len(content)
+            self.send_response(206 if there else 416)
+            extent = f"{start}-{len(content) - 1}" if there else "*"
+            self.send_header("Content-Range", f"bytes {extent}/{len(content)}")
             content = content[start:]
         else:
             self.send_response(200)
         if tag:
             self.send_header("ETag", tag)
+        self.send_header("Content-Type", server.type)
         self.send_header("Content-Length", str(len(content) + server.claim(number)))
         self.end_headers()
         for begin in range(0, len(content[: server.cut(number)]), 30_000):
@@ -86,19 +92,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(server.pause)
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(download, "_WAIT", 0.001)
-    monkeypatch.setattr(download, "_CHUNK", 2**14)
-    for name in ("SEGDECONV_OFFLINE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    server = Server()
+@contextlib.contextmanager
+def serving(port: int = 0) -> Iterator[Server]:
+    server = Server(port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "_WAIT", 0.001)
+    monkeypatch.setattr(download, "_CHUNK", 2**14)
+    for name in ("SEGDECONV_OFFLINE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What is waited between attempts, instead of waiting."""
+    waits: list[float] = []
+    monkeypatch.setattr(download, "_WAIT", 1.0)
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: waits.append(seconds) if seconds else None)
+    return waits
 
 
 def get(target: Path, *sources: str) -> Path:
@@ -112,7 +137,11 @@ def ranges(server: Server) -> list[str | None]:
 def check(path: Path) -> None:
     """The file is right, and nothing but it and its lock is left."""
     assert path.read_bytes() == RIGHT
-    assert {other.name for other in path.parent.iterdir()} <= {path.name, f"{path.name}.lock"}
+    assert left(path) <= {path.name, f"{path.name}.lock"}
+
+
+def left(path: Path) -> set[str]:
+    return {other.name for other in path.parent.iterdir()}
 
 
 @pytest.fixture
@@ -186,10 +215,50 @@ def test_lengths_that_are_lies(server: Server, target: Path, claim: int) -> None
     assert ranges(server) == [None, *(["bytes=200001-"] if claim < 0 else [])]
 
 
-def test_a_file_that_is_too_short(server: Server, target: Path) -> None:
-    server.content = lambda request: RIGHT[:200_000]
-    with pytest.raises(UserError, match=r"cuts the connection after 200000 of 300001 bytes \(5 times\)"):
+@pytest.mark.parametrize("tag", [None, '"one"'])
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("length", [190, 200_000])
+def test_a_file_that_is_too_short(
+    server: Server, target: Path, waits: list[float], tag: str | None, ranges: bool, length: int
+) -> None:
+    server.content = lambda request: RIGHT[:length]
+    server.type, server.tag, server.ranges = "text/html; charset=utf-8", lambda request: tag, ranges
+    known = "" if tag and ranges else r" \(text/html\)"
+    with pytest.raises(
+        UserError, match=rf"/a answers with {length} bytes{known}, not the 300001 of this file$"
+    ):
         get(target, f"{server.url}/a")
+    assert len(server.requests) == (2 if tag else 1)
+    assert not waits
+    assert left(target) == {"weights.safetensors.lock"}
+
+
+def test_a_page_does_not_displace_what_another_source_brought(server: Server, target: Path) -> None:
+    server.cut = lambda request: 120_000 if request == 0 else None
+    server.status = lambda request: 404 if request == 1 else 200
+    server.content = lambda request: RIGHT[:190] if request == 2 else RIGHT
+    with pytest.raises(UserError, match="answers 404"):
+        get(target, f"{server.url}/good")
+    check(get(target, f"{server.url}/page", f"{server.url}/good"))
+    assert ranges(server) == [None, "bytes=120000-", None, "bytes=120000-"]
+
+
+@pytest.mark.parametrize("content", [RIGHT[:190], RIGHT + b"more"])
+def test_a_local_file_of_another_length(
+    server: Server, target: Path, tmp_path: Path, waits: list[float], content: bytes
+) -> None:
+    (tmp_path / "here").write_bytes(content)
+    with pytest.raises(UserError, match=rf"/here answers with {len(content)} bytes .*, not the 300001"):
+        get(target, (tmp_path / "here").as_uri())
+    assert not waits
+    assert left(target) == {"weights.safetensors.lock"}
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1/a b", "http:///a", "http://127.0.0.1:port/a"])
+def test_a_malformed_address_is_asked_once(target: Path, waits: list[float], address: str) -> None:
+    with pytest.raises(UserError, match=f"{address} (is no address|cannot be reached)"):
+        get(target, address)
+    assert not waits
 
 
 def test_an_endless_file_is_not_read_to_its_end(server: Server, target: Path) -> None:
@@ -202,6 +271,18 @@ def test_redirects_keep_the_range(server: Server, target: Path) -> None:
     check(get(target, f"{server.url}/moved/a"))
     assert [path for path, _ in server.requests] == ["/moved/a", "/there/a"] * 2
     assert ranges(server) == [None, None, "bytes=120000-", "bytes=120000-"]
+
+
+def test_redirects_in_a_circle(server: Server, target: Path) -> None:
+    with pytest.raises(UserError, match=r"^weights\.safetensors: .*/circle answers 302 .*infinite loop.*$"):
+        get(target, f"{server.url}/circle")
+
+
+def test_a_source_is_not_measured_by_what_another_brought(server: Server, target: Path) -> None:
+    server.status = lambda request: {1: 404, 2: 503}.get(request, 200)
+    server.cut = lambda request: 250_000 if request == 0 else 20_000
+    check(get(target, f"{server.url}/a", f"{server.url}/b"))
+    assert ranges(server)[:5] == [None, "bytes=250000-", None, None, "bytes=20000-"]
 
 
 def test_wrong_bytes_are_kept_aside_and_the_next_source_is_taken(server: Server, target: Path) -> None:
@@ -227,13 +308,21 @@ def test_a_damaged_cache_is_seen_and_mended(
     assert target.read_bytes() == RIGHT
     aside = target.with_name("weights.safetensors.wrong")
     assert aside.read_bytes() == OTHER
-    assert str(aside) in capsys.readouterr().out
+    assert capsys.readouterr() == ("", f"{target}: is damaged, kept as {aside}\n")
 
 
-def test_server_errors_are_waited_for(server: Server, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(download, "_WAIT", 1.0)
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: waits.append(seconds) if seconds else None)
+def test_progress_goes_to_standard_error(
+    server: Server, target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY", 0.0)
+    get(target, f"{server.url}/a")
+    progress.console.print("afterwards")
+    told = capsys.readouterr()
+    assert told.out == "afterwards\n"
+    assert told.err.startswith("weights.safetensors (MiB): 1/19, ")
+
+
+def test_server_errors_are_waited_for(server: Server, target: Path, waits: list[float]) -> None:
     server.status = lambda request: (503, 429, 500)[request] if request < 3 else 200
     check(get(target, f"{server.url}/a"))
     assert waits == [1, 2, 4]
@@ -301,10 +390,16 @@ def test_proxies_of_the_environment(server: Server, target: Path, monkeypatch: p
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write into")
-def test_a_full_disk(server: Server, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_forget", lambda part: part.symlink_to("/dev/full"))
-    with pytest.raises(UserError, match=r"No space left on device.*0\.3 MiB.*SEGDECONV_CACHE"):
+@pytest.mark.parametrize("full", [".part", ".part.json"])
+def test_a_full_disk(server: Server, target: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+    path = target.with_name(target.name + full)
+    monkeypatch.setattr(download, "_forget", lambda part: path.symlink_to("/dev/full"))
+    with pytest.raises(UserError) as error:
         get(target, f"{server.url}/a")
+    assert str(error.value) == (
+        f"weights.safetensors: cannot be written to {target.parent} (No space left on device); "
+        "it takes 0.3 MiB: make room there, or name another folder in SEGDECONV_CACHE"
+    )
     assert not target.exists()
 
 
@@ -326,17 +421,22 @@ download.fetch(Path(target), [url], int(size), sha)
 
 def child(target: Path, server: Server) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", CHILD, str(target), f"{server.url}/a", str(SIZE), SHA]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_process_killed_at_40_percent(server: Server, target: Path) -> None:
-    server.pause = 0.05
+def wait_for_40_percent(target: Path) -> Path:
     part = target.with_name("weights.safetensors.part")
-    process = child(target, server)
     deadline = time.monotonic() + 60
     while not (part.exists() and part.stat().st_size > 0.4 * SIZE):
         assert time.monotonic() < deadline
         time.sleep(0.005)
+    return part
+
+
+def test_a_process_killed_at_40_percent(server: Server, target: Path) -> None:
+    server.pause = 0.05
+    process = child(target, server)
+    part = wait_for_40_percent(target)
     process.kill()
     process.wait()
     arrived = part.stat().st_size
@@ -348,11 +448,42 @@ def test_a_process_killed_at_40_percent(server: Server, target: Path) -> None:
     assert ranges(server) == [None, f"bytes={arrived}-"]
 
 
+SERVER = """
+from test_download import Server
+server = Server()
+server.pause = 0.05
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+
+
+def test_a_server_killed_at_40_percent(
+    target: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(download, "_WAIT", 0.05)  # the second server takes some milliseconds to be there
+    command = [sys.executable, "-c", SERVER]
+    first = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
+    request.addfinalizer(first.kill)
+    assert first.stdout
+    port = int(first.stdout.readline())
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(get, target, f"http://127.0.0.1:{port}/a")
+        wait_for_40_percent(target)
+        first.kill()
+        first.wait()
+        with serving(port) as second:
+            check(done.result(timeout=60))
+    (asked,) = ranges(second)
+    assert asked
+    assert 0.4 * SIZE < int(asked.removeprefix("bytes=").removesuffix("-")) < SIZE
+
+
 def test_two_processes_download_once(server: Server, target: Path) -> None:
     server.pause = 0.1  # long enough for both to want it
     processes = [child(target, server) for _ in range(2)]
-    told = [process.communicate(timeout=60)[0] for process in processes]
+    told = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert len(server.requests) == 1
-    assert sum("waiting for another process" in text for text in told) <= 1
+    assert not any(out for out, _ in told)
+    assert sum("waiting for another process" in notes for _, notes in told) <= 1
     check(target)

@@ -326,7 +326,7 @@ def test_damaged_own_weights(zoo: Path, tmp_path: Path, capsys: pytest.CaptureFi
         find_weights(NAME)
     change(zoo, NAME, urls=(url,))
     load_checkpoint(NAME)
-    assert "trying elsewhere" in capsys.readouterr().out
+    assert "trying elsewhere" in capsys.readouterr().err
 
 
 def test_downloaded_pickles_are_not_run(zoo: Path, tmp_path: Path) -> None:
