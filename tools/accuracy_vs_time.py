@@ -77,6 +77,7 @@ OF_FAST = {
     "own": "fast mode with a whitening matrix for every block instead of one for all blocks of a layer",
     "unscaled": "fast mode with live mean, but the covariance of the raw patches: no live channel scale",
     "unshrunk": "fast mode without shrinkage of covariances that rest on few samples",
+    "depthwise": "fast mode that whitens between the taps of depthwise layers too",
     "all_rows": "fast mode with channel statistics from every row of large maps, not every third",
     "warm": "batch norm for the first half, then fast mode with the network's function kept (warm start)",
 }
@@ -163,6 +164,8 @@ def convert(model: nn.Module, arm: str) -> nn.Module:
     mode, config = parsed(arm)[0], config_of(arm)
     model, _ = convert_to_network_deconv(model, config, warm_start=mode == "warm")
     for layer in model.modules():
+        if mode == "depthwise" and isinstance(layer, layers.Whitened):
+            layer.decorrelates = True
         if mode == "own" and isinstance(layer, layers.Whitened):
             layer.__class__ = type(mode, (OwnBlocks, type(layer)), {})
             layer.reset_running_stats()
