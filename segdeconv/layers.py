@@ -121,8 +121,8 @@ class Whitened(nn.Module):
         self._shape = groups, self.num_blocks, block, taps
         #: Fast mode: added to the step count, so that the layers of a network refresh on different steps.
         self.refresh_offset = 0
-        #: Fast mode: whether correlation is whitened. Between the taps of depthwise layers it is not: on small
-        #: maps networks train worse with it, and on large ones no better.
+        #: Fast mode: whether correlation is whitened. Between the taps of depthwise layers it is not: on
+        #: small maps networks train worse with it, and on large ones no better.
         self.decorrelates = groups == 1 or block > 1
         self._enrol()
         self.reset_running_stats()
