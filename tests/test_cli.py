@@ -321,6 +321,7 @@ def test_bad_input_in_a_real_process(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == (
-        "segdeconv: error: nothing: no such run folder or checkpoint, and no entry of the zoo is called so\n"
+        "segdeconv: error: nothing: no such run folder or checkpoint, and no entry of the zoo is called so; "
+        "segdeconv zoo list shows what there is\n"
     )
     assert done.stdout == ""

@@ -107,7 +107,13 @@ def test_evaluation_repeats_what_training_logged(run: Path) -> None:
         ["model.norm=bn"],
         ["train.optimizer=adamw", "train.lr=0.001", "train.schedule=poly", "train.amp=bf16"],
         ["model.network_deconv.mode=reference", "train.amp=fp16"],
-        ["model.architecture=lraspp_mobilenet_v3_large", "model.encoder=null", "model.options={}"],
+        # At the demo's rate it is so wild after three steps that rounding turns a pixel.
+        [
+            "model.architecture=lraspp_mobilenet_v3_large",
+            "model.encoder=null",
+            "model.options={}",
+            "train.lr=0.01",
+        ],
     ],
 )
 def test_other_roads(changes: list[str], tmp_path: Path) -> None:
