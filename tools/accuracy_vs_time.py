@@ -13,8 +13,8 @@ seed. A run has one thread, bfloat16 autocast, and as its time that of its core,
 do not slow each other in the figures.
 
 Tasks: `six_conv`, the small network of segdeconv/models/cifar.py, and `resnet18_narrow`, ResNet-18 with a
-quarter of the width, on 12,800 pictures of CIFAR-10 (JPEG, an image folder in data/cifar10); `camvid`, the
-U-Net of the recipe camvid_unet_mobilenet_v2 on data/camvid.
+quarter of the width, and `mobilenet_v2`, whole, on 12,800 pictures of CIFAR-10 (JPEG, an image folder in
+data/cifar10); `camvid`, the U-Net of the recipe camvid_unet_mobilenet_v2 on data/camvid.
 
 Arms: `bn`, `exact`, `fast`, any of the two with settings as in `fast:refresh_every=5,block_size=32`, and what
 they are taken apart into: OF_EXACT and OF_FAST, below, say what each is.
@@ -53,7 +53,7 @@ from segdeconv.figures import spread
 from segdeconv.files import make_folder, write_atomically
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, size_multiple
-from segdeconv.models.cifar import resnet18, six_conv
+from segdeconv.models.cifar import mobilenet_v2, resnet18, six_conv
 from segdeconv.train import lr_factor, seed_everything
 from segdeconv.whitening import (
     channel_moments,
@@ -295,6 +295,7 @@ class CamVid:
 TASKS: dict[str, tuple[Callable[[int], Any], Callable[[Any], nn.Module], int]] = {
     "six_conv": (Cifar, lambda data: six_conv(10), 2),
     "resnet18_narrow": (Cifar, lambda data: resnet18(10, width=16), 4),
+    "mobilenet_v2": (Cifar, lambda data: mobilenet_v2(10), 1),
     "camvid": (CamVid, lambda data: data.build(), 6),
 }
 
