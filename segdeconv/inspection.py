@@ -49,6 +49,7 @@ class LayerView:
 
     Attributes:
         features: of one block, channels x taps.
+        whitens: whether correlation is whitened; fast mode standardises depthwise layers and no more.
         samples: patches that were looked at.
         condition: largest over smallest eigenvalue of the patches' covariance, at most 1e6.
         correlation: mean absolute correlation of two features.
@@ -59,6 +60,7 @@ class LayerView:
     name: str
     kind: str
     features: int
+    whitens: bool
     samples: int
     condition: dict[str, float]
     correlation: dict[str, float]
@@ -166,12 +168,16 @@ def layer_views(model: nn.Module, images: Tensor, config: NetworkDeconvConfig) -
     """
     views: dict[str, LayerView] = {}
 
-    def look(name: str, layer: Whitened, whitens: bool) -> Any:
+    def look(name: str, layer: Whitened, deconvolved: bool) -> Any:
+        matrices = layer.running_whitening
+        whitens = deconvolved and not matrices.equal(matrices.diagonal(dim1=1, dim2=2).diag_embed())
+
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if name not in views and inputs[0].shape[-2:] != (1, 1):
                 patches = layer.patches(inputs[0], _PATCHES)
                 if len(patches) > 1:
-                    views[name] = _view(name, patches, layer.whitened(patches) if whitens else None)
+                    whitened = layer.whitened(patches) if deconvolved else None
+                    views[name] = _view(name, patches, whitened, whitens)
 
         return hook
 
@@ -192,7 +198,7 @@ def layer_views(model: nn.Module, images: Tensor, config: NetworkDeconvConfig) -
     return list(views.values())
 
 
-def _view(name: str, patches_NGKF: Tensor, whitened_NGKF: Tensor | None) -> LayerView:
+def _view(name: str, patches_NGKF: Tensor, whitened_NGKF: Tensor | None, whitens: bool) -> LayerView:
     samples, groups, blocks, features = patches_NGKF.shape
     views = {"raw": patches_NGKF, "standardised": _standardised(patches_NGKF), "whitened": whitened_NGKF}
     present = {view: values for view, values in views.items() if values is not None}
@@ -216,8 +222,8 @@ def _view(name: str, patches_NGKF: Tensor, whitened_NGKF: Tensor | None) -> Laye
         shown[view] = _unit(wide[:1]).flatten().numpy()
     shape = f"{groups} groups" if groups > 1 else f"{blocks} blocks"
     return LayerView(
-        name, f"{features} features, {shape}", features, samples, **measured, eigenvalues=eigenvalues,
-        correlations=correlations, values=shown,
+        name, f"{features} features, {shape}", features, whitens, samples, **measured,
+        eigenvalues=eigenvalues, correlations=correlations, values=shown,
     )  # fmt: skip
 
 

@@ -163,6 +163,16 @@ def test_layer_views_of_both_twins() -> None:
     )  # of a part of the patches
 
 
+def test_depthwise_layers_do_not_count_as_whitening_in_fast_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model, _ = convert_to_network_deconv(model)
+    calibrate(model, [blurred()])
+    depthwise, dense = layer_views(model, blurred(), NetworkDeconvConfig())
+    assert (depthwise.whitens, dense.whitens) == (False, True)
+    assert depthwise.correlation["whitened"] == pytest.approx(depthwise.correlation["standardised"], rel=1e-5)
+    assert dense.correlation["whitened"] < 0.5 * dense.correlation["standardised"]
+
+
 @pytest.mark.parametrize("norm", ["nd", "bn"])
 def test_a_run(norm: str, tmp_path: Path) -> None:
     recipe = tiny(f"model.norm={norm}")

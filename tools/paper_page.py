@@ -137,8 +137,8 @@ def ablation_part(lines: list[dict[str, Any]]) -> str:
         "on 4,000 test pictures. Every arm is at the best of the learning rates that were tried with it; one "
         "that had fewer than another may be better than it looks. Seconds are those of one core.\n\n"
         f"{accuracy_vs_time.explained(six_conv)}\n"
-        "Other networks, with arms of the same names: a ResNet-18 of a quarter of the width on the same "
-        "pictures (top-1), and the U-Net on MobileNetV2 on CamVid (mIoU).\n\n"
+        "Other networks, with arms of the same names: MobileNetV2 and a ResNet-18 of a quarter of the width "
+        "on the same pictures (top-1), and the U-Net on MobileNetV2 on CamVid (mIoU).\n\n"
         f"{accuracy_vs_time.table(others)}"
     )
 
@@ -203,6 +203,12 @@ def of_entry(name: str, report: dict[str, Any], pictures: list[str]) -> str:
         rows.append(f"| {title} | {' | '.join(f'{m:.0f}' if m >= 100 else f'{m:.3f}' for m in medians)} |")
     rows.append("")
     if "whitened" in views:
+        whitening = [x for x in layers if x["whitens"]]
+        if len(whitening) < len(layers):
+            rows.append(
+                f"Counted are the {len(whitening)} layers that whiten; the others are depthwise, and fast "
+                "mode standardises what they read.\n"
+            )
         for key, what, sign in (
             ("condition", "whitened patches are better conditioned than standardised ones", -1),
             ("correlation", "whitened features are less correlated than standardised ones", -1),
@@ -210,7 +216,7 @@ def of_entry(name: str, report: dict[str, Any], pictures: list[str]) -> str:
             ("kurtosis", "whitened values have more kurtosis", 1),
             ("hoyer", "whitened values are sparser by Hoyer's measure", 1),
         ):
-            known = [x for x in layers if not math.isnan(x[key]["whitened"] - x[key]["standardised"])]
+            known = [x for x in whitening if not math.isnan(x[key]["whitened"] - x[key]["standardised"])]
             better = [x for x in known if sign * x[key]["whitened"] > sign * x[key]["standardised"]]
             rows.append(f"- {verdict(len(better), len(known), what)}")
             if key == "condition":
