@@ -20,7 +20,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from segdeconv.config import Recipe, load_recipe, recipe_from_dict, recipe_to_dict
+from segdeconv.config import ModelConfig, Recipe, load_recipe, recipe_from_dict, recipe_to_dict
+from segdeconv.convert import ConversionReport
 from segdeconv.entries import WEIGHTS, find_weights, is_entry, near
 from segdeconv.errors import UserError
 from segdeconv.files import make_folder, sha256_of, to_json, write_atomically
@@ -223,9 +224,25 @@ def load_checkpoint(run: str | Path, device: torch.device | str = "cpu") -> tupl
     """
     path = find_checkpoint(run)
     info = read_info(path)
-    model, _ = build_model(info.recipe.model, len(info.classes), pretrained=False)
+    model, _ = build_for(path, info.recipe.model, len(info.classes))
     _fit(model, _read_state(path), path, "a network of its recipe")
     return model.to(device).eval(), replace(info, sha256=sha256_of(path))
+
+
+def build_for(
+    run: str | Path, config: ModelConfig, classes: int
+) -> tuple[nn.Module, ConversionReport | None]:
+    """`build_model`'s untrained network of ``config``, with the tensors that the checkpoint of ``run`` has.
+
+    Where a trained batch norm had no layer before it to be folded into, its affine is among them. Recipes do
+    not say so, because runs start from runs.
+    """
+    with safetensors.safe_open(find_checkpoint(run), framework="pt") as file:
+        names = set(file.keys())
+    built = build_model(config, classes, pretrained=False, warm_start=False)
+    if names <= built[0].state_dict().keys():
+        return built
+    return build_model(config, classes, pretrained=False, warm_start=True)
 
 
 def start_from(model: nn.Module, run: str | Path, classes: int) -> None:

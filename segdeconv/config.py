@@ -75,8 +75,8 @@ class ModelConfig:
         norm: 'nd' converts the network with network deconvolution, 'bn' keeps its batch norm.
         options: further keyword arguments of the builder, such as ``decoder_channels``.
         keep: names of layers and batch norms that stay as they are in the twin, with * and ? as wildcards.
-        init: a run, checkpoint or zoo entry to start from: of this architecture with batch norm, whatever its
-            classes.
+        init: a run, checkpoint or zoo entry of this architecture to start from, whatever its classes. Its
+            norm is batch norm or, for a deconvolved network, either.
 
     A deconvolved network keeps the function of the trained weights it starts from, be they those of ``init``
     or pretrained ones asked for in ``options``: batch norms are folded, and the statistics are calibrated on

@@ -127,6 +127,24 @@ def test_a_deconvolved_network_is_started_from(saved: tuple[Path, torch.nn.Modul
         build_model(other, 3)
 
 
+@pytest.mark.parametrize("first", ["nd", "bn"])
+def test_starts_in_a_row_where_batch_norms_come_first(first: str, tmp_path: Path) -> None:
+    """From trained batch norms before their layers an affine stays; from deconvolution there is none to."""
+    config = replace(RECIPE.model, architecture="cifar_preact_resnet18", encoder=None, options={})
+    names, init = [], None
+    for turn, norm in enumerate((first, "nd", "nd")):
+        recipe = replace(RECIPE, model=replace(config, norm=norm, init=init))
+        path, model = save(tmp_path / f"{turn}.safetensors", recipe)
+        loaded, _ = load_checkpoint(path)
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]), name
+        names.append(model.state_dict().keys())
+        init = str(path)
+    assert names[1] == names[2]
+    assert (names[0] == names[1]) is (first == "nd")
+    assert any(name.endswith("norm1.0.weight") for name in names[2]) is (first == "bn")
+
+
 class Hostile:
     def __reduce__(self) -> tuple:
         return os.system, ("touch hostile-was-run",)

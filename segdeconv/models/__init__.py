@@ -68,7 +68,7 @@ def starts_trained(config: ModelConfig) -> bool:
 
 
 def build_model(
-    config: ModelConfig, num_classes: int, pretrained: bool = True
+    config: ModelConfig, num_classes: int, pretrained: bool = True, warm_start: bool | None = None
 ) -> tuple[nn.Module, ConversionReport | None]:
     """Build the network a recipe describes, converted when ``config.norm`` is 'nd'.
 
@@ -76,6 +76,7 @@ def build_model(
         num_classes: outputs of the head.
         pretrained: False ignores options that ask for downloaded weights and ``config.init``; used before a
             checkpoint is loaded.
+        warm_start: whether the conversion keeps the network's function; by default where it starts trained.
 
     Returns:
         The network, in training mode, and what the conversion did (None for 'bn').
@@ -88,9 +89,8 @@ def build_model(
     if not pretrained:
         options = {key: value for key, value in options.items() if key not in _PRETRAINED_OPTIONS}
     model = _call(architecture, encoder, num_classes, options, config.architecture)
-    start = None
     if pretrained and config.init is not None:
-        from segdeconv.checkpoint import find_checkpoint, read_info, start_from
+        from segdeconv.checkpoint import build_for, find_checkpoint, read_info, start_from
 
         start = read_info(find_checkpoint(config.init)).recipe.model.norm
         if start == "nd" and config.norm == "bn":
@@ -98,8 +98,11 @@ def build_model(
                 f"model.init = {config.init}: holds network deconvolution, which batch norm cannot start "
                 "from; give the run of its batch-norm twin, or --norm nd"
             )
-        if start == "bn":
+        if start == "nd":
+            model, report = build_for(config.init, config, num_classes)
             start_from(model, config.init, num_classes)
+            return model, report
+        start_from(model, config.init, num_classes)
     if config.norm == "bn":
         return model, None
 
@@ -111,10 +114,9 @@ def build_model(
     def wanted(module: nn.Module, name: str) -> bool:
         return not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.keep)
 
-    model, report = convert_to_network_deconv(model, config.network_deconv, wanted, starts_trained(config))
-    if start == "nd":
-        start_from(model, config.init, num_classes)  # type: ignore[arg-type]
-    return model, report
+    if warm_start is None:
+        warm_start = starts_trained(config)
+    return convert_to_network_deconv(model, config.network_deconv, wanted, warm_start)
 
 
 def _call(
