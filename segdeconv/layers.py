@@ -93,17 +93,18 @@ class Whitened(nn.Module):
         running_cov: (G, F, F), of the standardised features; the whitening matrix is made from it.
         cov_samples: how many patches ``running_cov`` rests on.
         num_refreshes: how often it was updated.
+    A layer that does not decorrelate has neither of the last three nor a whitening matrix: all are None.
     """
 
     weight: Tensor
     bias: Any  # a Parameter or None; the torch layers beside this class in the bases do not agree on its type
     running_mean: Tensor
-    running_whitening: Tensor
+    running_whitening: Any  # these four are Tensors, or None in layers that do not decorrelate
+    running_cov: Any
+    cov_samples: Any
+    num_refreshes: Any
     num_batches_tracked: Tensor
     running_moments: Tensor
-    running_cov: Tensor
-    cov_samples: Tensor
-    num_refreshes: Tensor
     _step: int | None
 
     def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:
@@ -121,9 +122,10 @@ class Whitened(nn.Module):
         self._shape = groups, self.num_blocks, block, taps
         #: Fast mode: added to the step count, so that the layers of a network refresh on different steps.
         self.refresh_offset = 0
-        #: Fast mode: whether correlation is whitened. Between the taps of depthwise layers it is not: on
-        #: small maps networks train worse with it, and on large ones no better.
-        self.decorrelates = groups == 1 or block > 1
+        #: Whether correlation is whitened. In fast mode it is not between the taps of depthwise layers: on
+        #: small maps networks train worse with it, and on large ones no better. Another value counts from the
+        #: next `reset_running_stats`; state that is loaded brings its own.
+        self.decorrelates = config.mode != "fast" or groups == 1 or channels > 1
         self._enrol()
         self.reset_running_stats()
 
@@ -147,15 +149,17 @@ class Whitened(nn.Module):
         groups, blocks, block, taps = self._shape
         features = block * taps
         like = self.weight.new_empty((), dtype=_at_least_float32(self.weight.dtype))
-        identity = torch.eye(features, dtype=like.dtype, device=like.device).repeat(groups, 1, 1)
         counter = torch.tensor(0, device=self.weight.device)
+        identity = None
+        if self.decorrelates:
+            identity = torch.eye(features, dtype=like.dtype, device=like.device).repeat(groups, 1, 1)
         if self.config.mode == "fast":
             channels = groups * blocks * block
             mean, var = like.new_zeros(channels), like.new_full((channels,), 1 - self.config.eps)
             self.register_buffer("running_moments", torch.stack((mean, var)))
-            self.register_buffer("running_cov", torch.zeros_like(identity))
-            self.register_buffer("cov_samples", like.new_ones(()))
-            self.register_buffer("num_refreshes", counter.clone())
+            self.register_buffer("running_cov", None if identity is None else torch.zeros_like(identity))
+            self.register_buffer("cov_samples", like.new_ones(()) if self.decorrelates else None)
+            self.register_buffer("num_refreshes", counter.clone() if self.decorrelates else None)
         else:
             means = 1 if self.config.mode == "reference" else blocks
             self.register_buffer("running_mean", like.new_zeros(groups, means, features))
@@ -190,8 +194,16 @@ class Whitened(nn.Module):
 
         return super()._apply(apply, recurse)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As on any module. A depthwise layer decorrelates if the state's did: once all did."""
+        groups, blocks, block, _ = self._shape
+        depthwise = groups > 1 and blocks * block == 1
+        if self.config.mode == "fast" and depthwise and f"{prefix}running_moments" in state:
+            decorrelates = f"{prefix}running_whitening" in state
+            if decorrelates != self.decorrelates:
+                self.decorrelates = decorrelates
+                self.reset_running_stats()
+        super()._load_from_state_dict(state, prefix, *args)
         self._step = None
 
     def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[int, int] = (0, 0)) -> Tensor:
@@ -250,7 +262,7 @@ class Whitened(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Take the statistics of ``x`` into the running values, weighted as every batch before."""
-        x = self._batched(x).to(self.running_whitening.dtype)
+        x = self._batched(x).to(_at_least_float32(self.weight.dtype))
         with _no_autocast(x):
             if self.config.mode == "fast":
                 _, moments, samples = self._channel_moments(x)
@@ -296,6 +308,8 @@ class Whitened(nn.Module):
         centred = patches_NGKF - mean_GKF
         if scale_GKF is not None:
             centred = centred * scale_GKF
+        if self.running_whitening is None:
+            return centred
         return (centred.unsqueeze(-2) @ self.running_whitening.unsqueeze(1)).squeeze(-2)
 
     def folded_parameters(self) -> tuple[Tensor, Tensor]:
@@ -317,7 +331,7 @@ class Whitened(nn.Module):
         mean, var = per_feature(moments_2C, groups, blocks, block * taps)
         return mean, (var + self.config.eps).rsqrt()
 
-    def _fold(self, whitening: Tensor, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _fold(self, whitening: Tensor | None, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
         with _no_autocast(self.weight):
             return fold_whitening(
@@ -392,12 +406,13 @@ class Whitened(nn.Module):
     def _whiten_fast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.numel() == x.shape[1] and world_size() == 1:
             return x, *self.folded_parameters()
-        products = self.weight.numel() * self.running_whitening.shape[-1]
+        _, _, block, taps = self._shape
+        products = self.weight.numel() * block * taps if self.decorrelates else 0
         low_precision = _low_precision(x) if products >= _LOW_PRECISION_PAYS else None
         with _no_autocast(x):
             x, moments, samples = self._channel_moments(x)
             if torch.compiler.is_compiling():
-                running, whitening = _follow_outside_graph(
+                running, renewed = _follow_outside_graph(
                     x.detach(),
                     moments.detach(),
                     samples if isinstance(samples, Tensor) else None,
@@ -405,6 +420,7 @@ class Whitened(nn.Module):
                     self.running_whitening,
                     self._number,
                 )
+                whitening = renewed if self.decorrelates else None
             else:
                 self._follow(x.detach(), moments.detach(), samples)
                 running, whitening = self.running_moments, self.running_whitening
@@ -428,8 +444,9 @@ class Whitened(nn.Module):
             return *channel_moments(x, zeros), samples
         x, moments = channel_moments(x)
         mean, var = moments.double()
-        (mean, second), total = mean_over_ranks(samples, mean, var + mean.square())
-        var = (1 - zeros) * (second - mean.square()) + zeros * mean.square()
+        share = mean.new_tensor(zeros)  # a tensor, because ranks may have maps of different sizes
+        (mean, second, share), total = mean_over_ranks(samples, mean, var + mean.square(), share)
+        var = (1 - share) * (second - mean.square()) + share * mean.square()
         return x, torch.stack((mean, var)).to(moments.dtype), total
 
     def _steadied(self, moments: Tensor, samples: Any, running: Tensor) -> Tensor:
@@ -497,8 +514,8 @@ class Whitened(nn.Module):
         rows = patches_GNF.shape[1]
         cov = patches_GNF.transpose(1, 2) @ patches_GNF / rows
         if world_size() > 1:
-            (mean_cov,), _ = mean_over_ranks(rows, cov)
-            cov, rows = mean_cov.to(cov.dtype), rows // len(x) * images
+            (mean_cov,), total = mean_over_ranks(rows, cov)
+            cov, rows = mean_cov.to(cov.dtype), total.to(cov.dtype)
         finite = cov.isfinite().all()
         self.num_refreshes += finite
         step = _step_size(momentum, self.num_refreshes.clamp(min=1).to(self.running_cov.dtype))
@@ -528,15 +545,18 @@ def _follow_outside_graph(
     moments: Tensor,
     samples: Tensor | None,
     running_moments: Tensor,
-    running_whitening: Tensor,
+    running_whitening: Tensor | None,
     number: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`Whitened._follow`; returns copies of the running moments and the whitening matrix afterwards. Before,
-    they are given for their shapes only.
+    """`Whitened._follow`; returns copies of the running moments and the whitening matrix (empty if there is
+    none) afterwards. Before, they are given for their shapes only.
     """
     layer = _LAYERS[int(number)]
     layer._follow(x, moments, x.numel() // x.shape[1] if samples is None else samples)
-    return layer.running_moments.clone(), layer.running_whitening.clone()
+    return tuple(
+        moments.new_empty(0) if running is None else running.clone()
+        for running in (layer.running_moments, layer.running_whitening)
+    )  # type: ignore[return-value]
 
 
 @_follow_outside_graph.register_fake
@@ -545,10 +565,13 @@ def _(
     moments: Tensor,
     samples: Tensor | None,
     running_moments: Tensor,
-    running_whitening: Tensor,
+    running_whitening: Tensor | None,
     number: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(running_moments), torch.empty_like(running_whitening)
+    none = moments.new_empty(0)
+    return torch.empty_like(running_moments), none if running_whitening is None else none.new_empty(
+        running_whitening.shape
+    )
 
 
 def _step_size(momentum: float | None, count: Any) -> Any:

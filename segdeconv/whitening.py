@@ -249,7 +249,7 @@ def shrunk_inverse_sqrt(cov_GFF: Tensor, samples: Tensor) -> Tensor:
 def fold_whitening(
     weight: Tensor,
     bias: Tensor,
-    whitening_GFF: Tensor,
+    whitening_GFF: Tensor | None,
     mean_GKF: Tensor,
     blocks: int,
     interleaved: bool,
@@ -264,6 +264,7 @@ def fold_whitening(
     Args:
         weight: (G·O, C/G, kh, kw) of a convolution or (O, C) of a linear layer.
         bias: (G·O,).
+        whitening_GFF: D; None is the identity.
         mean_GKF: the mean; K may be 1 for a mean that the blocks share.
         blocks: K, the number of blocks in a group.
         low_precision: the type to compute in and to return, where autocast would round to it anyway.
@@ -273,11 +274,14 @@ def fold_whitening(
         float32 or wider.
     """
     out = low_precision or weight.dtype
-    dtype = low_precision or torch.promote_types(out, whitening_GFF.dtype)
-    weight, bias, whitening_GFF, mean_GKF = (t.to(dtype) for t in (weight, bias, whitening_GFF, mean_GKF))
-    groups = whitening_GFF.shape[0]
+    dtype = low_precision or torch.promote_types(out, mean_GKF.dtype)
+    weight, bias, mean_GKF = (t.to(dtype) for t in (weight, bias, mean_GKF))
+    groups = len(mean_GKF)
     weight_GOKF = to_blocks(weight.reshape(groups, weight.shape[0] // groups, -1), blocks, interleaved)
-    folded_GOKF = (weight_GOKF.flatten(1, 2) @ whitening_GFF).view_as(weight_GOKF)
+    if whitening_GFF is None:
+        folded_GOKF = weight_GOKF.clone()
+    else:
+        folded_GOKF = (weight_GOKF.flatten(1, 2) @ whitening_GFF.to(dtype)).view_as(weight_GOKF)
     if scale_GKF is not None:
         folded_GOKF *= scale_GKF[:, None].to(dtype)
     mean_GP1 = mean_GKF.expand(groups, *folded_GOKF.shape[2:]).reshape(groups, -1, 1)
@@ -296,12 +300,12 @@ class _StandardiseAndFold(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         moments_2C: Tensor,
-        whitening_GFF: Tensor,
+        whitening_GFF: Tensor | None,
         blocks: int,
         eps: float,
         low_precision: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        groups, features, _ = whitening_GFF.shape
+        groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
         mean_GKF, var_GKF = per_feature(moments_2C, groups, blocks, features)
         scale_GKF = (var_GKF + eps).rsqrt_()
         folded, shifted = fold_whitening(
@@ -316,7 +320,7 @@ class _StandardiseAndFold(torch.autograd.Function):
     def backward(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
         folded, mean_GKF, scale_GKF, whitening_GFF = ctx.saved_tensors
         weight_dtype, bias_dtype, dtype = ctx.dtypes
-        groups, features, _ = whitening_GFF.shape
+        groups, features = len(mean_GKF), mean_GKF.shape[-1]
         rows = groups, len(folded) // groups
         folded_GOP, grad_GOP = (t.reshape(*rows, -1).to(dtype) for t in (folded, grad_folded))
         mean_G1P, scale_G1P = (t.reshape(groups, 1, -1).to(dtype) for t in (mean_GKF, scale_GKF))
@@ -331,8 +335,9 @@ class _StandardiseAndFold(torch.autograd.Function):
             grad_moments = sums_SG1P.view(2, -1, taps).sum(-1, dtype=mean_GKF.dtype)
             grad_moments[1].mul_(scale_GKF.flatten()[::taps].square() * -0.5)
         if ctx.needs_input_grad[0]:  # w' = w D s
-            grad_whitened = grad_GOP.mul_(scale_G1P).view(groups, -1, features)
-            grad_weight = grad_whitened @ whitening_GFF.to(dtype).mT
+            grad_weight = grad_GOP.mul_(scale_G1P).view(groups, -1, features)
+            if whitening_GFF is not None:
+                grad_weight = grad_weight @ whitening_GFF.to(dtype).mT
             grad_weight = grad_weight.view(folded.shape).to(weight_dtype)
         return grad_weight, grad_shifted.to(bias_dtype), grad_moments, None, None, None, None
 
@@ -341,7 +346,7 @@ def standardise_and_fold(
     weight: Tensor,
     bias: Tensor,
     moments_2C: Tensor,
-    whitening_GFF: Tensor,
+    whitening_GFF: Tensor | None,
     blocks: int,
     eps: float,
     low_precision: torch.dtype | None = None,
@@ -368,7 +373,7 @@ def per_feature(values_SC: Tensor, groups: int, blocks: int, features: int) -> T
 def unfold_whitening(
     weight: Tensor,
     bias: Tensor,
-    whitening_GFF: Tensor,
+    whitening_GFF: Tensor | None,
     mean_GKF: Tensor,
     blocks: int,
     interleaved: bool,
@@ -378,17 +383,11 @@ def unfold_whitening(
 
     Solved in float64. This is how a trained plain layer starts as a whitened one.
     """
-    mean_GKF, inverse_GFF = mean_GKF.double(), torch.linalg.inv(whitening_GFF.double())
+    mean_GKF = mean_GKF.double()
+    inverse_GFF = None if whitening_GFF is None else torch.linalg.inv(whitening_GFF.double())
     scale_GKF = torch.ones_like(mean_GKF) if scale_GKF is None else scale_GKF.double()
-    identity = torch.eye(inverse_GFF.shape[-1], dtype=torch.float64, device=weight.device)
     unscaled, shifted = fold_whitening(
-        weight.double(),
-        bias.double(),
-        identity.expand_as(inverse_GFF),
-        -mean_GKF * scale_GKF,
-        blocks,
-        interleaved,
-        1 / scale_GKF,
+        weight.double(), bias.double(), None, -mean_GKF * scale_GKF, blocks, interleaved, 1 / scale_GKF
     )
     unfolded, _ = fold_whitening(unscaled, shifted, inverse_GFF, mean_GKF, blocks, interleaved)
     return unfolded.to(weight.dtype), shifted.to(bias.dtype)

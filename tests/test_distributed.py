@@ -90,6 +90,19 @@ def run_loss(name: str, rank: int, world: int) -> dict[str, Tensor]:
     return {"loss": loss.detach(), "grad": logits.grad / world}
 
 
+def map_of(rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(2, 4, 6 + rank, 9 - rank, generator=generator, dtype=torch.float64) + rank
+
+
+def run_sizes(rank: int) -> dict[str, Tensor]:
+    """Running values after a step in which every rank has maps of a size of its own."""
+    torch.manual_seed(0)
+    layer = WhitenedConv2d(4, 3, 3, padding=1).double()
+    layer(map_of(rank))
+    return {key: value.clone() for key, value in layer.named_buffers()}
+
+
 def run_score(rank: int) -> dict[str, Tensor]:
     """Scores of one picture, which rank 0 has; the others have none."""
 
@@ -108,6 +121,7 @@ def work(rank: int, world: int, folder: str) -> None:
     )
     found = {name: run_case(name, rank, world) for name in CASES}
     found |= {name: run_loss(name, rank, world) for name in LOSSES}
+    found["sizes"] = run_sizes(rank)
     found["score"] = run_score(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -140,6 +154,16 @@ def test_the_loss_is_that_of_the_whole_batch(name: str, shares: list[dict]) -> N
         assert share[name]["loss"].item() == pytest.approx(want["loss"].item(), rel=1e-6)
     got = torch.cat([share[name]["grad"] for share in shares])
     torch.testing.assert_close(got, want["grad"], rtol=1e-5, atol=1e-9)
+
+
+def test_maps_of_different_sizes(shares: list[dict]) -> None:
+    """Running values are the same on all ranks, to the bit, and their mean is that of all values."""
+    for share in shares[1:]:
+        for key, value in share["sizes"].items():
+            assert torch.equal(value, shares[0]["sizes"][key]), key
+    values = torch.cat([map_of(rank).transpose(0, 1).flatten(1) for rank in range(len(shares))], 1)
+    mean = shares[0]["sizes"]["running_moments"][0]
+    torch.testing.assert_close(mean, values.mean(1), rtol=0, atol=1e-12)
 
 
 def test_ranks_without_pictures_score_as_the_others(shares: list[dict]) -> None:

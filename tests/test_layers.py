@@ -117,7 +117,7 @@ def test_fast_conv_against_reference(name: str, monkeypatch: pytest.MonkeyPatch)
         covs = torch.stack([group.T @ group / len(group) for group in rows])
         roots = torch.stack([shrunk_root_by_eigenvalues(cov, rows.shape[1]) for cov in covs])
         if groups == 8:  # depthwise layers standardise and no more
-            covs, roots = torch.zeros_like(covs), torch.eye(covs.shape[-1]).to(covs).expand_as(covs)
+            roots = torch.eye(covs.shape[-1], dtype=covs.dtype).expand_as(covs)
 
     def reference(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         whitened = torch.einsum("gnkf,gfh->gnkh", windows(x), roots).flatten(2)
@@ -129,9 +129,11 @@ def test_fast_conv_against_reference(name: str, monkeypatch: pytest.MonkeyPatch)
     got = layer(x)
     want = reference(layer.weight, layer.bias, x)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * want.abs().max().item())  # the quintics' error
-    torch.testing.assert_close(layer.running_cov, covs, rtol=0, atol=1e-12)
-    torch.testing.assert_close(layer.running_whitening, roots, rtol=2e-5, atol=2e-5)
-    roots = layer.running_whitening.clone()
+    assert layer.decorrelates is (groups < 8)
+    if layer.decorrelates:
+        torch.testing.assert_close(layer.running_cov, covs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer.running_whitening, roots, rtol=2e-5, atol=2e-5)
+        roots = layer.running_whitening.clone()
     want = reference(layer.weight, layer.bias, x)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
     probe = torch.randn_like(got)
@@ -160,6 +162,33 @@ def test_folded_conv_is_the_layer_in_evaluation(
     assert not plain.training
     want = layer(x)
     torch.testing.assert_close(plain(x), want, rtol=0, atol=tolerance * want.abs().max().item())
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_loaded_state_says_whether_a_depthwise_layer_decorrelates(once: bool) -> None:
+    """Weights from when depthwise layers whitened go on as they began, and new ones do in an old layer."""
+
+    def depthwise(decorrelates: bool) -> WhitenedConv2d:
+        layer = WhitenedConv2d(4, 4, 3, groups=4)
+        layer.decorrelates = decorrelates
+        layer.reset_running_stats()
+        return layer
+
+    assert not WhitenedConv2d(4, 4, 3, groups=4).decorrelates
+    assert WhitenedConv2d(74, 74, 3, groups=2).decorrelates  # 37 channels a group, one a block
+    straight, stopped = depthwise(once), depthwise(once)
+    stopped.load_state_dict(straight.state_dict())
+    for step in range(6):
+        x = torch.randn(2, 4, 9, 9)
+        assert torch.equal(straight(x), stopped(x))
+        if step == 2:
+            resumed = depthwise(not once)
+            resumed.load_state_dict(stopped.state_dict())
+            stopped = resumed
+    assert stopped.decorrelates is once
+    assert (stopped.running_whitening is not None) is once
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, stopped.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(
