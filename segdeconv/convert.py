@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from segdeconv.config import NetworkDeconvConfig
 from segdeconv.errors import UserError
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.structure import (
+    NEVER_WHITENED,
     NORMS,
     STATIC_PADDING,
     TRANSPOSED,
@@ -94,9 +95,10 @@ def convert_to_network_deconv(
 
     Convolutions and linear layers become `WhitenedConv2d` and `WhitenedLinear` with the same Parameters, and
     the batch norm behind each (or before it, in pre-activation networks) goes; the activation of a batch norm
-    that carries one stays. Kept, with a reason in the report: transposed convolutions, layers that see 1x1
-    maps, layers in a part of the network that another norm looks after, subclasses with a forward of their
-    own, what the forward pass does not use, and the batch norms of kept layers.
+    that carries one stays. Biases are added where there are none, and a warm start makes Parameters anew, so
+    make the optimiser afterwards. Kept, with a reason in the report: transposed, 1d and 3d convolutions,
+    layers that see 1x1 maps, layers in a part of the network that another norm looks after, subclasses with a
+    forward of their own, what the forward pass does not use, and the batch norms of kept layers.
 
     Args:
         filter: ``(module, qualified name) -> bool``, asked for every convolution, linear layer and batch
@@ -124,8 +126,8 @@ def convert_to_network_deconv(
             kept[name] = reason
 
     for name, module in modules.items():
-        if isinstance(module, (*WEIGHTED, *TRANSPOSED)):
-            entry = "kept" if name in kept else "swapped", kept.get(name, "whitens its input")
+        if isinstance(module, (*WEIGHTED, *NEVER_WHITENED)):
+            entry = ("kept", kept[name]) if name in kept else ("swapped", "")  # see below
         elif isinstance(module, _BatchNorm):
             entry = _plan_batch_norm(name, module, modules, structure, kept, warm_start)
         else:
@@ -162,6 +164,7 @@ def convert_to_network_deconv(
         else:
             whitened = WhitenedConv2d.from_conv(module, config)
         whitened.refresh_offset = offset
+        report.layers[offset] = replace(layer, reason=_what_it_does(whitened))
         padded = qualified_class(module) == STATIC_PADDING
         swaps[module] = nn.Sequential(module.static_padding, whitened) if padded else whitened
     for name in structure.in_place:
@@ -172,6 +175,8 @@ def convert_to_network_deconv(
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Measure every whitened layer's statistics and rewrite its weights so that the function stays the same.
+
+    In evaluation, so layers that only run in training (GoogLeNet's auxiliary heads) stay as they are.
 
     W <- W D^-1 and b <- b + w'·μ, so that folding gives back what the layer computed before. Together with
     ``convert_to_network_deconv(model, warm_start=True)`` a trained batch-norm network becomes a deconvolved
@@ -204,7 +209,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
                     f"calibrate: {name} shares its {part} with another layer but not its input's statistics"
                 )
     # Copies observe, so that the network computes what it did while its statistics are measured.
-    observers = {name: copy.deepcopy(layer) for name, layer in layers.items()}
+    observers = {name: copy.deepcopy(layer, _no_hooks(layer)) for name, layer in layers.items()}
     for observer in observers.values():
         observer.reset_running_stats()
 
@@ -235,8 +240,22 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     if not count:
         raise UserError("calibrate: no batch was given; pass a few image batches")
     for name, layer in layers.items():
-        layer.adopt_running_values(observers[name])
+        if observers[name].num_batches_tracked > 0:
+            layer.adopt_running_values(observers[name])
     return model
+
+
+def _what_it_does(layer: Whitened) -> str:
+    groups, blocks, block, _ = layer._shape
+    if not layer.decorrelates:
+        return "standardises its input: depthwise"
+    return f"whitens its input, {groups * blocks} x {block} channels"
+
+
+def _no_hooks(module: nn.Module) -> dict[int, Any]:
+    """A memory with which `copy.deepcopy` leaves out the hooks: what they belong to may not be copyable."""
+    held = [value for name, value in vars(module).items() if name.startswith(_HOOKS)]
+    return {id(value): type(value)() for value in held if isinstance(value, dict)}
 
 
 def fold_batch_norm(layer: Any, norm: Any) -> None:
@@ -316,7 +335,8 @@ def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.M
             if isinstance(held, dict):
                 held.update({key: swaps[value] for key, value in held.items() if gone(value)})
             elif isinstance(held, (list, tuple)) and any(map(gone, held)):
-                setattr(parent, name, type(held)(swaps[x] if gone(x) else x for x in held))
+                make = getattr(held, "_make", type(held))  # of a named tuple, the constructor takes no list
+                setattr(parent, name, make([swaps[x] if gone(x) else x for x in held]))
     return model
 
 
@@ -329,6 +349,8 @@ def _reason_to_keep(
 ) -> str | None:
     if isinstance(module, TRANSPOSED):
         return "transposed convolution"
+    if isinstance(module, NEVER_WHITENED):
+        return "convolution of another dimension than two"
     if not isinstance(module, (*WEIGHTED, _BatchNorm)):
         return None
     if filter is not None and not filter(module, name):

@@ -14,7 +14,7 @@ from torch import nn
 
 from segdeconv.convert import fold_batch_norm, leftover, replace_modules
 from segdeconv.layers import WhitenedConv2d, WhitenedLinear
-from segdeconv.structure import TRANSPOSED, is_plain_layer, is_plain_norm, read_structure
+from segdeconv.structure import NEVER_WHITENED, is_plain_layer, is_plain_norm, read_structure
 
 
 def fold_network_deconv(model: nn.Module) -> nn.Module:
@@ -37,9 +37,11 @@ def fold_network_deconv(model: nn.Module) -> nn.Module:
     gone: dict[nn.Module, nn.Module] = {}
     for norm_name, layer_name in structure.norm_after.items():
         norm, layer = modules[norm_name], modules[layer_name]
-        foldable = is_plain_layer(layer) or isinstance(layer, TRANSPOSED)
+        foldable = is_plain_layer(layer) or isinstance(layer, NEVER_WHITENED)
         if foldable and is_plain_norm(norm) and norm.running_mean is not None:
             if norm_name in structure.guessed or not isinstance(layer.weight, nn.Parameter):
+                continue
+            if layer._forward_hooks or norm._forward_pre_hooks:  # which may change what is between the two
                 continue
             fold_batch_norm(layer, norm)
             gone[norm] = leftover(norm)

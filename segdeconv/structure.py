@@ -28,6 +28,7 @@ NORMS = (
     nn.RMSNorm,
 )
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NEVER_WHITENED = (nn.Conv1d, nn.Conv3d, *TRANSPOSED)  # but a batch norm behind one is its own
 WEIGHTED = (nn.Conv2d, nn.Linear)
 STATIC_PADDING = "segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding"
 
@@ -60,7 +61,7 @@ class Structure:
     """What the graphs of a network say about its layers, by qualified name.
 
     Attributes:
-        norm_after: batch norm -> the layer (convolution, linear, transposed) whose output alone it reads.
+        norm_after: batch norm -> the layer (convolution or linear) whose output alone it reads.
         guessed: those of ``norm_after`` that rest on module order or on an unknown layout, not on proof.
         norm_before: batch norm -> the layers that alone read what it puts out.
         in_place: activation modules that write into what a ``norm_before`` batch norm puts out, or may do so
@@ -139,7 +140,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Whitened layers are Conv2d and Linear too.
-        return isinstance(m, (*NORMS, *WEIGHTED, *TRANSPOSED)) or super().is_leaf_module(
+        return isinstance(m, (*NORMS, *WEIGHTED, *NEVER_WHITENED)) or super().is_leaf_module(
             m, module_qualified_name
         )
 
@@ -250,7 +251,7 @@ class _Reader:
                 if previous and out_channels(previous[1]) == child.num_features:
                     self.by_order[self.canonical[prefix + name]] = self.canonical[prefix + previous[0]]
                 previous = None
-            elif isinstance(child, (*WEIGHTED, *TRANSPOSED)):
+            elif isinstance(child, (*WEIGHTED, *NEVER_WHITENED)):
                 previous = (name, child)
             elif not isinstance(child, _UNCHANGED):
                 previous = None
@@ -317,7 +318,7 @@ def _layer_before(node: fx.Node, norm: Any, module_of: _ModuleOf) -> tuple[fx.No
     source, flattened = _input(node), False
     while source is not None and len(_value_users(source)) == 1:
         layer = module_of(source)
-        if isinstance(layer, (*WEIGHTED, *TRANSPOSED)):
+        if isinstance(layer, (*WEIGHTED, *NEVER_WHITENED)):
             if out_channels(layer) != norm.num_features:
                 return None, False
             # Behind a linear layer, (n, C) is normalised along C, but (n, L, C) along L.

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -74,9 +77,11 @@ def test_warm_start_keeps_the_function(name: str) -> None:
     torch.testing.assert_close(calibrated, want, rtol=0, atol=1e-4 * scale)
     for layer_name, layer in model.named_modules():
         if isinstance(layer, Whitened):
-            identity = torch.eye(layer.running_whitening.shape[-1])
             assert layer.running_moments[0].any(), layer_name
-            assert torch.equal(layer.running_whitening[0], identity) != layer.decorrelates, layer_name
+            assert (layer.running_whitening is not None) is layer.decorrelates, layer_name
+            if layer.decorrelates:
+                identity = torch.eye(layer.running_whitening.shape[-1])
+                assert not torch.equal(layer.running_whitening[0], identity), layer_name
 
 
 @pytest.mark.parametrize("name", ["unet mobilenet_v2", "torchvision deeplabv3_resnet50"])
@@ -415,6 +420,33 @@ def test_transposed_convolutions_and_1x1_maps_are_left_alone() -> None:
     assert all(".se_module." in name for name in reasons(report, "kept"))
 
 
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_convolutions_of_other_dimensions_keep_their_norms(warm_start: bool) -> None:
+    model = nn.Sequential(
+        nn.Conv3d(3, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.AdaptiveAvgPool3d(2), nn.Flatten(),
+        nn.Linear(32, 2),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 5, 6, 7)
+    want = model(x)
+    model, report = convert_to_network_deconv(model, warm_start=warm_start)
+    kept = reasons(report, "kept")
+    assert kept["0"] == "convolution of another dimension than two"
+    assert kept["1"].startswith("follows 0, which is kept")
+    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(fold_network_deconv(model)(x), want)
+    assert reasons(report, "swapped") == {"5": "whitens its input, 1 x 32 channels"}
+
+
+def test_the_report_says_what_is_whitened() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 8, 1), nn.Conv2d(8, 6, 3, groups=2))
+    _, report = convert_to_network_deconv(model)
+    assert list(reasons(report, "swapped").values()) == [
+        "standardises its input: depthwise",
+        "whitens its input, 2 x 32 channels",
+        "whitens its input, 2 x 4 channels",
+    ]
+
+
 def test_filters_that_lose_their_batch_norm_start_at_unit_norm() -> None:
     """So that depthwise, projecting and other filters have outputs of one scale; others stay as they are."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
@@ -460,7 +492,12 @@ def test_shared_modules_are_replaced_everywhere() -> None:
     assert isinstance(model[0], WhitenedConv2d)
 
 
-@pytest.mark.parametrize("hold", [list, tuple, lambda layers: dict(enumerate(layers))])
+class Pair(NamedTuple):
+    conv: nn.Module
+    norm: nn.Module
+
+
+@pytest.mark.parametrize("hold", [list, tuple, lambda layers: dict(enumerate(layers)), lambda x: Pair(*x)])
 def test_modules_held_in_plain_containers_are_replaced_too(hold: Callable) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -540,6 +577,32 @@ def test_calibrate_refuses_what_it_cannot_rewrite(change: Callable, says: str) -
     with pytest.raises(UserError, match=says):
         calibrate(model, [torch.randn(2, 4, 5, 5)])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_calibrate_leaves_alone_what_it_does_not_see() -> None:
+    """An auxiliary head runs in training only, and a hook may belong to what cannot be copied."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.main(x)
+            return self.head(x) if self.training else x
+
+    model, _ = convert_to_network_deconv(Net())
+    for _ in range(3):
+        model(torch.randn(2, 3, 9, 9) + 1)
+    lock = threading.Lock()
+    model.main.register_forward_hook(lambda *_, lock=lock: None)
+    model.main.register_forward_hook(functools.partial(lambda lock, *_: None, lock))
+    head = {name: value.clone() for name, value in model.head.state_dict().items()}
+    main = model.main.running_moments.clone()
+    calibrate(model, [torch.randn(2, 3, 9, 9)])
+    assert not torch.equal(model.main.running_moments, main)
+    for name, value in model.head.state_dict().items():
+        assert torch.equal(value, head[name]), name
 
 
 def test_calibration_computes_in_float32_under_autocast() -> None:

@@ -97,3 +97,14 @@ def test_the_original_is_untouched() -> None:
     fold_network_deconv(model)
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["after the layer", "before the norm"])
+def test_no_fold_across_a_hook_that_changes_what_is_between(place: str) -> None:
+    model = scramble_batch_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    if place == "after the layer":
+        model[0].register_forward_hook(lambda module, args, out: out.clamp(-0.2, 0.2))
+    else:
+        model[1].register_forward_pre_hook(lambda module, args: (args[0].clamp(-0.2, 0.2),))
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(fold_network_deconv(model)(x), model(x))
