@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -224,23 +225,22 @@ def load_checkpoint(run: str | Path, device: torch.device | str = "cpu") -> tupl
     """
     path = find_checkpoint(run)
     info = read_info(path)
-    model, _ = build_for(path, info.recipe.model, len(info.classes))
-    _fit(model, _read_state(path), path, "a network of its recipe")
+    state = read_state(path)
+    model, _ = build_for(state, info.recipe.model, len(info.classes))
+    _fit(model, state, path, "a network of its recipe")
     return model.to(device).eval(), replace(info, sha256=sha256_of(path))
 
 
 def build_for(
-    run: str | Path, config: ModelConfig, classes: int
+    names: Iterable[str], config: ModelConfig, classes: int
 ) -> tuple[nn.Module, ConversionReport | None]:
-    """`build_model`'s untrained network of ``config``, with the tensors that the checkpoint of ``run`` has.
+    """`build_model`'s untrained network of ``config`` for a state dict of these names.
 
-    Where a trained batch norm had no layer before it to be folded into, its affine is among them. Recipes do
-    not say so, because runs start from runs.
+    Where a trained batch norm had no layer before it to be folded into, its affine has a weight among them.
+    Recipes do not say so, because runs start from runs.
     """
-    with safetensors.safe_open(find_checkpoint(run), framework="pt") as file:
-        names = set(file.keys())
     built = build_model(config, classes, pretrained=False, warm_start=False)
-    if names <= built[0].state_dict().keys():
+    if {name for name in names if name.endswith(".weight")} <= built[0].state_dict().keys():
         return built
     return build_model(config, classes, pretrained=False, warm_start=True)
 
@@ -255,7 +255,7 @@ def start_from(model: nn.Module, run: str | Path, classes: int) -> None:
     """
     path = find_checkpoint(run)
     info = read_info(path)
-    state, stayed = _read_state(path), []
+    state, stayed = read_state(path), []
     for name, mine in model.state_dict().items() if len(info.classes) != classes else ():
         theirs = state.get(name, mine)
         if theirs.shape[:1] == (len(info.classes),) and mine.shape == (classes, *theirs.shape[1:]):
@@ -266,7 +266,8 @@ def start_from(model: nn.Module, run: str | Path, classes: int) -> None:
         console.print(f"note: {run} has {len(info.classes)} classes; not taken from it: {', '.join(stayed)}")
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint."""
     try:
         return load_file(path)
     except (OSError, safetensors.SafetensorError) as error:

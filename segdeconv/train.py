@@ -37,6 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from segdeconv import distributed
 from segdeconv.checkpoint import (
     CheckpointInfo,
+    build_for,
     check_same_recipe,
     create_run_folder,
     has_state,
@@ -145,12 +146,12 @@ def train(
 
 
 def _train(recipe: Recipe, out: Path, device: torch.device, resume: bool) -> dict[str, Any]:
-    run = _prepare(recipe, device)
+    resume = resume and has_state(out)
+    if resume:
+        check_same_recipe(out, recipe)
+    run = _prepare(recipe, device, out if resume else None)
     make_folder(out)
     with _only_process(out), _signals() as stop:
-        resume = resume and has_state(out)
-        if resume:
-            check_same_recipe(out, recipe)
         distributed.wait()  # before rank 0 leaves traces of a new run, the others have looked
         if rank() == 0 and not resume:
             create_run_folder(out, recipe)
@@ -208,8 +209,8 @@ def _signals() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _prepare(recipe: Recipe, device: torch.device) -> _Run:
-    """Open the data and build the network."""
+def _prepare(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> _Run:
+    """Open the data and build the network; one that is resumed needs nothing of what it once started from."""
     config = recipe.train
     architecture, _ = resolve(recipe.model)
     samples, held_out = open_samples(recipe.data, "train"), open_samples(recipe.data, "val")
@@ -228,7 +229,11 @@ def _prepare(recipe: Recipe, device: torch.device) -> _Run:
     if samples.task == "classification" and (config.dice_weight or config.ohem is not None):
         raise UserError("train.dice_weight and train.ohem are for segmentation; remove them")
     seed_everything(config.seed)
-    model, report = build_model(recipe.model, len(samples.classes))
+    if resumed is None:
+        model, report = build_model(recipe.model, len(samples.classes))
+    else:
+        names = [key.removeprefix("model.") for key in load_state(resumed)[0] if key.startswith("model.")]
+        model, report = build_for(names, recipe.model, len(samples.classes))
     return _Run(recipe, device, model.to(device), report, samples, held_out)
 
 

@@ -209,6 +209,15 @@ def test_resume_wants_the_same_recipe(tmp_path: Path) -> None:
     train(tiny("train.epochs=1", "data.num_workers=1"), tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("norm", ["nd", "bn"])
+def test_resume_needs_nothing_of_what_the_run_started_from(norm: str, tmp_path: Path) -> None:
+    train(tiny(f"model.norm={norm}", "train.epochs=1"), tmp_path / "first")
+    recipe = tiny(f"model.norm={norm}", f"model.init={tmp_path / 'first'}", "train.epochs=1")
+    line = train(recipe, tmp_path / "run")
+    shutil.rmtree(tmp_path / "first")
+    assert train(recipe, tmp_path / "run", resume=True)["epoch"] == line["epoch"] == 1
+
+
 def test_one_process_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = train_module._Run._step
 

@@ -90,16 +90,17 @@ def build_model(
         options = {key: value for key, value in options.items() if key not in _PRETRAINED_OPTIONS}
     model = _call(architecture, encoder, num_classes, options, config.architecture)
     if pretrained and config.init is not None:
-        from segdeconv.checkpoint import build_for, find_checkpoint, read_info, start_from
+        from segdeconv.checkpoint import build_for, find_checkpoint, read_info, read_state, start_from
 
-        start = read_info(find_checkpoint(config.init)).recipe.model.norm
+        path = find_checkpoint(config.init)
+        start = read_info(path).recipe.model.norm
         if start == "nd" and config.norm == "bn":
             raise UserError(
                 f"model.init = {config.init}: holds network deconvolution, which batch norm cannot start "
                 "from; give the run of its batch-norm twin, or --norm nd"
             )
         if start == "nd":
-            model, report = build_for(config.init, config, num_classes)
+            model, report = build_for(read_state(path), config, num_classes)
             start_from(model, config.init, num_classes)
             return model, report
         start_from(model, config.init, num_classes)
