@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,8 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from segdeconv.errors import UserError
-from segdeconv.files import write_atomically
+from segdeconv.files import read_json_lines, write_atomically
 from segdeconv.images import Palette, Picture, overlay
 
 _NAMED_CLASSES = 40  # a confusion matrix of more classes is drawn without names and numbers
@@ -112,14 +110,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    path = run / "metrics.jsonl"
-    try:
-        whole = path.read_text().rpartition("\n")[0]
-        return [json.loads(line) for line in whole.splitlines()]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error})") from None
+    return read_json_lines(run / "metrics.jsonl")
 
 
 @dataclass(frozen=True)

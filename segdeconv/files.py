@@ -75,6 +75,34 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "segdeconv"
 
 
+def read_json_lines(path: Path, missing_ok: bool = False) -> list[dict[str, Any]]:
+    """The objects of a file with one in each line. A last line that was cut short does not count.
+
+    Args:
+        missing_ok: a file that is not there is an empty one.
+
+    Raises:
+        UserError: it cannot be read, or is damaged.
+    """
+    if missing_ok and not path.exists():
+        return []
+    try:
+        whole = path.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error})") from None
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """Add a line; a last one that was cut short gives way to it."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(f"{to_json(value)}\n".encode())
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON text; NaN and infinity, which JSON does not have, become null."""
 

@@ -85,6 +85,15 @@ def test_sparsity_of_known_distributions(
     assert hoyer == pytest.approx(expected[2], abs=1e-3)
 
 
+def test_sparsity_is_that_of_single_features() -> None:
+    """Wide and narrow features together are not sparse, and those that do not vary do not count."""
+    rows = torch.randn(1, 100_000, 4, dtype=torch.float64)
+    want = sparsity(rows)
+    mixed = torch.cat((rows * torch.tensor([0.01, 1, 5, 20]) + 3, torch.full_like(rows, 7)), 2)
+    assert sparsity(mixed) == pytest.approx(want, rel=1e-9)
+    assert np.isnan(sparsity(torch.full_like(rows, 7))).all()
+
+
 def test_difference_of_gaussians_is_found() -> None:
     y, x = np.mgrid[-5:6, -5:6]
     gaussian = {s: np.exp(-(x**2 + y**2) / (2 * s * s)) for s in (0.8, 2.0)}
@@ -195,3 +204,25 @@ def test_a_run(norm: str, tmp_path: Path) -> None:
     report = inspect_run(run, tmp_path / "one", filters=True, sparsity=False, spectrum=False)
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"inspect.json", "filters.png"}
     assert "layers" not in report
+
+
+@pytest.mark.parametrize(
+    ("keep", "change", "sets"),
+    [
+        ("encoder.model.conv_stem", "", 1),
+        ("decoder*", "", 2),
+        ("segmentation_head*", "model.network_deconv.block_size=1", 1),
+    ],
+)
+def test_a_run_with_kept_layers(keep: str, change: str, sets: int, tmp_path: Path) -> None:
+    """Layers that stayed plain have no whitened view; tables and pictures do without."""
+    recipe = tiny(f"model.keep=[{keep!r}]", *filter(None, [change]))
+    samples = open_samples(recipe.data, "val")
+    model, _ = build_model(recipe.model, len(samples.classes))
+    info = CheckpointInfo(recipe, "segmentation", samples.classes, samples.palette, 1, {})
+    save_checkpoint(tmp_path / "last.safetensors", model, info)
+    report = inspect_run(tmp_path, tmp_path / "out")
+    assert {len(layer["condition"]) for layer in report["layers"]} == {2, 3}
+    assert len(report["filters"]) == sets
+    table = summary(report)[0]
+    assert [str(column.header) for column in table.columns][-1] == "median\nwhitened"

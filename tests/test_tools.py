@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from segdeconv.files import append_json_line
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))  # the tools import each other
@@ -16,6 +19,9 @@ paper_page = importlib.import_module("paper_page")
 accuracy_vs_time = paper_page.accuracy_vs_time
 reproduce_linear = paper_page.reproduce_linear
 reproduce_table1 = paper_page.reproduce_table1
+bench_step = importlib.import_module("bench_step")
+bench_whitening = importlib.import_module("bench_whitening")
+gradient_by_sampling = importlib.import_module("gradient_by_sampling")
 
 
 def test_the_papers_page_holds_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +138,24 @@ def test_table1() -> None:
     assert "| 50.00 |  |  | 1 | 100 |  |" in rows[6]
 
 
+def test_batch_norm_had_nds_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    """The rows of the repository had as many steps as fit; a row that had not is refused."""
+    lines = reproduce_table1.read(ROOT / reproduce_table1.MEASURED, 1, reproduce_table1.ALL)
+    runs = {(line["network"], line["seed"], line["arm"]): line for line in lines}
+    for (network, seed, arm), line in runs.items():
+        if arm == "bn_for_nds_time":
+            bn, nd = (runs[network, seed, other] for other in ("bn", "nd"))
+            assert line["steps"] == reproduce_table1.steps_in_time(bn, nd), (network, seed)
+    out = tmp_path / "table1.jsonl"
+    bn, nd = trained("vgg16", "bn", 0, 0.1), {**trained("vgg16", "nd", 0, 0.6), "seconds": 110.0}
+    for line in (bn, nd, trained("vgg16", "bn_for_nds_time", 0, 0.2)):
+        append_json_line(out, line)
+    monkeypatch.setattr(sys, "argv", ["tool", "--networks", "vgg16", "--out", str(out)])
+    with pytest.raises(SystemExit):
+        reproduce_table1.main()
+    assert "seed 0 had 390 steps, but nd's time is 429" in capsys.readouterr().err
+
+
 def test_verdicts_on_table1() -> None:
     text = paper_page.table1_part([*TABLE1, {**TABLE1[0], "epochs": 20, "pictures": 500}])
     for sentence in (
@@ -218,6 +242,19 @@ def test_verdicts_on_mnist() -> None:
     assert "takes 1.5 to 4 times as long" in text
 
 
+# Operations.
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_operations_of_grouped_convolutions(groups: int) -> None:
+    conv = torch.nn.Conv2d(4, 8, 3, groups=groups)
+    x = torch.randn(2, 4, 6, 7, requires_grad=True)
+    forward = 2 * (2 * 8 * 4 * 5) * (9 * 4 // groups)
+    assert bench_step.operations(lambda: conv(x)) == forward
+    assert bench_step.operations(lambda: conv(x).sum().backward(), times=2) == 3 * forward
+    assert bench_step.operations(lambda: conv(x.detach()).sum().backward()) == 2 * forward
+
+
 # Bad input.
 
 
@@ -234,6 +271,12 @@ def test_verdicts_on_mnist() -> None:
         (accuracy_vs_time, ["camvid", "--at-best"], "--at-best"),
         (accuracy_vs_time, ["six_conv", "--epochs", "0"], "--epochs"),
         (accuracy_vs_time, ["--figure", "curves.png"], "curves.png"),
+        (accuracy_vs_time, ["--table", "--out", "runs.jsonl"], "runs.jsonl holds no run yet"),
+        (bench_step, ["nonsense"], "nonsense"),
+        (bench_step, ["--cycles", "0"], "--cycles"),
+        (bench_step, ["--device", "abacus"], "abacus"),
+        (bench_whitening, ["--channels", "0"], "--channels"),
+        (gradient_by_sampling, ["--encoder", "nonsense"], "nonsense"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -50,7 +50,7 @@ from segdeconv.data import eval_loader, open_samples, train_loader
 from segdeconv.errors import UserError
 from segdeconv.evaluate import ignore_index_of, score, torch_predictor
 from segdeconv.figures import spread
-from segdeconv.files import make_folder, write_atomically
+from segdeconv.files import append_json_line, make_folder, read_json_lines, write_atomically
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, size_multiple
 from segdeconv.models.cifar import mobilenet_v2, resnet18, six_conv
@@ -166,6 +166,7 @@ def convert(model: nn.Module, arm: str) -> nn.Module:
     for layer in model.modules():
         if mode == "depthwise" and isinstance(layer, layers.Whitened):
             layer.decorrelates = True
+            layer.reset_running_stats()
         if mode == "own" and isinstance(layer, layers.Whitened):
             layer.__class__ = type(mode, (OwnBlocks, type(layer)), {})
             layer.reset_running_stats()
@@ -236,7 +237,7 @@ def cifar(split: str, count: int) -> tuple[Tensor, Tensor]:
 
 
 class Cifar:
-    """12,800 pictures, mirrored and shifted by up to four pixels; top-1 on 4,000 test pictures."""
+    """12,800 pictures, mirrored, and shifted a batch at a time; top-1 on 4,000 test pictures."""
 
     def __init__(self, seed: int) -> None:
         self.train, self.test = cifar("train", 12_800), cifar("test", 4_000)
@@ -352,7 +353,7 @@ def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_json_lines(path, missing_ok=True)
 
 
 Key = tuple[str, int, str]  # task, epochs, arm
@@ -476,9 +477,10 @@ def measure(arguments: argparse.Namespace) -> None:
             if any(key.items() <= line.items() for line in read(arguments.out)):
                 continue
             line = run(task, arm, lr, seed, epochs)
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_json_line(arguments.out, line)
             print(f"{task} {arm} lr {lr:g} seed {seed}: {line['final']:.4f}", flush=True)
+    if arguments.table and not read(arguments.out):
+        raise UserError(f"--table: {arguments.out} holds no run yet; name a task to train")
     if arguments.table:
         print(table(read(arguments.out)))
     if arguments.figure:

@@ -24,13 +24,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from segdeconv.config import ModelConfig, NetworkDeconvConfig, TrainConfig
+from segdeconv.errors import UserError
 from segdeconv.layers import Whitened
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, resolve
-from segdeconv.train import make_optimizer
+from segdeconv.train import make_optimizer, pick_device
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,24 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     return step
 
 
+def _of_convolution_backward(
+    grad: list[int], x: list[int], weight: list[int], bias: Any, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int, wanted: list[bool], **_: Any,
+) -> int:  # fmt: skip
+    return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed)
+
+
+def operations(step: Callable[[], object], times: int = 1) -> float:
+    """Floating-point operations a step, a multiplication and an addition being two."""
+    # torch 2.14 counts a grouped convolution's weight gradient as many times too high as there are groups.
+    right = {torch.ops.aten.convolution_backward: _of_convolution_backward}
+    counter = FlopCounterMode(display=False, custom_mapping=right)
+    with counter, torch.compiler.set_stance("force_eager"):
+        for _ in range(times):
+            step()
+    return counter.get_total_flops() / times
+
+
 def seconds(step: Callable[[], None], device: torch.device) -> float:
     start = time.perf_counter()
     step()
@@ -107,6 +126,7 @@ def peak_mib(name: str, network: Network, arm: str, device: torch.device, amp: b
     command = [sys.executable, __file__, name, "--arms", arm, "--memory-of-this-process"]
     command += ["--batch", str(network.batch), "--size", *map(str, network.size)]
     command += ["--amp"] * amp + ["--compile"] * network.compiled
+    command += ["--threads", str(torch.get_num_threads())]
     # glibc would keep freed activations: without a threshold every large block goes back at once.
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -138,12 +158,7 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
                 cycle[arm] += seconds(steps[arm], device) / CYCLE
         for arm in arms:
             times[arm].append(cycle[arm])
-    gflop = {}
-    for arm in arms:
-        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-            for _ in range(CYCLE if arm == "fast" else 1):
-                steps[arm]()
-        gflop[arm] = counter.get_total_flops() / (CYCLE if arm == "fast" else 1) / 1e9
+    gflop = {arm: operations(steps[arm], CYCLE if arm == "fast" else 1) / 1e9 for arm in arms}
     steps.clear()
     peaks = {arm: peak_mib(name, network, arm, device, amp) for arm in arms}
     base = arms[0]
@@ -168,12 +183,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--amp", action="store_true", help="bf16 autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile, both twins")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--memory-of-this-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.threads:
+    numbers = (arguments.cycles, arguments.batch, arguments.threads, *(arguments.size or ()))
+    if min(number for number in numbers if number is not None) < 1:
+        parser.error("--cycles, --batch, --size and --threads must be at least 1")
+    try:
+        measure(arguments)
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    device = pick_device(arguments.device)
     for name in arguments.networks or TARGETS:
         network = TARGETS.get(name) or Network(name, 8, (160, 224))
         network = replace(

@@ -23,7 +23,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segdeconv.config import NetworkDeconvConfig
+from segdeconv.errors import UserError
+from segdeconv.files import make_folder, write_atomically
 from segdeconv.layers import WhitenedConv2d
+from segdeconv.train import pick_device
 from segdeconv.whitening import (
     channel_moments,
     inverse_sqrt,
@@ -104,31 +107,32 @@ def parts(channels: int, size: tuple[int, int], batch: int, device: torch.device
     rows = rows[: max(8 * features, 1024)]
     moments = torch.stack((mean, var)).requires_grad_()
 
-    def backward(output: torch.Tensor) -> Callable[[], object]:
+    # Gradients are taken, not added to those in leaves, which would be another pass over the map.
+    def backward(output: torch.Tensor, *leaves: torch.Tensor) -> Callable[[], object]:
         ones = torch.randn_like(output)
-        return lambda: torch.autograd.backward(output, ones, retain_graph=True)
+        return lambda: torch.autograd.grad(output, leaves, ones, retain_graph=True)
 
     def moments_backward() -> None:
-        torch.autograd.backward(channel_moments(x), (grad, moments.detach()))
+        torch.autograd.grad(channel_moments(x), x, (grad, moments.detach()))
 
     def product() -> torch.Tensor:
         return standardise_and_fold(fast.weight, fast.bias, moments, fast.running_whitening, blocks, 1e-5)[0]
 
     rows_and_functions = {
         "convolution, forward": lambda: conv(x),
-        "convolution, backward": backward(conv(x)),
+        "convolution, backward": backward(conv(x), x, *conv.parameters()),
         "batch norm, forward": lambda: norm(x),
-        "batch norm, backward": backward(norm(x)),
+        "batch norm, backward": backward(norm(x), x, *norm.parameters()),
         "channel moments, forward": lambda: channel_moments(x.detach()),
         "channel moments, forward and backward": moments_backward,
         "weight product, forward": product,
-        "weight product, backward": backward(product()),
+        "weight product, backward": backward(product(), fast.weight, moments),
         f"covariance of {len(rows)} patches": lambda: rows.T @ rows,
         f"root of {features} features": lambda: shrunk_inverse_sqrt(fast.running_cov, fast.cov_samples),
         "five Newton-Schulz iterations": lambda: inverse_sqrt(fast.running_cov, 1e-5, 5),
         "fast layer, refresh": lambda: fast._refresh(x.detach(), moments.detach(), samples, 0, 0.1),
         "exact layer, forward": lambda: exact(x),
-        "exact layer, backward": backward(exact(x)),
+        "exact layer, backward": backward(exact(x), x, *exact.parameters()),
     }
     print(f"  {blocks} blocks of {features} features, ms:")
     for name, took in zip(rows_and_functions, milliseconds(*rows_and_functions.values()), strict=True):
@@ -150,7 +154,7 @@ def ratio(width: int, side: int, batch: int, device: torch.device) -> float:
     def cycle(model: nn.Module) -> Callable[[], object]:
         def steps() -> None:
             for _ in range(CYCLE):
-                model(x).backward(grad)
+                torch.autograd.grad(model(x), (x, *model.parameters()), grad)
 
         return steps
 
@@ -175,7 +179,7 @@ def figure(path: Path, batch: int, device: torch.device) -> None:
     ax.set_ylabel("step of a 3x3 layer over batch norm's")
     ax.legend()
     fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    write_atomically(path, lambda temporary: fig.savefig(temporary, dpi=110))
     print(path)
 
 
@@ -185,13 +189,19 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(16, 16), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--figure", type=Path, help="draw step time against width and resolution instead")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if arguments.figure:
-        figure(arguments.figure, arguments.batch, device)
-    else:
-        parts(arguments.channels, tuple(arguments.size), arguments.batch, device)
+    if min(arguments.channels, arguments.batch, *arguments.size) < 1:
+        parser.error("--channels, --batch and --size must be at least 1")
+    try:
+        device = pick_device(arguments.device)
+        if arguments.figure:
+            make_folder(arguments.figure.parent)
+            figure(arguments.figure, arguments.batch, device)
+        else:
+            parts(arguments.channels, tuple(arguments.size), arguments.batch, device)
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

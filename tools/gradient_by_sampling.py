@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from segdeconv import layers
 from segdeconv.config import NetworkDeconvConfig, load_recipe
 from segdeconv.data import open_samples, train_loader
+from segdeconv.errors import UserError
 from segdeconv.models import build_model
 from segdeconv.whitening import shrunk_inverse_sqrt
 
@@ -38,9 +39,16 @@ def main() -> None:
     parser.add_argument("--encoder", default="mobilenet_v2")
     parser.add_argument("--size", type=int, nargs=2, default=(80, 112), metavar=("HEIGHT", "WIDTH"))
     arguments = parser.parse_args()
+    try:
+        measure(arguments.encoder, arguments.size)
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def measure(encoder: str, size: list[int]) -> None:
     recipe = load_recipe(
         "toy_unet_resnet18",
-        [f"model.encoder={arguments.encoder}", f"data.size={list(arguments.size)}", "data.count=[8, 1]"],
+        [f"model.encoder={encoder}", f"data.size={list(size)}", "data.count=[8, 1]"],
     )
     samples = open_samples(recipe.data, "train")
     batch = next(iter(train_loader(samples, recipe.data, 8, seed=0, multiple=1)))

@@ -1,6 +1,6 @@
 """What of the paper's claims was found here: writes docs/paper.md and its pictures into docs/paper/.
 
-    python tools/paper_page.py                      # with the pictures of every entry whose data is at hand
+    python tools/paper_page.py                      # needs CamVid and CIFAR-10 in data/
 
 The figures come from docs/measured (tools/reproduce_table1.py, reproduce_linear.py, accuracy_vs_time.py),
 from the metrics of the zoo's entries and, for what layers read, from their networks, as `segdeconv inspect`
@@ -9,6 +9,7 @@ measures them. Whether a claim holds is decided here by the rules that the page 
 
 from __future__ import annotations
 
+import argparse
 import math
 import shutil
 import statistics
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import accuracy_vs_time
-import numpy as np
 import reproduce_linear
 import reproduce_table1
 
@@ -27,7 +27,7 @@ from segdeconv.config import load_recipe
 from segdeconv.entries import entry_folder, entry_names
 from segdeconv.errors import UserError
 from segdeconv.files import make_folder, write_atomically
-from segdeconv.inspection import inspect_run
+from segdeconv.inspection import VIEWS, inspect_run, median_of
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.zoo import listed, measured
 
@@ -175,11 +175,7 @@ def inspection_part() -> str:
     for name in entry_names():
         norm, _, dataset = name.partition(".")[2].partition("_")
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                report = inspect_run(name, Path(folder))
-            except UserError as error:
-                parts.append(f"{name}: not measured, {error}\n")
-                continue
+            report = inspect_run(name, Path(folder))
             pictures = []
             if norm == "nd" and dataset not in shown:  # one set of pictures a data set is enough
                 shown.add(dataset)
@@ -192,22 +188,22 @@ def inspection_part() -> str:
 
 def of_entry(name: str, report: dict[str, Any], pictures: list[str]) -> str:
     layers = report["layers"]
-    views = list(layers[0]["condition"])
+    views = [view for view in VIEWS if any(view in layer["condition"] for layer in layers)]
     rows = [
         f"### {name}, {len(layers)} layers\n",
         f"| median over layers | {' | '.join(views)} |",
         f"|---|{'---:|' * len(views)}",
     ]
     for key, title in MEASURES.items():
-        medians = [np.nanmedian([layer[key][view] for layer in layers]) for view in views]
+        medians = [median_of(layers, key, view) for view in views]
         rows.append(f"| {title} | {' | '.join(f'{m:.0f}' if m >= 100 else f'{m:.3f}' for m in medians)} |")
     rows.append("")
     if "whitened" in views:
         whitening = [x for x in layers if x["whitens"]]
         if len(whitening) < len(layers):
             rows.append(
-                f"Counted are the {len(whitening)} layers that whiten; the others are depthwise, and fast "
-                "mode standardises what they read.\n"
+                f"Counted are the {len(whitening)} layers that whiten; the others are depthwise ones, whose "
+                "input fast mode standardises, or kept as they were.\n"
             )
         for key, what, sign in (
             ("condition", "whitened patches are better conditioned than standardised ones", -1),
@@ -262,8 +258,9 @@ def page() -> str:
         "[whitening.md](whitening.md) says how they differ.\n",
         measured_part(),
         "## What layers read: correlation, centre-surround filters, sparsity\n",
-        "Of the zoo's networks, on pictures of their validation split; *standardised* is what batch norm "
-        "could make of the same input.\n",
+        "Of the zoo's networks, on pictures of their validation split; *standardised* is the most that batch "
+        "norm could make of the same input. Condition numbers are also the larger the fewer patches a layer "
+        "reads, in all views. Sparsity is that of every feature in units of its own standard deviation.\n",
         inspection_part(),
     ]
     return "\n".join(parts)
@@ -276,12 +273,25 @@ def draw_measured() -> None:
     reproduce_linear.picture(linear, PICTURES / "linear.png")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.parse_args()
+    try:
+        make_page()
+    except UserError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def make_page() -> None:
     make_folder(PICTURES)
-    draw_measured()
     text = page()
+    draw_measured()
     write_atomically(DOCS / "paper.md", lambda path: path.write_text(text))
     for picture in PICTURES.glob("*.png"):
         if f"paper/{picture.name}" not in text:
             picture.unlink()
     print(DOCS / "paper.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,6 @@ Writes --out, a line a training; what is there is not done again. tools/paper_pa
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -34,7 +33,7 @@ from segdeconv.config import DataConfig, NetworkDeconvConfig
 from segdeconv.data import open_samples
 from segdeconv.errors import UserError
 from segdeconv.figures import spread
-from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.files import append_json_line, make_folder, read_json_lines, write_atomically
 from segdeconv.train import seed_everything
 
 ARMS = {"plain": "no normalisation", "bn": "batch norm", "nd": "network deconvolution"}
@@ -124,12 +123,16 @@ def loss_of(output: Tensor, labels: Tensor, squared: bool) -> Tensor:
 
 
 def best(lines: list[dict[str, Any]], task: str, arm: str) -> list[dict[str, Any]]:
-    """The trainings at the learning rate with the lowest final loss, of those that did not diverge."""
+    """The trainings at the learning rate with the lowest final loss, of those rates with the most seeds that
+    did not diverge.
+    """
     by_lr: dict[float, list[dict[str, Any]]] = {}
     for line in lines:
         if line["task"] == task and line["arm"] == arm:
             by_lr.setdefault(line["lr"], []).append(line)
     whole = [runs for runs in by_lr.values() if all(x["final"] is not None for x in runs)]
+    most = max(map(len, whole), default=0)
+    whole = [runs for runs in whole if len(runs) == most]
     return min(whole, key=lambda runs: statistics.fmean(x["final"] for x in runs), default=[])
 
 
@@ -203,7 +206,7 @@ def main() -> None:
 def reproduce(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     path = make_folder(arguments.out.parent) / arguments.out.name
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = read_json_lines(path, missing_ok=True)
     data = {split: load(arguments.data, split) for split in ("train", "val")}
     for seed in arguments.seeds:
         for task in TASKS:
@@ -213,8 +216,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
                     if any(key.items() <= line.items() for line in lines):
                         continue
                     lines.append(run(task, arm, lr, seed, data))
-                    with path.open("a") as file:
-                        file.write(to_json(lines[-1]) + "\n")
+                    append_json_line(path, lines[-1])
                     print(f"{task} {arm} lr {lr:g} seed {seed}: {lines[-1]['final']}", flush=True)
     print(table(lines))
 
