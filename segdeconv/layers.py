@@ -64,7 +64,7 @@ def _again() -> bool:
 
 
 # With fewer, statistics are so noisy that gradients grow from layer to layer: in a U-Net on MobileNetV2 the
-# first layer's was 25 times as large without this rule (tools/gradient_by_sampling.py).
+# first layer's was 33 times as large without this rule (tools/gradient_by_sampling.py).
 _SAMPLES_PER_FEATURE = 8
 _FEWEST_SAMPLES = 128  # fast mode, for blocks of few features
 
