@@ -147,13 +147,14 @@ def train(
 
 def _train(recipe: Recipe, out: Path, device: torch.device, resume: bool) -> dict[str, Any]:
     resume = resume and has_state(out)
-    if resume:
-        check_same_recipe(out, recipe)
-    run = _prepare(recipe, device, out if resume else None)
+    run = None if resume else _prepare(recipe, device)  # what fails in it leaves no folder behind
     make_folder(out)
     with _only_process(out), _signals() as stop:
         distributed.wait()  # before rank 0 leaves traces of a new run, the others have looked
-        if rank() == 0 and not resume:
+        if run is None:
+            check_same_recipe(out, recipe)
+            run = _prepare(recipe, device, out)
+        elif rank() == 0:
             create_run_folder(out, recipe)
         try:
             return run.fit(out, resume, stop)

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": LEAVES | {"config", "convert", "checkpoint"},
     "download": FILES | {"progress"},
     "entries": FILES | {"download", "progress"},
-    "checkpoint": FILES | {"config", "entries", "models", "progress"},
+    "checkpoint": FILES | {"config", "convert", "entries", "models", "progress"},
     "evaluate": PICTURES
     | {"checkpoint", "config", "data", "distributed", "export", "figures", "metrics", "models"}
     | {"progress", "runtime"},
