@@ -77,11 +77,11 @@ def test_the_best_rate_has_the_most_seeds_and_the_best_mean() -> None:
 def test_accuracy_tables() -> None:
     lines = accuracy_vs_time.table(RUNS).splitlines()
     assert lines[:3] == [
-        "| task | epochs | arm | lr | seeds | final | standard error | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-        "| six_conv | 2 | bn | 0.05 | 1 | 0.4000 |  | 20 |",
+        "| task | epochs | arm | rates tried | lr | seeds | final | standard error | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| six_conv | 2 | bn | 2 | 0.05 | 1 | 0.4000 |  | 20 |",
     ]
-    assert "| six_conv | 2 | fast | 0.2 | 3 | 0.6000 | 0.0577 | 21 |" in lines  # 0.1 / sqrt(3)
+    assert "| six_conv | 2 | fast | 3 | 0.2 | 3 | 0.6000 | 0.0577 | 21 |" in lines  # 0.1 / sqrt(3)
     rows = accuracy_vs_time.explained(RUNS).splitlines()[2:]
     assert [tuple(row.split(" | ")[:2]) for row in rows] == [
         ("| 2", "bn"), ("| 2", "fast"), ("| 2", "exact"), ("| 2", "fast:block_size=8"),

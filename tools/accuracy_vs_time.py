@@ -374,8 +374,12 @@ def best(lines: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    rows = [[*key, *measured(runs)] for key, runs in sorted(best(lines).items())]
-    return markdown(["task", "epochs", "arm", *_MEASURED], rows)
+    rows = [[*key, rates(lines, key), *measured(runs)] for key, runs in sorted(best(lines).items())]
+    return markdown(["task", "epochs", "arm", "rates tried", *_MEASURED], rows)
+
+
+def rates(lines: list[dict[str, Any]], key: Key) -> int:
+    return len({line["lr"] for line in lines if (line["task"], line["epochs"], line["arm"]) == key})
 
 
 def explained(lines: list[dict[str, Any]]) -> str:
@@ -383,8 +387,7 @@ def explained(lines: list[dict[str, Any]]) -> str:
     chosen, rows = best(lines), []
     for key in sorted(chosen, key=lambda key: (key[1], rank(key[2]))):
         _, epochs, arm = key
-        tried = {line["lr"] for line in lines if line["epochs"] == epochs and line["arm"] == arm}
-        rows.append([epochs, arm, described(arm), len(tried), *measured(chosen[key])])
+        rows.append([epochs, arm, described(arm), rates(lines, key), *measured(chosen[key])])
     return markdown(["epochs", "arm", "what it is", "rates tried", *_MEASURED], rows)
 
 
@@ -417,9 +420,10 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
 
     complete = [line for line in lines if len(line["curve"]) == line["epochs"]]
     chosen = {key: runs for key, runs in best(complete).items() if key[2] in ("bn", "exact", "fast")}
-    tasks = sorted({key[:2] for key in chosen if key[2] == "bn"})  # beside which the others are drawn
+    # Batch norm is what the others are drawn beside, and one epoch's single point is no curve.
+    tasks = sorted({key[:2] for key in chosen if key[2] == "bn" and key[1] > 1})
     if not tasks:
-        raise UserError(f"--figure {path}: there is no whole run of bn yet to draw the others beside")
+        raise UserError(f"--figure {path}: there is no whole run of bn of two epochs or more to draw beside")
     chosen = {key: runs for key, runs in chosen.items() if key[:2] in tasks}
     fig, axes = plt.subplots(len(tasks), 2, figsize=(9, 3 * len(tasks)), squeeze=False)
     colours = {"bn": "tab:grey", "exact": "tab:orange", "fast": "tab:blue"}
