@@ -99,7 +99,9 @@ def append_json_line(path: Path, value: dict[str, Any]) -> None:
     """Add a line; a last one that was cut short gives way to it."""
     with path.open("a+b") as file:
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        there = file.read()
+        if not there.endswith(b"\n"):  # else left alone: another process may be adding to it
+            file.truncate(there.rfind(b"\n") + 1)
         file.write(f"{to_json(value)}\n".encode())
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from segdeconv.files import append_json_line
+from segdeconv.errors import UserError
+from segdeconv.files import append_json_line, read_json_lines
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))  # the tools import each other
@@ -240,6 +241,23 @@ def test_verdicts_on_mnist() -> None:
     )
     assert "at the same rates, in 1 of 2 tasks; not in perceptron, cross-entropy." in text
     assert "takes 1.5 to 4 times as long" in text
+
+
+# Files of results.
+
+
+def test_a_line_that_was_cut_short_gives_way(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    assert read_json_lines(path, missing_ok=True) == []
+    for value in (1, 2):
+        append_json_line(path, {"value": value})
+    path.write_text(path.read_text() + '{"value": 3')
+    assert read_json_lines(path) == [{"value": 1}, {"value": 2}]
+    append_json_line(path, {"value": 4})
+    assert read_json_lines(path) == [{"value": 1}, {"value": 2}, {"value": 4}]
+    path.write_text('{"value": \n{"value": 1}\n')
+    with pytest.raises(UserError, match=r"runs\.jsonl: is damaged"):
+        read_json_lines(path)
 
 
 # Operations.
