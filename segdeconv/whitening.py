@@ -133,7 +133,7 @@ def _moment_rows(x: Tensor) -> Tensor:
 def _dense(rows: Tensor, x: Tensor) -> Tensor:
     """``rows`` of ``x``, copied where batch norm's kernels are slow on rows of their dtype and layout."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) if x.ndim == 4 else False
-    if channels_last and x.shape[1] < 8:  # with so few, those kernels take nine times as long
+    if channels_last and x.shape[1] < 8:  # with so few, those kernels are slow
         return rows.contiguous()
     if channels_last:
         return rows.contiguous(memory_format=torch.channels_last)
