@@ -37,11 +37,9 @@ def fold_network_deconv(model: nn.Module) -> nn.Module:
     gone: dict[nn.Module, nn.Module] = {}
     for norm_name, layer_name in structure.norm_after.items():
         norm, layer = modules[norm_name], modules[layer_name]
-        foldable = is_plain_layer(layer) or isinstance(layer, NEVER_WHITENED)
+        foldable = is_plain_layer(layer) or type(layer) in NEVER_WHITENED
         if foldable and is_plain_norm(norm) and norm.running_mean is not None:
             if norm_name in structure.guessed or not isinstance(layer.weight, nn.Parameter):
-                continue
-            if layer._forward_hooks or norm._forward_pre_hooks:  # which may change what is between the two
                 continue
             fold_batch_norm(layer, norm)
             gone[norm] = leftover(norm)

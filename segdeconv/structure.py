@@ -62,7 +62,8 @@ class Structure:
 
     Attributes:
         norm_after: batch norm -> the layer (convolution or linear) whose output alone it reads.
-        guessed: those of ``norm_after`` that rest on module order or on an unknown layout, not on proof.
+        guessed: those of ``norm_after`` that rest on module order or on an unknown layout, not on proof, or
+            have hooks in between that may change what they read.
         norm_before: batch norm -> the layers that alone read what it puts out.
         in_place: activation modules that write into what a ``norm_before`` batch norm puts out, or may do so
             with a ``guessed`` one. Without the norm they would write into its input, which others may read.
@@ -314,20 +315,25 @@ def _value_users(node: fx.Node) -> list[fx.Node]:
 
 
 def _layer_before(node: fx.Node, norm: Any, module_of: _ModuleOf) -> tuple[fx.Node | None, bool]:
-    """The call of the layer that batch norm ``node`` alone reads, and whether its axes are certain."""
+    """The call of the layer that batch norm ``node`` alone reads, and whether it certainly reads what the
+    layer puts out, along its channels.
+    """
     source, flattened = _input(node), False
+    hooked = bool(norm._forward_pre_hooks)  # which may change what is between the two
     while source is not None and len(_value_users(source)) == 1:
         layer = module_of(source)
+        hooked = hooked or (layer is not None and bool(layer._forward_hooks))
         if isinstance(layer, (*WEIGHTED, *NEVER_WHITENED)):
             if out_channels(layer) != norm.num_features:
                 return None, False
             # Behind a linear layer, (n, C) is normalised along C, but (n, L, C) along L.
-            return source, flattened or not isinstance(layer, nn.Linear)
+            return source, not hooked and (flattened or not isinstance(layer, nn.Linear))
         # levit flattens tokens between a linear layer and its norm: (n, L, C) to (n·L, C).
         tokens = source.target == "flatten" and tuple(source.args[1:]) == (0, 1)
         flattened = flattened or tokens
         if not tokens and not isinstance(layer, _UNCHANGED):
             break
+        hooked = hooked or (layer is not None and bool(layer._forward_pre_hooks))
         source = _input(source)
     return None, False
 
@@ -343,7 +349,9 @@ def _readers(node: fx.Node, module_of: _ModuleOf) -> list[fx.Node] | None:
             continue
         seen.add(user)
         module = module_of(user)
-        if isinstance(module, WEIGHTED):
+        if isinstance(module, NEVER_WHITENED):
+            readers.append(user)
+        elif isinstance(module, WEIGHTED):
             if _is_pooled(user, module_of) and _gates(user):
                 queue.extend(_value_users(user))  # squeeze-and-excite: its gate joins the map again
             else:

@@ -99,12 +99,32 @@ def test_the_original_is_untouched() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("place", ["after the layer", "before the norm"])
-def test_no_fold_across_a_hook_that_changes_what_is_between(place: str) -> None:
-    model = scramble_batch_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
-    if place == "after the layer":
-        model[0].register_forward_hook(lambda module, args, out: out.clamp(-0.2, 0.2))
+@pytest.mark.parametrize(
+    "place", ["after the layer", "after what is between", "before it", "before the norm"]
+)
+@pytest.mark.parametrize("step", ["fold", "warm start"])
+def test_no_fold_across_a_hook_that_changes_what_is_between(place: str, step: str) -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    model = scramble_batch_norms(layers).eval()
+    if place.startswith("after"):
+        hooked = model[0] if place == "after the layer" else model[1]
+        hooked.register_forward_hook(lambda module, args, out: out.clamp(-0.2, 0.2))
     else:
-        model[1].register_forward_pre_hook(lambda module, args: (args[0].clamp(-0.2, 0.2),))
+        hooked = model[2] if place == "before the norm" else model[1]
+        hooked.register_forward_pre_hook(lambda module, args: (args[0].clamp(-0.2, 0.2),))
     x = torch.randn(2, 3, 9, 9)
-    torch.testing.assert_close(fold_network_deconv(model)(x), model(x))
+    want = model(x)
+    if step == "warm start":
+        model, _ = convert_to_network_deconv(model, SMALL, warm_start=True)
+    torch.testing.assert_close(fold_network_deconv(model)(x), want)
+
+
+class ReLUConv3d(nn.Conv3d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # named as on the torch layer
+        return super().forward(x).relu()
+
+
+def test_no_fold_into_a_layer_with_a_forward_of_its_own() -> None:
+    model = scramble_batch_norms(nn.Sequential(ReLUConv3d(2, 3, 2), nn.BatchNorm3d(3))).eval()
+    x = torch.randn(2, 2, 4, 4, 4)
+    assert torch.equal(fold_network_deconv(model)(x), model(x))
