@@ -191,9 +191,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         ``model``, in the mode it was in.
 
     Raises:
-        UserError: no batch was given, the network holds no whitened layer, one of them shares its weight or
-            bias with another layer or has none of its own, or statistics are not finite. The network is
-            unchanged.
+        UserError: no batch was given or one is no images, the network holds no whitened layer, one of them
+            shares its weight or bias with another layer or has none of its own, or statistics are not finite.
+            The network is unchanged.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Whitened)}
     if not layers:
@@ -230,6 +230,16 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     count = 0
     try:
         for batch in batches:
+            if not (isinstance(batch, Tensor) and batch.is_floating_point() and batch.numel()):
+                what = (
+                    f"{tuple(batch.shape)} {batch.dtype}"
+                    if isinstance(batch, Tensor)
+                    else type(batch).__name__
+                )
+                raise UserError(
+                    f"calibrate: a batch is {what}; expected images (n, C, H, W) as floating-point numbers, "
+                    "without labels"
+                )
             model(batch)
             count += 1
     finally:

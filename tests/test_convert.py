@@ -5,7 +5,7 @@ import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -539,6 +539,27 @@ def test_converting_twice_keeps_what_is_whitened() -> None:
     assert model[0] is first
     assert reasons(report, "kept") == {"0": "whitened already"}
     assert isinstance(model[1], WhitenedLinear)
+
+
+def test_a_batch_norm_that_feeds_what_is_never_whitened_is_kept() -> None:
+    layers = nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2)
+    model, report = convert_to_network_deconv(nn.Sequential(*layers))
+    assert isinstance(model[2], nn.BatchNorm2d)
+    assert {entry.name: entry.reason for entry in report.layers}["2"] == "feeds 4, which is kept"
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        ((torch.zeros(1, 3, 8, 8), torch.zeros(1)), "a batch is tuple"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"a batch is \(1, 3, 8, 8\) torch.uint8"),
+        (torch.zeros(0, 3, 8, 8), r"a batch is \(0, 3, 8, 8\)"),
+    ],
+)
+def test_calibrate_says_what_a_batch_should_be(batch: Any, says: str) -> None:
+    model, _ = convert_to_network_deconv(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with pytest.raises(UserError, match=f"{says}.*; expected images"):
+        calibrate(model, [batch])
 
 
 @pytest.mark.parametrize("batches", [[], [torch.full((1, 3, 8, 8), float("nan"))]])
