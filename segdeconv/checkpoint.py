@@ -56,9 +56,14 @@ def create_run_folder(path: Path, recipe: Recipe) -> None:
     Raises:
         UserError: the folder cannot be made, or holds a run already.
     """
-    if (path / "metrics.jsonl").exists() or has_state(path):
+    if has_state(path):
         raise UserError(
             f"{path}: holds a run already; go on with --resume, choose another --out, or remove it first"
+        )
+    if (path / "metrics.jsonl").exists():
+        raise UserError(
+            f"{path}: holds a run without its {_STATE}, so it cannot go on; choose another --out, or remove "
+            "it first"
         )
     make_folder(path)
     text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
@@ -146,11 +151,13 @@ def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def check_same_recipe(run: Path, recipe: Recipe) -> None:
     """Raise UserError unless a run was begun with this recipe, but for keys that do not change the result."""
     begun = flat(recipe_to_dict(load_recipe(run / "recipe.yaml")))
-    for key, value in flat(recipe_to_dict(recipe)).items():
-        if begun.get(key) != value and key not in FREE_KEYS:
+    now = flat(recipe_to_dict(recipe))
+    for key in sorted((begun.keys() | now.keys()) - set(FREE_KEYS)):
+        was, asked = (repr(values[key]) if key in values else "not set" for values in (begun, now))
+        if was != asked:
             raise UserError(
-                f"{run}: was begun with {key} = {begun.get(key)!r}, not {value!r}; resume it with the same "
-                "recipe and --set, or choose another --out"
+                f"{run}: was begun with {key} = {was}, not {asked}; resume it with the same recipe and "
+                "--set, or choose another --out"
             )
 
 
@@ -282,5 +289,6 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, holds: str) -> 
         what = lines[1] if len(lines) > 1 else lines[0]
         raise UserError(
             f"{path}: holds {holds}, whose weights do not fit the network: {what[:200]}; architecture, "
-            "encoder, model.options and, of a deconvolved one, model.network_deconv must be the same"
+            "encoder, model.options and, of a deconvolved one, model.network_deconv and model.keep must be "
+            "the same"
         ) from None

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 
 from segdeconv.checkpoint import (
     CheckpointInfo,
+    build_for,
+    check_same_recipe,
     create_run_folder,
     find_checkpoint,
     load_checkpoint,
@@ -19,7 +22,7 @@ from segdeconv.checkpoint import (
     save_checkpoint,
     start_from,
 )
-from segdeconv.config import NetworkDeconvConfig, Recipe, load_recipe
+from segdeconv.config import ModelConfig, NetworkDeconvConfig, Recipe, load_recipe
 from segdeconv.errors import UserError
 from segdeconv.files import sha256_of, to_json, write_atomically
 from segdeconv.models import build_model
@@ -123,8 +126,27 @@ def test_a_deconvolved_network_is_started_from(saved: tuple[Path, torch.nn.Modul
     with pytest.raises(UserError, match=r"holds network deconvolution, .* or --norm nd"):
         build_model(replace(TWIN.model, init=str(path)), 3)
     other = replace(RECIPE.model, init=str(path), network_deconv=NetworkDeconvConfig(block_size=2))
-    with pytest.raises(UserError, match=r"model\.network_deconv must be the same"):
+    with pytest.raises(UserError, match=r"model\.network_deconv and model\.keep must be the same"):
         build_model(other, 3)
+    other = replace(RECIPE.model, init=str(path), network_deconv=NetworkDeconvConfig(block_size=4, eps=0.01))
+    with pytest.raises(UserError, match=r"eps = 1e-05, not 0\.01"):
+        build_model(other, 3)
+
+
+def test_what_torchvision_changes_where_weights_are_asked_for_is_rebuilt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = torchvision.models.googlenet(init_weights=False)
+    monkeypatch.setattr(
+        torchvision.models.GoogLeNet_Weights, "get_state_dict", lambda *_, **__: trained.state_dict()
+    )
+    config = ModelConfig("googlenet", norm="bn", options={"weights": "DEFAULT"})
+    begun, _ = build_model(config, 1000)
+    rebuilt, _ = build_for(begun.state_dict(), config, 1000)
+    rebuilt.load_state_dict(begun.state_dict())
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(rebuilt.eval()(x), begun.eval()(x))
 
 
 @pytest.mark.parametrize("first", ["nd", "bn"])
@@ -177,11 +199,35 @@ def test_json_has_no_nan() -> None:
     assert to_json({"a": [float("nan"), 1.5], "b": float("inf")}) == '{"a": [null, 1.5], "b": null}'
 
 
-def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("metrics.jsonl", "holds a run without its state"),
+        ("state.previous.safetensors", "holds a run already"),
+    ],
+)
+def test_a_run_is_never_overwritten(file: str, says: str, tmp_path: Path) -> None:
     create_run_folder(tmp_path / "run", RECIPE)
-    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="holds a run already"):
+    (tmp_path / "run" / file).write_text("{}")
+    with pytest.raises(UserError, match=says):
         create_run_folder(tmp_path / "run", RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "says"),
+    [
+        ({"decoder_channels": [8, 4]}, {}, r"options.decoder_channels = \[8, 4\], not not set"),
+        ({}, {"decoder_channels": [8, 4]}, r"options.decoder_channels = not set, not \[8, 4\]"),
+    ],
+)
+def test_resuming_with_an_option_more_or_less(begun: dict, now: dict, says: str, tmp_path: Path) -> None:
+    def recipe(options: dict) -> Recipe:
+        return replace(RECIPE, model=replace(RECIPE.model, options={"encoder_depth": 2, **options}))
+
+    create_run_folder(tmp_path, recipe(begun))
+    check_same_recipe(tmp_path, replace(recipe(begun), data=replace(RECIPE.data, num_workers=7)))
+    with pytest.raises(UserError, match=says):
+        check_same_recipe(tmp_path, recipe(now))
 
 
 @pytest.mark.parametrize("what", ["missing", "empty"])

@@ -87,19 +87,29 @@ def build_model(
     architecture, encoder = resolve(config)
     options = dict(config.options)
     if not pretrained:
-        options = {key: value for key, value in options.items() if key not in _PRETRAINED_OPTIONS}
+        implied = architecture.with_weights if options.get("weights") else {}
+        asked = {key: value for key, value in options.items() if key not in _PRETRAINED_OPTIONS}
+        options = implied | asked
     model = _call(architecture, encoder, num_classes, options, config.architecture)
     if pretrained and config.init is not None:
         from segdeconv.checkpoint import build_for, find_checkpoint, read_info, read_state, start_from
 
         path = find_checkpoint(config.init)
-        start = read_info(path).recipe.model.norm
+        trained = read_info(path).recipe.model
+        start = trained.norm
         if start == "nd" and config.norm == "bn":
             raise UserError(
                 f"model.init = {config.init}: holds network deconvolution, which batch norm cannot start "
                 "from; give the run of its batch-norm twin, or --norm nd"
             )
         if start == "nd":
+            if (
+                trained.network_deconv.eps != config.network_deconv.eps
+            ):  # which fits, but scales what it reads
+                raise UserError(
+                    f"model.init = {config.init}: was trained with model.network_deconv.eps = "
+                    f"{trained.network_deconv.eps:g}, not {config.network_deconv.eps:g}; give the same"
+                )
             model, report = build_for(read_state(path), config, num_classes)
             start_from(model, config.init, num_classes)
             return model, report

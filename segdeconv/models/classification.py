@@ -13,6 +13,11 @@ from segdeconv.models.registry import Architecture
 # vgg11 means the network with batch norm: the plain one has no twin to compare with.
 _WITH_BATCH_NORM = {name: f"{name}_bn" for name in ("vgg11", "vgg13", "vgg16", "vgg19")}
 
+_WITH_WEIGHTS: dict[str, dict[str, Any]] = {
+    "googlenet": {"transform_input": True, "aux_logits": False},
+    "inception_v3": {"transform_input": True},
+}
+
 
 def _torchvision(name: str) -> Architecture:
     def build(num_classes: int, encoder: str | None, options: dict[str, Any]) -> nn.Module:
@@ -21,7 +26,7 @@ def _torchvision(name: str) -> Architecture:
             _WITH_BATCH_NORM.get(name, name), num_classes=num_classes, **options
         )
 
-    return Architecture("classification", build)
+    return Architecture("classification", build, with_weights=_WITH_WEIGHTS.get(name, {}))
 
 
 def timm_architecture(name: str) -> Architecture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -11,12 +11,17 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Architecture:
-    """One entry: ``build(num_classes, encoder, options)`` returns the network with batch norm."""
+    """One entry: ``build(num_classes, encoder, options)`` returns the network with batch norm.
+
+    ``with_weights`` are the options that its library sets where ``weights`` are asked for, if they change
+    more than the weights.
+    """
 
     task: Literal["segmentation", "classification"]
     build: Callable[[int, str | None, dict[str, Any]], nn.Module]
     takes_encoder: bool = False
     default_encoder: str = "resnet18"
+    with_weights: dict[str, Any] = field(default_factory=dict)
 
 
 def merge(*registries: dict[str, Architecture]) -> dict[str, Architecture]:
