@@ -122,12 +122,9 @@ class Whitened(nn.Module):
         self._shape = groups, self.num_blocks, block, taps
         #: Fast mode: added to the step count, so that the layers of a network refresh on different steps.
         self.refresh_offset = 0
-        #: Whether correlation is whitened. In fast mode it is not between the taps of depthwise layers: on
-        #: small maps networks train worse with it, and on large ones no better. Another value counts from the
-        #: next `reset_running_stats`; state that is loaded brings its own.
-        self.decorrelates = config.mode != "fast" or groups == 1 or channels > 1
         self._enrol()
-        self.reset_running_stats()
+        # On small maps whitened taps of depthwise layers make networks train worse, on large ones no better.
+        self._start_anew(decorrelates=config.mode != "fast" or groups == 1 or channels > 1)
 
     def _enrol(self) -> None:
         """A number of its own for every layer, copies included, by which compiled code finds it again.
@@ -144,22 +141,42 @@ class Whitened(nn.Module):
         self._enrol()
         self._step = None
 
+    @property
+    def decorrelates(self) -> bool:
+        """Whether correlation is whitened. In fast mode it is not between the taps of depthwise layers,
+        unless `decorrelate` or a state from when it was the rule says so.
+        """
+        return self.running_whitening is not None
+
+    def decorrelate(self, on: bool) -> None:
+        """Whiten correlation, or only standardise (fast mode). Running values are as before the first batch.
+
+        Raises:
+            ValueError: exact and reference mode have nothing but the whitening.
+        """
+        if not on and self.config.mode != "fast":
+            raise ValueError(f"{self.config.mode} mode cannot do without whitening; mode='fast' can")
+        self._start_anew(on)
+
     def reset_running_stats(self) -> None:
         """Running values as before the first batch: mean zero, scale one, whitening identity."""
+        self._start_anew(self.decorrelates)
+
+    def _start_anew(self, decorrelates: bool) -> None:
         groups, blocks, block, taps = self._shape
         features = block * taps
         like = self.weight.new_empty((), dtype=_at_least_float32(self.weight.dtype))
         counter = torch.tensor(0, device=self.weight.device)
         identity = None
-        if self.decorrelates:
+        if decorrelates:
             identity = torch.eye(features, dtype=like.dtype, device=like.device).repeat(groups, 1, 1)
         if self.config.mode == "fast":
             channels = groups * blocks * block
             mean, var = like.new_zeros(channels), like.new_full((channels,), 1 - self.config.eps)
             self.register_buffer("running_moments", torch.stack((mean, var)))
             self.register_buffer("running_cov", None if identity is None else torch.zeros_like(identity))
-            self.register_buffer("cov_samples", like.new_ones(()) if self.decorrelates else None)
-            self.register_buffer("num_refreshes", counter.clone() if self.decorrelates else None)
+            self.register_buffer("cov_samples", like.new_ones(()) if decorrelates else None)
+            self.register_buffer("num_refreshes", counter.clone() if decorrelates else None)
         else:
             means = 1 if self.config.mode == "reference" else blocks
             self.register_buffer("running_mean", like.new_zeros(groups, means, features))
@@ -201,8 +218,7 @@ class Whitened(nn.Module):
         if self.config.mode == "fast" and depthwise and f"{prefix}running_moments" in state:
             decorrelates = f"{prefix}running_whitening" in state
             if decorrelates != self.decorrelates:
-                self.decorrelates = decorrelates
-                self.reset_running_stats()
+                self.decorrelate(decorrelates)
         super()._load_from_state_dict(state, prefix, *args)
         self._step = None
 

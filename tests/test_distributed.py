@@ -33,6 +33,7 @@ CASES = {
     "fast conv": (lambda: WhitenedConv2d(8, 6, 3, padding=1), (8, 8, 9, 10)),
     "fast conv on maps of which every third row counts": (lambda: WhitenedConv2d(8, 6, 3), (8, 8, 34, 5)),
     "fast grouped conv": (lambda: WhitenedConv2d(8, 6, 3, stride=2, groups=2), (8, 8, 9, 10)),
+    "fast depthwise conv": (lambda: WhitenedConv2d(8, 8, 3, groups=8), (8, 8, 9, 10)),
     "fast linear": (lambda: WhitenedLinear(6, 5), (8, 6)),
     "exact conv": (lambda: WhitenedConv2d(8, 6, 3, padding=1, config=CONFIG["exact"]), (8, 8, 9, 10)),
     # A rank with 5 of 8 images that takes them for half of the batch would choose a larger stride.

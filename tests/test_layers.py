@@ -164,14 +164,20 @@ def test_folded_conv_is_the_layer_in_evaluation(
     torch.testing.assert_close(plain(x), want, rtol=0, atol=tolerance * want.abs().max().item())
 
 
+def test_exact_mode_cannot_do_without_whitening() -> None:
+    layer = WhitenedConv2d(4, 4, 3, config=NetworkDeconvConfig(mode="exact"))
+    with pytest.raises(ValueError, match="exact mode cannot do without whitening"):
+        layer.decorrelate(False)
+    assert layer.decorrelates
+
+
 @pytest.mark.parametrize("once", [True, False])
 def test_loaded_state_says_whether_a_depthwise_layer_decorrelates(once: bool) -> None:
     """Weights from when depthwise layers whitened go on as they began, and new ones do in an old layer."""
 
     def depthwise(decorrelates: bool) -> WhitenedConv2d:
         layer = WhitenedConv2d(4, 4, 3, groups=4)
-        layer.decorrelates = decorrelates
-        layer.reset_running_stats()
+        layer.decorrelate(decorrelates)
         return layer
 
     assert not WhitenedConv2d(4, 4, 3, groups=4).decorrelates

@@ -165,8 +165,7 @@ def convert(model: nn.Module, arm: str) -> nn.Module:
     model, _ = convert_to_network_deconv(model, config, warm_start=mode == "warm")
     for layer in model.modules():
         if mode == "depthwise" and isinstance(layer, layers.Whitened):
-            layer.decorrelates = True
-            layer.reset_running_stats()
+            layer.decorrelate(True)
         if mode == "own" and isinstance(layer, layers.Whitened):
             layer.__class__ = type(mode, (OwnBlocks, type(layer)), {})
             layer.reset_running_stats()
