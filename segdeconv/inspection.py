@@ -472,7 +472,7 @@ def summary(report: dict[str, Any]) -> list[Any]:
 
 def median_of(layers: list[dict[str, Any]], key: str, view: str) -> float:
     """The median over the layers of ``inspect.json`` that have this view."""
-    return float(np.nanmedian([layer[key].get(view, math.nan) for layer in layers]))
+    return float(np.nanmedian(np.array([layer[key].get(view) for layer in layers], float)))  # null is NaN
 
 
 def _table(report: dict[str, Any]) -> Table:
