@@ -78,6 +78,7 @@ OF_FAST = {
     "unscaled": "fast mode with live mean, but the covariance of the raw patches: no live channel scale",
     "unshrunk": "fast mode without shrinkage of covariances that rest on few samples",
     "depthwise": "fast mode that whitens between the taps of depthwise layers too",
+    "slow_head": "fast mode whose linear layers learn at a tenth of the rate",
     "all_rows": "fast mode with channel statistics from every row of large maps, not every third",
     "warm": "batch norm for the first half, then fast mode with the network's function kept (warm start)",
 }
@@ -302,7 +303,13 @@ TASKS: dict[str, tuple[Callable[[int], Any], Callable[[Any], nn.Module], int]] =
 
 def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any]:
     def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
+        linear = {
+            p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters()
+        }
+        slow = linear if arm.partition(":")[0] == "slow_head" else set()
+        rest = [p for p in model.parameters() if p not in slow]
+        groups = [{"params": rest, "share": 1.0}, {"params": list(slow), "share": 0.1}]
+        return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
 
     make_data, build, _ = TASKS[task]
     data = make_data(seed)
@@ -324,7 +331,8 @@ def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any
             losses = []
             for images, targets in data.epoch(epoch):
                 start = time.process_time()
-                optimizer.param_groups[0]["lr"] = lr * lr_factor(done, total, warmup, "cosine", 1)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["share"] * lr * lr_factor(done, total, warmup, "cosine", 1)
                 optimizer.zero_grad(set_to_none=True)
                 with torch.autocast("cpu", torch.bfloat16):
                     output = model(images)
