@@ -156,7 +156,7 @@ def check_same_recipe(run: Path, recipe: Recipe) -> None:
         was, asked = (repr(values[key]) if key in values else "not set" for values in (begun, now))
         if was != asked:
             raise UserError(
-                f"{run}: was begun with {key} = {was}, not {asked}; resume it with the same recipe and "
+                f"{run}: was begun with {key} = {was}, now it is {asked}; resume it with the same recipe and "
                 "--set, or choose another --out"
             )
 

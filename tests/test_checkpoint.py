@@ -216,8 +216,8 @@ def test_a_run_is_never_overwritten(file: str, says: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("begun", "now", "says"),
     [
-        ({"decoder_channels": [8, 4]}, {}, r"options.decoder_channels = \[8, 4\], not not set"),
-        ({}, {"decoder_channels": [8, 4]}, r"options.decoder_channels = not set, not \[8, 4\]"),
+        ({"decoder_channels": [8, 4]}, {}, r"options.decoder_channels = \[8, 4\], now it is not set"),
+        ({}, {"decoder_channels": [8, 4]}, r"options.decoder_channels = not set, now it is \[8, 4\]"),
     ],
 )
 def test_resuming_with_an_option_more_or_less(begun: dict, now: dict, says: str, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_lost_lines_do_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_resume_wants_the_same_recipe(tmp_path: Path) -> None:
     train(tiny("train.epochs=1"), tmp_path / "run")
-    with pytest.raises(UserError, match=r"was begun with train.lr = .*, not 0.5; resume it with the same"):
+    with pytest.raises(UserError, match=r"was begun with train.lr = .*, now it is 0.5; resume it with"):
         train(tiny("train.epochs=1", "train.lr=0.5"), tmp_path / "run", resume=True)
     with pytest.raises(UserError, match="go on with --resume"):
         train(tiny("train.epochs=1"), tmp_path / "run")
