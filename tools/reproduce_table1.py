@@ -179,7 +179,8 @@ def table(lines: list[dict[str, Any]], epochs: int) -> str:
         columns = [title, f"{max(x['parameters'] for arm in runs.values() for x in arm) / 1e6:.2f}"]
         columns += [f"{value:.2f}" for value in known_figures.get(epochs, ())] or [""] * len(known)
         columns += [shown([100 * x["top1"] for x in arm]) for arm in runs.values()]
-        columns.append(str(min(len(arm) for arm in runs.values() if arm)))
+        seeds = [str(len(arm)) for arm in runs.values() if arm]
+        columns.append("/".join(seeds) if len(set(seeds)) > 1 else seeds[0])  # of every arm where they differ
         columns += [
             f"{np.mean([x['seconds'] for x in runs[a]]):.0f}" if runs[a] else "" for a in WEIGHT_DECAY
         ]
