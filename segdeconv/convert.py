@@ -155,12 +155,17 @@ def convert_to_network_deconv(
                 swaps[module] = nn.Sequential(_as_affine(module), swaps[module])
         elif layer.name in structure.norm_after:
             _normalise_filters(modules[structure.norm_after[layer.name]])
+    normalised = {
+        structure.norm_after.get(layer.name) for layer in report.layers if layer.action == "removed"
+    }
     for offset, layer in enumerate(report.layers):
         module = modules[layer.name]
         if layer.action != "swapped":
             continue
         if isinstance(module, nn.Linear):
             whitened: Any = WhitenedLinear.from_linear(module, config)
+            if layer.name not in normalised:
+                whitened.hold_back(keep_function=warm_start)
         else:
             whitened = WhitenedConv2d.from_conv(module, config)
         whitened.refresh_offset = offset

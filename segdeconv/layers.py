@@ -72,6 +72,11 @@ _FEWEST_SAMPLES = 128  # fast mode, for blocks of few features
 # on a map; but of a batch of two a linear layer sees two values a channel, which alone would become +-1.
 _PRIOR_SAMPLES = 16
 
+# Fast mode: the squared norm of what a linear layer reads, whitened, is its number of features, and so is how
+# far a step moves its outputs, which nothing normalises. Beyond so many features both are held back
+# (docs/whitening.md, wide heads).
+_FULL_RATE_FEATURES = 128
+
 # Fast mode under bfloat16 autocast: so many multiplications of weight and whitening matrix take less time in
 # bfloat16. Fewer, and the small operations beside them take more (CPU with AMX).
 _LOW_PRECISION_PAYS = 2**25
@@ -93,7 +98,9 @@ class Whitened(nn.Module):
         running_cov: (G, F, F), of the standardised features; the whitening matrix is made from it.
         cov_samples: how many patches ``running_cov`` rests on.
         num_refreshes: how often it was updated.
-    A layer that does not decorrelate has neither of the last three nor a whitening matrix: all are None.
+        gain: linear layers multiply their weight by it.
+    A layer that does not decorrelate has neither of ``running_cov``, ``cov_samples`` and
+    ``num_refreshes`` nor a whitening matrix: all are None.
     """
 
     weight: Tensor
@@ -103,6 +110,7 @@ class Whitened(nn.Module):
     running_cov: Any
     cov_samples: Any
     num_refreshes: Any
+    gain: Any  # a Tensor in linear layers in fast mode, else None
     num_batches_tracked: Tensor
     running_moments: Tensor
     _step: int | None
@@ -120,6 +128,8 @@ class Whitened(nn.Module):
         # The authors interleave (channel, tap) features over blocks in convolutions, not in linear layers.
         self.interleaved = reference and isinstance(self, nn.Conv2d)
         self._shape = groups, self.num_blocks, block, taps
+        held = config.mode == "fast" and isinstance(self, nn.Linear)
+        self.register_buffer("gain", self.weight.new_ones((), dtype=torch.float32) if held else None)
         #: Fast mode: added to the step count, so that the layers of a network refresh on different steps.
         self.refresh_offset = 0
         self._enrol()
@@ -219,6 +229,8 @@ class Whitened(nn.Module):
             decorrelates = f"{prefix}running_whitening" in state
             if decorrelates != self.decorrelates:
                 self.decorrelate(decorrelates)
+        if self.gain is not None and f"{prefix}running_moments" in state:
+            state.setdefault(f"{prefix}gain", torch.ones_like(self.gain))  # from when there was none
         super()._load_from_state_dict(state, prefix, *args)
         self._step = None
 
@@ -303,7 +315,7 @@ class Whitened(nn.Module):
         weight, bias = unfold_whitening(
             weight, bias, self.running_whitening, mean, self.num_blocks, self.interleaved, scale
         )
-        self.weight.copy_(weight)
+        self.weight.copy_(weight if self.gain is None else weight / self.gain)
         self.bias.copy_(bias)
 
     @torch.no_grad()
@@ -351,8 +363,11 @@ class Whitened(nn.Module):
         bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
         with _no_autocast(self.weight):
             return fold_whitening(
-                self.weight, bias, whitening, mean, self.num_blocks, self.interleaved, scale
+                self._gained_weight(), bias, whitening, mean, self.num_blocks, self.interleaved, scale
             )
+
+    def _gained_weight(self) -> Tensor:
+        return self.weight if self.gain is None else self.weight * self.gain
 
     # Exact and reference mode: batch statistics of the patches, with gradient.
 
@@ -443,7 +458,7 @@ class Whitened(nn.Module):
             moments = self._steadied(moments, samples, running)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
             weight, bias = standardise_and_fold(
-                self.weight,
+                self._gained_weight(),
                 bias,
                 moments,
                 whitening,
@@ -747,6 +762,18 @@ class WhitenedLinear(Whitened, nn.Linear):
         """Whiten an existing linear layer: its Parameters are reused, a missing bias is added as zeros."""
         return _adopt(cls(linear.in_features, linear.out_features, config=config, device="meta"), linear)
 
+    @torch.no_grad()
+    def hold_back(self, keep_function: bool) -> None:
+        """In fast mode, let a layer of more than 128 features learn no faster than one of 128: its weight is
+        multiplied by ``gain``, so that steps of SGD change what it computes by the square of that.
+        ``keep_function`` makes a new weight, divided by it; without, outputs start smaller.
+        """
+        if self.gain is None:
+            return
+        self.gain.fill_(min(1.0, math.sqrt(_FULL_RATE_FEATURES / self.in_features)))
+        if keep_function:
+            self.weight = nn.Parameter(self.weight / self.gain, self.weight.requires_grad)
+
     def to_linear(self) -> nn.Linear:
         """The plain linear layer that computes what this layer does in evaluation."""
         return _give(self, nn.Linear(self.in_features, self.out_features, device="meta"))
@@ -792,6 +819,8 @@ def _adopt(layer: Any, plain: Any) -> Any:
     else:
         zeros = plain.weight.new_zeros(len(plain.weight))
         layer.bias = nn.Parameter(zeros, requires_grad=plain.weight.requires_grad)
+    if layer.gain is not None:
+        layer.gain = layer.gain.new_ones((), device=plain.weight.device)  # it was on meta
     layer.reset_running_stats()
     return layer.train(plain.training)
 

@@ -743,3 +743,36 @@ def test_compiled_code_is_shared_and_every_call_counts() -> None:
 
     thrice(x)
     assert many[0].num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("keep_function", [True, False])
+def test_a_wide_linear_layer_learns_no_faster_than_one_of_128(keep_function: bool) -> None:
+    layer = WhitenedLinear(512, 3).double()
+    plain = nn.Linear(512, 3).double()
+    held = WhitenedLinear.from_linear(copy.deepcopy(plain))
+    held.hold_back(keep_function)
+    x = torch.randn(64, 512, dtype=torch.float64)
+    for module in (layer, held):
+        assert module.gain == (1 if module is layer else 0.5)
+    if keep_function:
+        torch.testing.assert_close(held.eval()(x), plain(x), rtol=0, atol=1e-14)
+    held.train()
+    free = copy.deepcopy(held)
+    with torch.no_grad():
+        free.gain.fill_(1)
+        free.weight.mul_(0.5)
+    steps = []
+    for module in (held, free):
+        module(x).square().sum().backward()
+        steps.append(module.gain * module.weight.grad)
+    torch.testing.assert_close(steps[0], steps[1] / 4, rtol=1e-12, atol=0)
+    torch.testing.assert_close(held.eval()(x), held.to_linear()(x), rtol=0, atol=1e-12)
+
+
+def test_state_from_before_wide_linear_layers_were_held_back() -> None:
+    layer, old = WhitenedLinear(200, 3), WhitenedLinear(200, 3)
+    layer.hold_back(keep_function=False)
+    state = {name: value for name, value in old.state_dict().items() if name != "gain"}
+    layer.load_state_dict(state)
+    x = torch.randn(4, 200)
+    assert torch.equal(layer.eval()(x), old.eval()(x))
