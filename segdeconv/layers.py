@@ -28,6 +28,7 @@ from segdeconv.whitening import (
     fold_whitening,
     inverse_sqrt,
     patch_moments,
+    patches_at,
     per_feature,
     sample_patches,
     shrunk_inverse_sqrt,
@@ -41,19 +42,24 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@torch.compiler.assume_constant_result  # not every torch can trace the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _low_precision(x: Tensor) -> torch.dtype | None:
     """bfloat16 where autocast computes in it, which leaves float64 alone; float16 has too little range for
     gradients divided by the scale of a channel.
     """
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return None
     bfloat16 = torch.get_autocast_dtype(device) == torch.bfloat16 and x.dtype != torch.float64
     return torch.bfloat16 if bfloat16 else None
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(x.device.type):
+    if _has_autocast(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 
@@ -132,6 +138,8 @@ class Whitened(nn.Module):
         self.register_buffer("gain", self.weight.new_ones((), dtype=torch.float32) if held else None)
         #: Fast mode: added to the step count, so that the layers of a network refresh on different steps.
         self.refresh_offset = 0
+        #: Fast mode: whether the next steps renew the whitening; None: by the number of steps taken.
+        self.renew: bool | None = None
         self._enrol()
         # On small maps whitened taps of depthwise layers make networks train worse, on large ones no better.
         self._start_anew(decorrelates=config.mode != "fast" or groups == 1 or channels > 1)
@@ -234,9 +242,10 @@ class Whitened(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
         self._step = None
 
-    def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[int, int] = (0, 0)) -> Tensor:
-        """Rows of features, (N, G·K·F) in float32 or wider, on a grid of output positions: ``every`` rows and
-        columns apart, from row and column ``first`` on.
+    def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[Any, Any] | None = None) -> Tensor:
+        """Rows of features, (N, G·K·F) in float32 or wider, on a grid of output positions ``every`` rows and
+        columns apart: from the corner on, or from row and column ``first``, numbers or tensors less than
+        ``every``, as many as are there wherever the grid starts.
         """
         raise NotImplementedError
 
@@ -321,7 +330,7 @@ class Whitened(nn.Module):
     @torch.no_grad()
     def patches(self, x: Tensor, at_least: int) -> Tensor:
         """What the layer reads at evenly spread positions of ``x``, (N, G, K, F): ``at_least`` so many, if
-        there are, and up to twice as many, or a row and a column less.
+        there are, and not many more.
         """
         x = self._batched(x)
         every = self._grid(x, at_least, len(x))
@@ -402,15 +411,12 @@ class Whitened(nn.Module):
         return every
 
     def _grid(self, x: Tensor, wanted: float, images: int) -> tuple[int, int]:
-        """Rows and columns apart, the widest grid with ``wanted`` samples of ``images``, or all positions.
-
-        One that does not start in the corner may have a row and a column less.
-        """
+        """Rows and columns apart, the widest grid with ``wanted`` samples of ``images``, or all positions."""
         height, width = self._positions(x)
         every = 1, 1
         for n in range(2, 2 * max(height, width)):  # 2x1, 2x2, 3x2, ...
             down, right = min(n // 2 + 1, height), min((n + 1) // 2, width)
-            if images * math.ceil(height / down) * math.ceil(width / right) < wanted:
+            if images * (height // down) * (width // right) < wanted:
                 break
             every = down, right
         return every
@@ -442,7 +448,7 @@ class Whitened(nn.Module):
         low_precision = _low_precision(x) if products >= _LOW_PRECISION_PAYS else None
         with _no_autocast(x):
             x, moments, samples = self._channel_moments(x)
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() and (self.renew is None or world_size() > 1):
                 running, renewed = _follow_outside_graph(
                     x.detach(),
                     moments.detach(),
@@ -455,6 +461,9 @@ class Whitened(nn.Module):
             else:
                 self._follow(x.detach(), moments.detach(), samples)
                 running, whitening = self.running_moments, self.running_whitening
+                if torch.compiler.is_compiling():
+                    running = _snapshot(running)
+                    whitening = _snapshot(whitening) if self.renew and self.decorrelates else whitening
             moments = self._steadied(moments, samples, running)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
             weight, bias = standardise_and_fold(
@@ -496,20 +505,28 @@ class Whitened(nn.Module):
         if _again():
             return
         self._update_moments(moments, self.config.momentum)
-        step = self._steps_taken() - 1
-        turn = step + self.refresh_offset
-        every = min(self.config.refresh_every, max(step // _STEPS_AN_INTERVAL, 1))
-        if self.decorrelates and turn % every == 0:
-            self._refresh(
-                x, self._steadied(moments, samples, self.running_moments), samples, turn, self.config.momentum
-            )
+        turn: Any
+        due = self.renew
+        if torch.compiler.is_compiling():  # a number would be part of the graph
+            turn = self.num_batches_tracked - 1 + self.refresh_offset
+        else:
+            step = self._steps_taken() - 1
+            turn = step + self.refresh_offset
+            if due is None:
+                due = turn % _interval(step, self.config) == 0
+        if self.decorrelates and due:
+            moments = self._steadied(moments, samples, self.running_moments)
+            self._refresh(x, moments, samples, turn, self.config.momentum)
 
     @torch.no_grad()
     def _update_moments(self, moments: Tensor, momentum: float | None) -> None:
-        self._step = self._steps_taken() + 1
+        if torch.compiler.is_compiling():
+            count: Any = self.num_batches_tracked.to(moments.dtype) + 1
+        else:
+            count = self._step = self._steps_taken() + 1
         self.num_batches_tracked += 1  # finite or not: the schedule counts steps
         finite = (moments.abs() < math.inf).all()  # false where one is NaN
-        _lerp_(self.running_moments, moments, _step_size(momentum, self._step), finite)
+        _lerp_(self.running_moments, moments, _step_size(momentum, count), finite)
 
     @torch.no_grad()
     def _pool_moments(self, moments: Tensor, zeros: float) -> None:
@@ -529,7 +546,7 @@ class Whitened(nn.Module):
         return self._step
 
     @torch.no_grad()
-    def _refresh(self, x: Tensor, moments: Tensor, samples: Any, turn: int, momentum: float | None) -> None:
+    def _refresh(self, x: Tensor, moments: Tensor, samples: Any, turn: Any, momentum: float | None) -> None:
         """Take second moments of standardised patches into ``running_cov`` and renew the whitening."""
         groups, blocks, block, taps = self._shape
         wanted = max(_SAMPLES_PER_FEATURE * block * taps, _FEWEST_SAMPLES) / blocks
@@ -537,8 +554,10 @@ class Whitened(nn.Module):
         every = self._grid(x, wanted, images)
         # A grid that always starts in the corner sees too much padding. Fractions of a two-dimensional
         # golden ratio spread its start evenly, and depend on nothing but the step.
-        down, right = turn * 0.7548777 % 1, turn * 0.5698403 % 1
-        first = int(down * every[0]), int(right * every[1])
+        turn = turn.double() if isinstance(turn, Tensor) else turn
+        first = tuple(
+            _whole(turn * share % 1 * n) for share, n in zip((0.7548777, 0.5698403), every, strict=True)
+        )
         patches = self._sample(x, every, first).unflatten(1, (groups, blocks, -1))
         mean, scale = self._mean_and_scale(moments)
         patches_GNF = ((patches - mean) * scale).transpose(0, 1).flatten(1, 2)
@@ -554,10 +573,52 @@ class Whitened(nn.Module):
         # The variance of a weighted mean of independent samples, as a number of equally weighted ones.
         counted = 1 / ((1 - step).square() / self.cov_samples + step.square() / rows)
         self.cov_samples.copy_(torch.where(finite, counted, self.cov_samples))
+        whitening = shrunk_inverse_sqrt(self.running_cov, self.cov_samples)
+        if torch.compiler.is_compiling():  # CUDA graphs read it where it is
+            self.running_whitening.copy_(whitening)
+            return
         # A new tensor: a forward pass before this one may still need the old one for its backward pass.
         with torch.inference_mode(False):
             renewed = torch.empty_like(self.running_cov)
-        self.running_whitening = renewed.copy_(shrunk_inverse_sqrt(self.running_cov, self.cov_samples))
+        self.running_whitening = renewed.copy_(whitening)
+
+
+def _whole(number: Any) -> Any:
+    return number.long() if isinstance(number, Tensor) else int(number)
+
+
+def _interval(step: int, config: NetworkDeconvConfig) -> int:
+    """Fast mode: how many steps apart renewals are after so many steps."""
+    return min(config.refresh_every, max(step // _STEPS_AN_INTERVAL, 1))
+
+
+class RenewalSchedule:
+    """Which steps of a compiled network renew its whitening: all layers at once.
+
+    A layer that decides for itself does so in Python, outside the graphs of torch.compile, and every layer
+    is a hole in them. With a schedule there are two graphs without any, one with renewals and one without.
+
+        renewals = RenewalSchedule(network)
+        for images, targets in batches:
+            renewals.step()
+            loss(network(images), targets).backward()
+
+    Args:
+        model: after its state is loaded: the number of steps it has made is read here, once. Layers in exact
+            mode have nothing to schedule.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = (layer for layer in model.modules() if isinstance(layer, Whitened))
+        self.layers = [layer for layer in layers if layer.config.mode == "fast"]
+        self.steps = max((layer._steps_taken() for layer in self.layers), default=0)
+
+    def step(self) -> None:
+        """Before the forward pass of every training step."""
+        for layer in self.layers:
+            layer.renew = self.steps % _interval(self.steps, layer.config) == 0
+            layer._step = None  # compiled steps do not count in it
+        self.steps += 1
 
 
 _LAYERS: WeakValueDictionary[int, Whitened] = WeakValueDictionary()
@@ -603,6 +664,19 @@ def _(
     return torch.empty_like(running_moments), none if running_whitening is None else none.new_empty(
         running_whitening.shape
     )
+
+
+# torch's partitioner may compute a value again in the backward pass from a buffer that the forward pass has
+# written since (pytorch/pytorch#197039), but never the result of an operation it does not know.
+@torch.library.custom_op("segdeconv::snapshot", mutates_args=())
+def _snapshot(running: Tensor) -> Tensor:
+    """What a buffer holds now, for the backward pass."""
+    return running.clone()
+
+
+@_snapshot.register_fake
+def _(running: Tensor) -> Tensor:
+    return torch.empty_like(running)
 
 
 def _step_size(momentum: float | None, count: Any) -> Any:
@@ -692,8 +766,24 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
     def _batched(self, x: Tensor) -> Tensor:
         return x if x.ndim == 4 else x[None]
 
-    def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[int, int] = (0, 0)) -> Tensor:
+    def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[Any, Any] | None = None) -> Tensor:
         sy, sx = _pair(self.stride)
+        if first is not None:
+            grid = [
+                (torch.arange(count // apart, device=x.device) * apart + start) * stride
+                for count, apart, start, stride in zip(
+                    self._positions(x), every, first, (sy, sx), strict=True
+                )
+            ]
+            return patches_at(
+                x,
+                grid[0],
+                grid[1],
+                self.kernel_size,
+                _pair(self.dilation),
+                self._padding_lrtb(x),
+                self.padding_mode,
+            )
         if self.config.mode == "reference" and self.kernel_size == (1, 1):
             # The authors skip along flattened rows here, over image borders.
             rows = x.to(_at_least_float32(x.dtype)).permute(0, 2, 3, 1).flatten(0, 2)
@@ -705,7 +795,6 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
             self._padding_lrtb(x),
             self.padding_mode,
             (every[0] * sy, every[1] * sx),
-            (first[0] * sy, first[1] * sx),
         )
 
     def _positions(self, x: Tensor) -> tuple[int, int]:
@@ -781,7 +870,7 @@ class WhitenedLinear(Whitened, nn.Linear):
     def _batched(self, x: Tensor) -> Tensor:
         return x.reshape(-1, self.in_features)
 
-    def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[int, int] = (0, 0)) -> Tensor:
+    def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[Any, Any] | None = None) -> Tensor:
         return x.to(_at_least_float32(x.dtype))
 
     def _positions(self, x: Tensor) -> tuple[int, int]:

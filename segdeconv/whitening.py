@@ -62,12 +62,10 @@ def sample_patches(
     padding_lrtb: tuple[int, int, int, int],
     padding_mode: str,
     stride: tuple[int, int],
-    first: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The im2col patches of an image batch at every ``stride``-th position, as rows.
 
     Args:
-        first: row and column of the first patch's corner in the padded image.
         padding_lrtb: pixels added left, right, top and bottom, in ``padding_mode`` ('zeros', 'reflect',
             'replicate' or 'circular').
 
@@ -76,11 +74,48 @@ def sample_patches(
     """
     if any(padding_lrtb):
         x_NCHW = F.pad(x_NCHW, padding_lrtb, mode="constant" if padding_mode == "zeros" else padding_mode)
-    windows = x_NCHW[:, :, first[0] :, first[1] :]
+    windows = x_NCHW
     for axis in (0, 1):  # views: only the sampled patches are copied, once
         windows = windows.unfold(2 + axis, dilation[axis] * (kernel_size[axis] - 1) + 1, stride[axis])
     taps = windows[..., :: dilation[0], :: dilation[1]].permute(0, 2, 3, 1, 4, 5)
     return taps.to(torch.promote_types(x_NCHW.dtype, torch.float32)).flatten(3).flatten(0, 2)
+
+
+def patches_at(
+    x_NCHW: Tensor,
+    rows_P: Tensor,
+    columns_Q: Tensor,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    padding_lrtb: tuple[int, int, int, int],
+    padding_mode: str,
+) -> Tensor:
+    """The im2col patches whose corners are at these rows and columns of the padded image, as rows.
+
+    The positions are tensors, so a graph of torch.compile can move the grid; nothing is padded, and nothing
+    but the patches is copied.
+
+    Returns:
+        (N, C·kh·kw), features channel-major, in float32 or wider.
+    """
+    left, _, top, _ = padding_lrtb
+    indices, inside = [], []
+    for axis, (corners, before) in enumerate(((rows_P, top), (columns_Q, left))):
+        taps = torch.arange(kernel_size[axis], device=corners.device) * dilation[axis] - before
+        index, size = corners[:, None] + taps, x_NCHW.shape[2 + axis]
+        inside.append((index >= 0) & (index < size))
+        if padding_mode == "circular":
+            index = index % size
+        elif padding_mode == "reflect":
+            index = size - 1 - (size - 1 - index.abs()).abs()
+        indices.append(index.clamp(0, size - 1))
+    (rows_PI, columns_QJ), (rows_inside, columns_inside) = indices, inside
+    taps_NCPQIJ = x_NCHW[:, :, rows_PI[:, None, :, None], columns_QJ[None, :, None, :]]
+    taps_NPQCIJ = taps_NCPQIJ.permute(0, 2, 3, 1, 4, 5).to(torch.promote_types(x_NCHW.dtype, torch.float32))
+    if padding_mode == "zeros" and any(padding_lrtb):
+        real = rows_inside[:, None, None, :, None] & columns_inside[None, :, None, None, :]
+        taps_NPQCIJ = taps_NPQCIJ.masked_fill(~real, 0)
+    return taps_NPQCIJ.flatten(3).flatten(0, 2)
 
 
 def patch_moments(patches_GKNF: Tensor, shared_mean: bool) -> tuple[Tensor, Tensor]:
@@ -177,7 +212,10 @@ class _ChannelMoments(torch.autograd.Function):
         else:  # tensor arithmetic in two precisions makes float32 copies, batch norm's kernel does not
             zero, one = torch.zeros_like(offset), torch.ones_like(offset)
             slope_C, offset = grad_var * (slope * share), offset * share
-            grad_rows.add_(F.batch_norm(_dense(rows, x), zero, one, slope_C, offset, eps=0.0))
+            # Not F.batch_norm, which takes no eps of zero before torch 2.12.
+            grad_rows.add_(
+                torch.batch_norm(_dense(rows, x), slope_C, offset, zero, one, False, 0.0, 0.0, False)
+            )
         return grad_x, None
 
 

@@ -3,9 +3,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
+import torch._inductor.config
 from reference import (
     authors_fold,
     patches_by_loops,
@@ -19,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from segdeconv import layers
 from segdeconv.config import NetworkDeconvConfig
-from segdeconv.layers import WhitenedConv2d, WhitenedLinear
+from segdeconv.layers import RenewalSchedule, WhitenedConv2d, WhitenedLinear
 
 CONVS = {
     "3x3": dict(kernel_size=3, padding=1),
@@ -222,7 +225,7 @@ def test_small_maps_are_sampled_densely(shape: tuple, mode: str, expected: int) 
 @pytest.mark.parametrize(
     ("shape", "rows"),
     [
-        ((8, 16, 40, 56), 10 * 19 * 8),  # 4 rows and 3 columns apart; 4 and 4 would be 1120
+        ((8, 16, 40, 56), 10 * 18 * 8),  # 4 rows and 3 columns apart; 4 and 4 would be 1120
         ((8, 16, 20, 28), 10 * 28 * 8),
         ((8, 16, 12, 12), 12 * 12 * 8),
         ((2, 16, 1, 900), 1 * 900 * 2),
@@ -725,6 +728,44 @@ def test_compiled_layers_are_one_graph_and_keep_their_own_running_values(
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=atol)
         for mine, theirs in zip(layer.state_dict().values(), eager.state_dict().values(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_schedule_makes_two_graphs(backend: str) -> None:
+    """One that renews the whitening, one that does not; the same steps as without torch.compile."""
+    eager = nn.Sequential(
+        WhitenedConv2d(3, 8, 3, padding=1), nn.ReLU(), WhitenedConv2d(8, 4, 3, stride=2), nn.Flatten()
+    )
+    eager.append(WhitenedLinear(4 * 5 * 5, 3)).double()
+    compiled = copy.deepcopy(eager)
+    graphs: list[object] = []
+    make = torch._dynamo.lookup_backend(backend)
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        with torch._inductor.config.patch(compile_threads=1):  # its pool of processes ends with other tests
+            return make(graph, inputs)
+
+    compiled.compile(backend=counting, fullgraph=True)
+    counts = []
+    networks = [(network, RenewalSchedule(network)) for network in (eager, compiled)]
+    for step in range(50):
+        x = torch.randn(4, 3, 12, 12, dtype=torch.float64)
+        outputs = []
+        for network, renewals in networks:
+            renewals.step()
+            network.zero_grad()
+            outputs.append(network(x))
+            outputs[-1].sin().sum().backward()
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter -= 0.01 * parameter.grad
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-11)
+        counts.append(len(graphs))
+        assert int(compiled[0].num_refreshes) == (step + 1 if step < 40 else 40 + (step - 38) // 2)
+    for mine, theirs in zip(compiled.state_dict().values(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+    assert counts == [counts[0]] * 41 + [counts[0] + 1] * 9
 
 
 def test_compiled_code_is_shared_and_every_call_counts() -> None:

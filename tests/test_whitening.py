@@ -14,6 +14,7 @@ from segdeconv.whitening import (
     from_blocks,
     inverse_sqrt,
     patch_moments,
+    patches_at,
     sample_patches,
     shrunk_inverse_sqrt,
     standardise_and_fold,
@@ -60,6 +61,28 @@ def test_sample_patches(kernel: tuple, stride: tuple, dilation: tuple, lrtb: tup
     x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
     got = sample_patches(x, kernel, dilation, lrtb, mode, stride)
     assert torch.equal(got, patches_by_loops(x, kernel, stride, dilation, lrtb, mode))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "lrtb", "mode"),
+    [
+        ((3, 3), (1, 1), (1, 1, 1, 1), "zeros"),
+        ((1, 1), (1, 1), (0, 0, 0, 0), "zeros"),
+        ((2, 5), (2, 1), (2, 3, 0, 1), "reflect"),
+        ((3, 1), (1, 3), (0, 0, 2, 1), "circular"),
+        ((3, 3), (2, 2), (2, 2, 2, 2), "replicate"),
+    ],
+)
+def test_patches_at(kernel: tuple, dilation: tuple, lrtb: tuple, mode: str, channels_last: bool) -> None:
+    x = torch.randn(2, 3, 9, 11)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    rows, columns = torch.tensor([0, 3, 6]), torch.tensor([0, 2, 4, 6])
+    got = patches_at(x.bfloat16(), rows, columns, kernel, dilation, lrtb, mode)
+    every = patches_by_loops(x.bfloat16().float(), kernel, (3, 2), dilation, lrtb, mode).unflatten(0, (2, -1))
+    height = (9 + lrtb[2] + lrtb[3] - dilation[0] * (kernel[0] - 1) - 1) // 3 + 1
+    assert torch.equal(got, every.unflatten(1, (height, -1))[:, :3, :4].flatten(0, 2))
 
 
 @pytest.mark.parametrize("shared", [False, True])
