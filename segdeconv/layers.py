@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
+from torch.torch_version import TorchVersion
 
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.distributed import mean_over_ranks, sum_over_ranks, world_size
@@ -430,7 +431,7 @@ class Whitened(nn.Module):
     def _update_running(self, mean: Tensor, whitening: Tensor, momentum: float | None) -> None:
         # Tensor arithmetic throughout: a Python branch on NaN would make every step wait for the device.
         finite = mean.isfinite().all() & whitening.isfinite().all()
-        self.num_batches_tracked += finite
+        self.num_batches_tracked.add_(finite)
         if self.config.mode == "reference" and momentum is not None:
             step = torch.full_like(self.num_batches_tracked, momentum, dtype=self.running_mean.dtype)
         else:
@@ -448,7 +449,8 @@ class Whitened(nn.Module):
         low_precision = _low_precision(x) if products >= _LOW_PRECISION_PAYS else None
         with _no_autocast(x):
             x, moments, samples = self._channel_moments(x)
-            if torch.compiler.is_compiling() and (self.renew is None or world_size() > 1):
+            scheduled = self.renew is not None and world_size() == 1 and _GRAPHS_ARE_RIGHT
+            if torch.compiler.is_compiling() and not scheduled:
                 running, renewed = _follow_outside_graph(
                     x.detach(),
                     moments.detach(),
@@ -507,24 +509,24 @@ class Whitened(nn.Module):
         self._update_moments(moments, self.config.momentum)
         turn: Any
         due = self.renew
-        if torch.compiler.is_compiling():  # a number would be part of the graph
-            turn = self.num_batches_tracked - 1 + self.refresh_offset
-        else:
+        if due is None:
             step = self._steps_taken() - 1
             turn = step + self.refresh_offset
-            if due is None:
-                due = turn % _interval(step, self.config) == 0
+            due = turn % _interval(step, self.config) == 0
+        else:  # a number would be part of the graph
+            turn = self.num_batches_tracked - 1 + self.refresh_offset
         if self.decorrelates and due:
             moments = self._steadied(moments, samples, self.running_moments)
             self._refresh(x, moments, samples, turn, self.config.momentum)
 
     @torch.no_grad()
     def _update_moments(self, moments: Tensor, momentum: float | None) -> None:
-        if torch.compiler.is_compiling():
-            count: Any = self.num_batches_tracked.to(moments.dtype) + 1
+        if self.renew is None:
+            count: Any = self._steps_taken() + 1
+            self._step = count
         else:
-            count = self._step = self._steps_taken() + 1
-        self.num_batches_tracked += 1  # finite or not: the schedule counts steps
+            count = self.num_batches_tracked.to(moments.dtype) + 1
+        self.num_batches_tracked.add_(1)  # finite or not: the schedule counts steps
         finite = (moments.abs() < math.inf).all()  # false where one is NaN
         _lerp_(self.running_moments, moments, _step_size(momentum, count), finite)
 
@@ -567,14 +569,14 @@ class Whitened(nn.Module):
             (mean_cov,), total = mean_over_ranks(rows, cov)
             cov, rows = mean_cov.to(cov.dtype), total.to(cov.dtype)
         finite = cov.isfinite().all()
-        self.num_refreshes += finite
+        self.num_refreshes.add_(finite)
         step = _step_size(momentum, self.num_refreshes.clamp(min=1).to(self.running_cov.dtype))
         _lerp_(self.running_cov, cov, step, finite)
         # The variance of a weighted mean of independent samples, as a number of equally weighted ones.
         counted = 1 / ((1 - step).square() / self.cov_samples + step.square() / rows)
         self.cov_samples.copy_(torch.where(finite, counted, self.cov_samples))
         whitening = shrunk_inverse_sqrt(self.running_cov, self.cov_samples)
-        if torch.compiler.is_compiling():  # CUDA graphs read it where it is
+        if self.renew is not None:  # graphs read it where it is
             self.running_whitening.copy_(whitening)
             return
         # A new tensor: a forward pass before this one may still need the old one for its backward pass.
@@ -592,8 +594,12 @@ def _interval(step: int, config: NetworkDeconvConfig) -> int:
     return min(config.refresh_every, max(step // _STEPS_AN_INTERVAL, 1))
 
 
+# What torch 2.11 compiles of scheduled layers has wrong gradients; 2.14 is right (tests/test_layers.py).
+_GRAPHS_ARE_RIGHT = TorchVersion(torch.__version__) >= TorchVersion("2.14")
+
+
 class RenewalSchedule:
-    """Which steps of a compiled network renew its whitening: all layers at once.
+    """Which steps renew the whitening of a network: all layers at once. For torch.compile and CUDA graphs.
 
     A layer that decides for itself does so in Python, outside the graphs of torch.compile, and every layer
     is a hole in them. With a schedule there are two graphs without any, one with renewals and one without.
@@ -613,12 +619,14 @@ class RenewalSchedule:
         self.layers = [layer for layer in layers if layer.config.mode == "fast"]
         self.steps = max((layer._steps_taken() for layer in self.layers), default=0)
 
-    def step(self) -> None:
-        """Before the forward pass of every training step."""
+    def step(self) -> bool:
+        """Before the forward pass of every training step. Returns whether it renews."""
+        due = False
         for layer in self.layers:
-            layer.renew = self.steps % _interval(self.steps, layer.config) == 0
-            layer._step = None  # compiled steps do not count in it
+            layer.renew = due = self.steps % _interval(self.steps, layer.config) == 0
+            layer._step = None  # scheduled steps do not count in it
         self.steps += 1
+        return due
 
 
 _LAYERS: WeakValueDictionary[int, Whitened] = WeakValueDictionary()

@@ -4,6 +4,7 @@ share of the batch each have the loss, and the gradients, of one process with al
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def loss_of(output: Any, targets: Tensor, config: TrainConfig, ignore_index: int
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, config: TrainConfig, ignore_index: int) -> Tensor:
-    weights = torch.tensor(config.class_weights, device=logits.device) if config.class_weights else None
+    weights = _on(logits.device, config.class_weights) if config.class_weights else None
     losses = F.cross_entropy(
         logits,
         targets,
@@ -50,10 +51,16 @@ def _cross_entropy(logits: Tensor, targets: Tensor, config: TrainConfig, ignore_
         total, count = (losses * share).sum(), share.sum()
     else:
         labelled = targets != ignore_index
-        count = labelled.sum() if weights is None else weights[targets[labelled]].sum()
+        count = labelled.sum() if weights is None else (weights[targets.where(labelled, 0)] * labelled).sum()
         total = losses
     total, count = sum_over_ranks(torch.stack((total, count.to(total.dtype))))
     return total / count.clamp(min=1 if weights is None else 1e-6)
+
+
+@functools.lru_cache(8)
+def _on(device: torch.device, weights: tuple[float, ...]) -> Tensor:
+    """Copied once: every copy would wait for the device."""
+    return torch.tensor(weights, device=device)
 
 
 def _hardest(losses: Tensor, labelled: Tensor, share: float) -> Tensor:

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ from segdeconv.errors import UserError
 from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
 from segdeconv.figures import read_metrics, training_curves, triptych
 from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.graphs import StepGraphs
 from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import build_model, resolve, size_multiple, starts_trained
@@ -267,6 +268,7 @@ class _Run:
         average = get_ema_multi_avg_fn(config.ema_decay or 0.0)
         self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if config.ema_decay else None
         self.parallel = self._parallel()
+        self.compute: Callable[[Tensor, Tensor], Tensor] = self._compute
         self.step = self.finished_epochs = 0
         self.best, self.seconds = -1.0, 0.0
         self.board: SummaryWriter | None = None
@@ -371,6 +373,8 @@ class _Run:
             )
         else:
             self._begin()
+        if config.cuda_graphs and self.device.type == "cuda" and world_size() == 1:
+            self.compute = StepGraphs(self.model, self._compute)
         line: dict[str, Any] = {}
         if self.finished_epochs:
             line = next(reversed(read_metrics(out)), {})  # a file system may have lost them all the same
@@ -517,16 +521,12 @@ class _Run:
         seed_everything(int(np.random.SeedSequence((config.seed, self.step, rank())).generate_state(1)[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            output = self.parallel(images.to(self.device))
-        loss = loss_of(output, targets.to(self.device), config, self.ignore_index)
-        self.recent.append((loss.detach(), images))
+        loss = self.compute(images.to(self.device), targets.to(self.device))
+        self.recent.append((loss, images))
         if len(self.recent) == self.patience or (self.step + 1) % self.steps_per_epoch == 0:
             self._check_finite()
-        self.scaler.scale(loss).backward()
         if self.recent:  # not looked at yet: it must not spoil the weights, which are to tell where it went
-            bad = ~loss.detach().isfinite()
+            bad = ~loss.isfinite()
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.masked_fill_(bad, 0)
@@ -540,6 +540,15 @@ class _Run:
             for mine, current in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
                 if not mine.is_floating_point():  # an average of counters, rounded down, would lag behind
                     mine.copy_(current)
+        return loss
+
+    def _compute(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Loss and gradients of a batch."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            output = self.parallel(images)
+        loss = loss_of(output, targets, self.recipe.train, self.ignore_index)
+        self.scaler.scale(loss).backward()
         return loss.detach()
 
     def _autocast(self) -> torch.autocast:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from segdeconv import convert_to_network_deconv, fold_network_deconv
 from segdeconv import train as train_module
 from segdeconv.config import ModelConfig, NetworkDeconvConfig
 from segdeconv.evaluate import evaluate_run
+from segdeconv.graphs import StepGraphs
 from segdeconv.layers import RenewalSchedule, Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.models import build_model
 from segdeconv.train import train
@@ -153,6 +156,55 @@ def test_compiled_steps_are_the_same(mode: str) -> None:
         for mine, theirs in zip(compiled.buffers(), eager.buffers(), strict=True):
             if not theirs.is_floating_point():
                 assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=str)
+def test_recorded_steps_are_the_same(amp: torch.dtype | None) -> None:
+    """Renewals and a batch of another size among them, and steps without graphs after them."""
+    eager, _ = convert_to_network_deconv(network())
+    eager.cuda()
+    recorded = copy.deepcopy(eager)
+    batches = [bright_quarters(8 if step == 30 else 16) for step in range(70)]
+    tolerance = 1e-4 if amp is None else 0.03
+    losses = []
+    for model, make in ((eager, Plain), (recorded, StepGraphs)):
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+
+        def compute(images: Tensor, labels: Tensor, model: Any = model, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cuda", amp, enabled=amp is not None):
+                loss = F.cross_entropy(model(images).float(), labels)
+            loss.backward()
+            return loss.detach()
+
+        step = make(model, compute)
+        for images, labels in batches:
+            losses.append(step(images, labels))
+            optimizer.step()
+    one, other = torch.stack(losses).view(2, -1)
+    torch.testing.assert_close(other, one, rtol=0, atol=tolerance)
+    assert other[-5:].mean() < 0.9 * other[:5].mean()
+    for mine, theirs in zip(recorded.state_dict().values(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * max(theirs.abs().max().item(), 1))
+
+
+class Plain:
+    """A schedule and no graphs."""
+
+    def __init__(self, model: nn.Module, compute: Callable[..., Tensor]) -> None:
+        self.compute, self.renewals = compute, RenewalSchedule(model)
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        self.renewals.step()
+        return self.compute(*batch)
+
+
+@pytest.mark.parametrize("norm", ["bn", "nd"])
+def test_a_run_with_graphs(norm: str, tmp_path: Path) -> None:
+    changes = (f"model.norm={norm}", "train.amp=bf16", "train.epochs=4", "train.ema_decay=0.9")
+    want = train(tiny(*changes), tmp_path / "plain", "cuda")
+    got = train(tiny(*changes, "train.cuda_graphs=true"), tmp_path / "graphs", "cuda")
+    assert got["loss"] == pytest.approx(want["loss"], abs=0.05)
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])

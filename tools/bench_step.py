@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from segdeconv.config import ModelConfig, NetworkDeconvConfig, TrainConfig
 from segdeconv.errors import UserError
+from segdeconv.graphs import StepGraphs
 from segdeconv.layers import RenewalSchedule, Whitened
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, resolve
@@ -41,6 +42,7 @@ class Network:
     size: tuple[int, int]
     options: dict[str, Any] = field(default_factory=dict)
     compiled: bool = False
+    graphs: bool = False
 
 
 TARGETS = {
@@ -77,24 +79,32 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
 
     renewals = RenewalSchedule(model) if network.compiled else None
 
-    def step() -> None:
-        if renewals is not None:
-            renewals.step()
+    def gradients(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output = model(images)
-        loss_of(output, targets, recipe, 255).backward()
+        loss = loss_of(output, targets, recipe, 255)
+        loss.backward()
+        return loss.detach()
+
+    compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = gradients
+
+    def step() -> None:
+        if renewals is not None:
+            renewals.step()
+        compute(images, targets)
         optimizer.step()
 
     step()
     for layer in model.modules():
         if isinstance(layer, Whitened):
             layer.load_state_dict(layer.state_dict() | {"num_batches_tracked": torch.tensor(1000)})
+    if network.graphs:
+        compute = StepGraphs(model, gradients)
     if renewals is not None:
         renewals = RenewalSchedule(model)
-        for _ in range(2 * CYCLE):  # compiles both of its graphs, and records them as CUDA graphs
-            step()
-    step()
+    for _ in range(2 * CYCLE + 1 if network.graphs or network.compiled else 1):  # makes both graphs
+        step()
     return step
 
 
@@ -133,7 +143,7 @@ def peak_mib(name: str, network: Network, arm: str, device: torch.device, amp: b
         return torch.cuda.max_memory_allocated() / 2**20
     command = [sys.executable, __file__, name, "--arms", arm, "--memory-of-this-process"]
     command += ["--batch", str(network.batch), "--size", *map(str, network.size)]
-    command += ["--amp"] * amp + ["--compile"] * network.compiled
+    command += ["--amp"] * amp + ["--compile"] * network.compiled  # the CPU has no CUDA graphs
     command += ["--threads", str(torch.get_num_threads())]
     # glibc would keep freed activations: without a threshold every large block goes back at once.
     done = subprocess.run(
@@ -166,6 +176,8 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
                 cycle[arm] += seconds(steps[arm], device) / CYCLE
         for arm in arms:
             times[arm].append(cycle[arm])
+    if network.graphs:  # whose operations nobody sees
+        steps = {arm: stepper(replace(network, graphs=False), arm, device, amp) for arm in arms}
     gflop = {arm: operations(steps[arm], CYCLE if arm == "fast" else 1) / 1e9 for arm in arms}
     steps.clear()
     peaks = {arm: peak_mib(name, network, arm, device, amp) for arm in arms}
@@ -193,6 +205,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile, both twins; CUDA graphs on a GPU"
     )
+    parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs, as train.cuda_graphs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--memory-of-this-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -209,6 +222,8 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = pick_device(arguments.device)
+    if arguments.graphs and device.type != "cuda":
+        raise UserError("--graphs needs a GPU")
     for name in arguments.networks or TARGETS:
         network = TARGETS.get(name) or Network(name, 8, (160, 224))
         network = replace(
@@ -216,6 +231,7 @@ def measure(arguments: argparse.Namespace) -> None:
             batch=arguments.batch or network.batch,
             size=tuple(arguments.size) if arguments.size else network.size,
             compiled=arguments.compile,
+            graphs=arguments.graphs,
         )
         if arguments.memory_of_this_process:
             print(memory_of_this_process(network, arguments.arms[0], arguments.amp))

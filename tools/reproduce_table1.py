@@ -2,6 +2,7 @@
 
     python tools/reproduce_table1.py --seeds 0 1 2 --networks vgg16 resnet18     # hours a network on one core
     python tools/reproduce_table1.py --epochs 20 --networks pnasnet_a --amp off
+    python tools/reproduce_table1.py --device cuda --out docs/measured/table1_gpu.jsonl --arms bn nd
     python tools/reproduce_table1.py --networks                                  # the table only
 
 Three trainings a network and seed: `bn` and `nd` for the same number of steps, and `bn_for_nds_time`, batch
@@ -9,7 +10,8 @@ norm again, for as many steps as fit into the time that `nd` took, its learning 
 Every training is one line of --out, and those that are there are not done again, so a stopped reproduction
 goes on where it was; tools/paper_page.py draws them. A training has one thread, and as its time the processor
 time of its steps, so that others on the machine do not count. Precision is bfloat16 autocast, or float32 with
---amp off, which on CPUs is the faster for depthwise convolutions; the arms of a network have the same.
+--amp off, which on CPUs is the faster for depthwise convolutions; the arms of a network have the same. On a
+GPU no time is taken, so there is no batch norm for nd's time.
 
 The data is an image folder, data/cifar10/{train,test}/CLASS/NAME.jpg, read as by the recipe cifar10_resnet18:
 batches of 128, crops of pictures padded by 4, mirrored; SGD at 0.1 with momentum 0.9, a weight decay of 5e-4
@@ -39,7 +41,7 @@ from segdeconv.figures import spread
 from segdeconv.files import append_json_line, make_folder, read_json_lines, write_atomically
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model
-from segdeconv.train import lr_factor, make_optimizer, seed_everything
+from segdeconv.train import lr_factor, make_optimizer, pick_device, seed_everything
 
 # Title, and top-1 in percent after so many epochs: batch norm and network deconvolution in the paper (arXiv
 # 1905.11926, table 1), and the same in its reproduction study (ReScience C 10(1)#4, means of three).
@@ -83,7 +85,8 @@ def train(
     config = recipe.train
     samples, held_out = (fewer(open_samples(recipe.data, s), arguments.pictures) for s in ("train", "val"))
     seed_everything(seed)
-    model, _ = build_model(recipe.model, len(samples.classes))
+    device = pick_device(arguments.device)
+    model = build_model(recipe.model, len(samples.classes))[0].to(device)
     loader = train_loader(samples, recipe.data, config.batch_size, seed, 1)
     optimizer = make_optimizer(model, config)
     an_epoch = len(loader)
@@ -93,10 +96,11 @@ def train(
     seconds = 0.0
     for step, (images, targets) in enumerate(endless(loader, steps), 1):
         model.train()
+        images, targets = images.to(device), targets.to(device)
         start = time.process_time()
         optimizer.param_groups[0]["lr"] = config.lr * lr_factor(step - 1, steps, 0, config.schedule, 1)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", AMP[config.amp], enabled=config.amp != "off"):
+        with torch.autocast(device.type, AMP[config.amp], enabled=config.amp != "off"):
             output = model(images)
         loss = loss_of(output, targets, config, recipe.data.ignore_index)
         loss.backward()
@@ -105,7 +109,7 @@ def train(
         losses.append(loss.item())
         if step == steps or step % max(an_epoch // POINTS, 1) == 0:
             share = 1 if step == steps else 5
-            top1 = accuracy(model, recipe, held_out, share)
+            top1 = accuracy(model, recipe, held_out, share, device)
             curve.append([step, round(seconds, 2), float(np.mean(losses)), round(top1, 5)])
             losses = []
         if not math.isfinite(loss.item()):
@@ -117,11 +121,12 @@ def train(
         "seed": seed,
         "epochs": arguments.epochs,
         "pictures": arguments.pictures,
+        "device": device.type,
         "amp": config.amp,
         "weight_decay": config.weight_decay,
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": step,  # fewer where it diverged
-        "seconds": round(seconds, 2),
+        "seconds": round(seconds, 2) if device.type == "cpu" else None,
         "top1": curve[-1][3] if whole else 1 / len(samples.classes),
         "curve": curve,
     }
@@ -141,10 +146,10 @@ def endless(loader: Any, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield next(batches)
 
 
-def accuracy(model: Any, recipe: Recipe, held_out: Samples, share: int) -> float:
+def accuracy(model: Any, recipe: Recipe, held_out: Samples, share: int, device: torch.device) -> float:
     """Top-1 on every ``share``-th test picture."""
     loader = eval_loader(held_out, recipe.data, 500, 1, rank=0, world=share)
-    return float(score(torch_predictor(model, AMP[recipe.train.amp]), loader, held_out, 255, "cpu")["top1"])
+    return float(score(torch_predictor(model, AMP[recipe.train.amp]), loader, held_out, 255, device)["top1"])
 
 
 def read(path: Path, epochs: int, pictures: int) -> list[dict[str, Any]]:
@@ -181,9 +186,8 @@ def table(lines: list[dict[str, Any]], epochs: int) -> str:
         columns += [shown([100 * x["top1"] for x in arm]) for arm in runs.values()]
         seeds = [str(len(arm)) for arm in runs.values() if arm]
         columns.append("/".join(seeds) if len(set(seeds)) > 1 else seeds[0])  # of every arm where they differ
-        columns += [
-            f"{np.mean([x['seconds'] for x in runs[a]]):.0f}" if runs[a] else "" for a in WEIGHT_DECAY
-        ]
+        timed = {a: [x["seconds"] for x in runs[a] if x["seconds"] is not None] for a in WEIGHT_DECAY}
+        columns += [f"{np.mean(seconds):.0f}" if seconds else "" for seconds in timed.values()]
         columns.append("/".join(sorted({PRECISION[x["amp"]] for arm in runs.values() for x in arm})))
         rows.append(f"| {' | '.join(columns)} |")
     return "\n".join(rows) + "\n"
@@ -231,6 +235,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--amp", choices=PRECISION, default="bf16")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--pictures", type=int, default=ALL, help="fewer, to try the program")
@@ -266,6 +271,8 @@ def reproduce(arguments: argparse.Namespace) -> None:
                 here = {a: next((x for x in lines if x["seed"] == seed), None) for a, lines in done.items()}
                 steps = None
                 if arm == "bn_for_nds_time":
+                    if pick_device(arguments.device).type != "cpu":
+                        raise UserError(f"--arms {arm}: time is taken on the CPU only; give --arms bn nd")
                     if here["bn"] is None or here["nd"] is None:
                         continue  # nothing says how long yet
                     steps = steps_in_time(here["bn"], here["nd"])
