@@ -72,6 +72,7 @@ class StepGraphs:
             parameter.grad = None
         torch.cuda.empty_cache()  # a graph has memory of its own
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # Other threads may pin memory meanwhile.
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
             loss = self.compute(*inputs).detach()
         return _Recorded(graph, inputs, loss, [parameter.grad for parameter in self.parameters])

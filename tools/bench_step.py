@@ -182,12 +182,12 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
     steps.clear()
     peaks = {arm: peak_mib(name, network, arm, device, amp) for arm in arms}
     base = arms[0]
-    print(f"  {'':10} {'s a step':>9} {f'over {base}':>22} {'GFLOP':>9} {'':>7} {'MiB':>7}")
+    print(f"  {'':10} {'ms a step':>9} {f'over {base}':>22} {'GFLOP':>9} {'':>7} {'MiB':>7}")
     for arm in arms:
         ratios = [t / b for t, b in zip(times[arm], times[base], strict=True)]
         spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         print(
-            f"  {arm:10} {statistics.median(times[arm]):9.3f} {spread:>22} {gflop[arm]:9.1f} "
+            f"  {arm:10} {1e3 * statistics.median(times[arm]):9.2f} {spread:>22} {gflop[arm]:9.1f} "
             f"{gflop[arm] / gflop[base]:6.2f}x {peaks[arm]:7.0f} {peaks[arm] / peaks[base]:5.2f}x",
             flush=True,
         )

@@ -285,7 +285,8 @@ def reproduce(arguments: argparse.Namespace) -> None:
                     continue
                 line = train(network, arm, seed, arguments, steps)
                 append_json_line(runs, line)
-                print(f"{network} {arm} seed {seed}: {line['top1']:.4f}, {line['seconds']:.0f} s", flush=True)
+                took = "" if line["seconds"] is None else f", {line['seconds']:.0f} s"
+                print(f"{network} {arm} seed {seed}: {line['top1']:.4f}{took}", flush=True)
     print(table(read(runs, arguments.epochs, arguments.pictures), arguments.epochs))
 
 
