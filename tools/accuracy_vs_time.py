@@ -78,7 +78,7 @@ OF_FAST = {
     "unscaled": "fast mode with live mean, but the covariance of the raw patches: no live channel scale",
     "unshrunk": "fast mode without shrinkage of covariances that rest on few samples",
     "depthwise": "fast mode that whitens between the taps of depthwise layers too",
-    "slow_head": "fast mode whose linear layers learn at a tenth of the rate",
+    "free_head": "fast mode that holds no wide linear layer back",
     "all_rows": "fast mode with channel statistics from every row of large maps, not every third",
     "warm": "batch norm for the first half, then fast mode with the network's function kept (warm start)",
 }
@@ -167,6 +167,8 @@ def convert(model: nn.Module, arm: str) -> nn.Module:
     for layer in model.modules():
         if mode == "depthwise" and isinstance(layer, layers.Whitened):
             layer.decorrelate(True)
+        if mode == "free_head" and isinstance(layer, layers.WhitenedLinear) and layer.gain is not None:
+            layer.gain.fill_(1)
         if mode == "own" and isinstance(layer, layers.Whitened):
             layer.__class__ = type(mode, (OwnBlocks, type(layer)), {})
             layer.reset_running_stats()
@@ -303,13 +305,7 @@ TASKS: dict[str, tuple[Callable[[int], Any], Callable[[Any], nn.Module], int]] =
 
 def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any]:
     def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        linear = {
-            p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters()
-        }
-        slow = linear if arm.partition(":")[0] == "slow_head" else set()
-        rest = [p for p in model.parameters() if p not in slow]
-        groups = [{"params": rest, "share": 1.0}, {"params": list(slow), "share": 0.1}]
-        return torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
+        return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
 
     make_data, build, _ = TASKS[task]
     data = make_data(seed)
@@ -332,7 +328,7 @@ def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any
             for images, targets in data.epoch(epoch):
                 start = time.process_time()
                 for group in optimizer.param_groups:
-                    group["lr"] = group["share"] * lr * lr_factor(done, total, warmup, "cosine", 1)
+                    group["lr"] = lr * lr_factor(done, total, warmup, "cosine", 1)
                 optimizer.zero_grad(set_to_none=True)
                 with torch.autocast("cpu", torch.bfloat16):
                     output = model(images)

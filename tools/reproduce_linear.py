@@ -34,6 +34,7 @@ from segdeconv.data import open_samples
 from segdeconv.errors import UserError
 from segdeconv.figures import spread
 from segdeconv.files import append_json_line, make_folder, read_json_lines, write_atomically
+from segdeconv.layers import WhitenedLinear
 from segdeconv.train import seed_everything
 
 ARMS = {"plain": "no normalisation", "bn": "batch norm", "nd": "network deconvolution"}
@@ -71,7 +72,11 @@ TASKS: dict[str, tuple[str, Callable[[], nn.Module], bool]] = {
 def build(task: str, arm: str) -> nn.Module:
     model = TASKS[task][1]()
     if arm == "nd":  # all 784 pixels in one block
-        return convert_to_network_deconv(model, NetworkDeconvConfig(linear_block_size=784))[0]
+        model, _ = convert_to_network_deconv(model, NetworkDeconvConfig(linear_block_size=784))
+        for layer in model.modules():
+            if isinstance(layer, WhitenedLinear) and layer.gain is not None:
+                layer.gain.fill_(1)  # the best rate is looked for, so none is held back
+        return model
     if arm == "plain":
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
