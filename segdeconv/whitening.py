@@ -325,9 +325,9 @@ def fold_whitening(
     if scale_GKF is not None:
         folded_GOKF *= scale_GKF[:, None].to(dtype)
     mean_GP1 = mean_GKF.expand(groups, *folded_GOKF.shape[2:]).reshape(groups, -1, 1)
-    shift_GO = folded_GOKF.flatten(2) @ mean_GP1
+    shifted_GO1 = torch.baddbmm(bias.view(groups, -1, 1), folded_GOKF.flatten(2), mean_GP1, alpha=-1)
     folded = from_blocks(folded_GOKF, interleaved).reshape(weight.shape)
-    return folded.to(out), (bias - shift_GO.flatten()).to(out)
+    return folded.to(out), shifted_GO1.flatten().to(out)
 
 
 class _StandardiseAndFold(torch.autograd.Function):
@@ -364,12 +364,12 @@ class _StandardiseAndFold(torch.autograd.Function):
         rows = groups, len(folded) // groups
         folded_GOP, grad_GOP = (t.reshape(*rows, -1).to(dtype) for t in (folded, grad_folded))
         mean_G1P, scale_G1P = (t.reshape(groups, 1, -1).to(dtype) for t in (mean_GKF, scale_GKF))
-        minus_GO1 = -grad_shifted.reshape(*rows, 1).to(dtype)
-        grad_GOP.addcmul_(minus_GO1, mean_G1P)  # b' = b - w'·μ
+        shifted_GO1 = grad_shifted.reshape(*rows, 1).to(dtype)
+        grad_GOP.addcmul_(shifted_GO1, mean_G1P, value=-1)  # b' = b - w'·μ
         grad_weight = grad_moments = None
         if ctx.needs_input_grad[2]:  # s = (var + ε)^(-1/2), so ds/dvar = -s³/2
             sums_SG1P = mean_G1P.new_empty(2, *mean_G1P.shape)
-            torch.bmm(minus_GO1.mT, folded_GOP, out=sums_SG1P[0])
+            torch.baddbmm(sums_SG1P[0], shifted_GO1.mT, folded_GOP, beta=0, alpha=-1, out=sums_SG1P[0])
             torch.sum(grad_GOP * folded_GOP, 1, keepdim=True, out=sums_SG1P[1])
             taps = math.prod(folded.shape[2:])
             grad_moments = sums_SG1P.view(2, -1, taps).sum(-1, dtype=mean_GKF.dtype)
