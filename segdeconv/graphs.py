@@ -1,6 +1,6 @@
 """Training steps as CUDA graphs: one launch instead of a thousand.
 
-A convolution with batch norm launches some twenty kernels a step, a whitened one some fifty. On a fast GPU a
+A convolution with batch norm launches some twenty kernels a step, a whitened one some sixty. On a fast GPU a
 small network waits for these launches, not for the arithmetic. A CUDA graph holds them all.
 """
 
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from segdeconv.errors import UserError
+from segdeconv.images import first_line
 from segdeconv.layers import RenewalSchedule
 
 
@@ -35,6 +37,9 @@ class StepGraphs:
         model: on the GPU, past loading of its state, in one process.
         compute: ``compute(images, targets)`` sets the gradients anew and returns the loss, a scalar. It must
             not wait for the device.
+
+    Raises:
+        UserError: from the second step on, where it does, or does what else cannot be recorded.
     """
 
     def __init__(self, model: nn.Module, compute: Callable[..., Tensor]) -> None:
@@ -73,6 +78,12 @@ class StepGraphs:
         torch.cuda.empty_cache()  # a graph has memory of its own
         graph = torch.cuda.CUDAGraph()
         # Other threads may pin memory meanwhile.
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-            loss = self.compute(*inputs).detach()
+        try:
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                loss = self.compute(*inputs).detach()
+        except RuntimeError as error:
+            raise UserError(
+                f"train.cuda_graphs: this network's training step cannot be recorded ({first_line(error)}); "
+                "set it to false"
+            ) from error
         return _Recorded(graph, inputs, loss, [parameter.grad for parameter in self.parameters])
