@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
-from torch.torch_version import TorchVersion
 
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.distributed import mean_over_ranks, sum_over_ranks, world_size
@@ -449,8 +448,7 @@ class Whitened(nn.Module):
         low_precision = _low_precision(x) if products >= _LOW_PRECISION_PAYS else None
         with _no_autocast(x):
             x, moments, samples = self._channel_moments(x)
-            scheduled = self.renew is not None and world_size() == 1 and _GRAPHS_ARE_RIGHT
-            if torch.compiler.is_compiling() and not scheduled:
+            if torch.compiler.is_compiling() and (self.renew is None or world_size() > 1):
                 running, renewed = _follow_outside_graph(
                     x.detach(),
                     moments.detach(),
@@ -592,10 +590,6 @@ def _whole(number: Any) -> Any:
 def _interval(step: int, config: NetworkDeconvConfig) -> int:
     """Fast mode: how many steps apart renewals are after so many steps."""
     return min(config.refresh_every, max(step // _STEPS_AN_INTERVAL, 1))
-
-
-# What torch 2.11 compiles of scheduled layers has wrong gradients; 2.14 is right (tests/test_layers.py).
-_GRAPHS_ARE_RIGHT = TorchVersion(torch.__version__) >= TorchVersion("2.14")
 
 
 class RenewalSchedule:

@@ -323,11 +323,17 @@ def fold_whitening(
     else:
         folded_GOKF = (weight_GOKF.flatten(1, 2) @ whitening_GFF.to(dtype)).view_as(weight_GOKF)
     if scale_GKF is not None:
-        folded_GOKF *= scale_GKF[:, None].to(dtype)
+        scale_GOKF = scale_GKF[:, None].to(dtype)
+        if torch.compiler.is_compiling():  # which finds its own places; torch 2.11 would lose the gradient
+            folded_GOKF = folded_GOKF * scale_GOKF
+        else:
+            folded_GOKF *= scale_GOKF
     mean_GP1 = mean_GKF.expand(groups, *folded_GOKF.shape[2:]).reshape(groups, -1, 1)
     shifted_GO1 = torch.baddbmm(bias.view(groups, -1, 1), folded_GOKF.flatten(2), mean_GP1, alpha=-1)
     folded = from_blocks(folded_GOKF, interleaved).reshape(weight.shape)
-    return folded.to(out), shifted_GO1.flatten().to(out)
+    shifted = shifted_GO1.flatten()
+    # Not `to` where it has nothing to do: torch 2.11 compiles that to graphs without gradient.
+    return (folded, shifted) if folded.dtype == out else (folded.to(out), shifted.to(out))
 
 
 class _StandardiseAndFold(torch.autograd.Function):

@@ -730,7 +730,6 @@ def test_compiled_layers_are_one_graph_and_keep_their_own_running_values(
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(not layers._GRAPHS_ARE_RIGHT, reason="this torch makes wrong graphs of renewals")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_schedule_makes_two_graphs(backend: str) -> None:
     """One that renews the whitening, one that does not; the same steps as without torch.compile."""
