@@ -268,6 +268,8 @@ def start_from(model: nn.Module, run: str | Path, classes: int) -> None:
         if theirs.shape[:1] == (len(info.classes),) and mine.shape == (classes, *theirs.shape[1:]):
             state[name] = mine
             stayed.append(name)
+    gains = {f"{name.removesuffix('.weight')}.gain" for name in stayed}
+    state |= {name: value for name, value in model.state_dict().items() if name in gains}
     _fit(model, state, path, f"a {info.recipe.model.architecture} with {len(info.classes)} classes")
     if stayed:
         console.print(f"note: {run} has {len(info.classes)} classes; not taken from it: {', '.join(stayed)}")

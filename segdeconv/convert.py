@@ -158,13 +158,14 @@ def convert_to_network_deconv(
     normalised = {
         structure.norm_after.get(layer.name) for layer in report.layers if layer.action == "removed"
     }
+    owners = collections.Counter(p for module in modules.values() for p in module.parameters(recurse=False))
     for offset, layer in enumerate(report.layers):
         module = modules[layer.name]
         if layer.action != "swapped":
             continue
         if isinstance(module, nn.Linear):
             whitened: Any = WhitenedLinear.from_linear(module, config)
-            if layer.name not in normalised:
+            if layer.name not in normalised and owners[module.weight] == 1:
                 whitened.hold_back(keep_function=warm_start)
         else:
             whitened = WhitenedConv2d.from_conv(module, config)

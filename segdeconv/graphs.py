@@ -49,10 +49,15 @@ class StepGraphs:
         self.seen: set[Any] = set()
         self.recorded: dict[Any, _Recorded] = {}
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream()
+        self.device = self.parameters[0].device
+        self.stream = torch.cuda.Stream(self.device)
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """The loss of one step, whose gradients the parameters then have."""
+        with torch.cuda.device(self.device):  # streams and graphs are the current device's
+            return self._step(*batch)
+
+    def _step(self, *batch: Tensor) -> Tensor:
         key = self.renewals.step(), *(tensor.shape for tensor in batch)
         if key not in self.seen:
             self.seen.add(key)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import statistics
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -120,6 +121,7 @@ class Whitened(nn.Module):
     num_batches_tracked: Tensor
     running_moments: Tensor
     _step: int | None
+    _held: float
 
     def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:
         """``channels`` and ``taps`` are those of one group."""
@@ -136,9 +138,11 @@ class Whitened(nn.Module):
         self._shape = groups, self.num_blocks, block, taps
         held = config.mode == "fast" and isinstance(self, nn.Linear)
         self.register_buffer("gain", self.weight.new_ones((), dtype=torch.float32) if held else None)
+        self._held = 1.0  # what ``gain`` is to be where it was not loaded
         #: Fast mode: added to the step count, so that the layers of a network refresh on different steps.
         self.refresh_offset = 0
-        #: Fast mode: whether the next steps renew the whitening; None: by the number of steps taken.
+        #: Fast mode: whether the next step renews the whitening; None: by the number of steps taken. A
+        #: `RenewalSchedule` sets it, evaluation, copying and loading end it.
         self.renew: bool | None = None
         self._enrol()
         # On small maps whitened taps of depthwise layers make networks train worse, on large ones no better.
@@ -157,7 +161,7 @@ class Whitened(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._enrol()
-        self._step = None
+        self._step = self.renew = None
 
     @property
     def decorrelates(self) -> bool:
@@ -210,10 +214,12 @@ class Whitened(nn.Module):
         super().reset_parameters()  # type: ignore[misc]
         if hasattr(self, "_shape"):  # not yet while the torch layer constructs itself
             self.reset_running_stats()
+            if self.gain is not None:
+                self.gain.fill_(self._held)
 
     def train(self, mode: bool = True) -> Whitened:
         if mode != self.training:
-            self._step = None
+            self._step = self.renew = None
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Whitened:
@@ -238,7 +244,8 @@ class Whitened(nn.Module):
             if decorrelates != self.decorrelates:
                 self.decorrelate(decorrelates)
         if self.gain is not None and f"{prefix}running_moments" in state:
-            state.setdefault(f"{prefix}gain", torch.ones_like(self.gain))  # from when there was none
+            like = state[f"{prefix}running_moments"]
+            state.setdefault(f"{prefix}gain", like.new_ones((), dtype=torch.float32))  # from before the rule
         super()._load_from_state_dict(state, prefix, *args)
         self._step = None
 
@@ -463,7 +470,8 @@ class Whitened(nn.Module):
                 running, whitening = self.running_moments, self.running_whitening
                 if torch.compiler.is_compiling():
                     running = _snapshot(running)
-                    whitening = _snapshot(whitening) if self.renew and self.decorrelates else whitening
+                if self.renew and self.decorrelates:  # a second call in this step would overwrite it
+                    whitening = _snapshot(whitening)
             moments = self._steadied(moments, samples, running)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
             weight, bias = standardise_and_fold(
@@ -604,23 +612,25 @@ class RenewalSchedule:
             loss(network(images), targets).backward()
 
     Args:
-        model: after its state is loaded: the number of steps it has made is read here, once. Layers in exact
-            mode have nothing to schedule.
+        model: after its state is loaded: the number of steps it has made is read here, once. That is how
+            often most layers were called. Layers in exact mode have nothing to schedule.
     """
 
     def __init__(self, model: nn.Module) -> None:
         layers = (layer for layer in model.modules() if isinstance(layer, Whitened))
         self.layers = [layer for layer in layers if layer.config.mode == "fast"]
-        self.steps = max((layer._steps_taken() for layer in self.layers), default=0)
+        taken = [layer._steps_taken() for layer in self.layers]
+        self.steps = statistics.median_low(taken) if taken else 0
 
-    def step(self) -> bool:
-        """Before the forward pass of every training step. Returns whether it renews."""
-        due = False
+    def step(self) -> tuple[bool, ...]:
+        """Before the forward pass of every training step. Returns whether it renews, by ``refresh_every``."""
+        due = {}
         for layer in self.layers:
-            layer.renew = due = self.steps % _interval(self.steps, layer.config) == 0
+            layer.renew = self.steps % _interval(self.steps, layer.config) == 0
+            due[layer.config.refresh_every] = layer.renew
             layer._step = None  # scheduled steps do not count in it
         self.steps += 1
-        return due
+        return tuple(due.values())
 
 
 _LAYERS: WeakValueDictionary[int, Whitened] = WeakValueDictionary()
@@ -859,11 +869,14 @@ class WhitenedLinear(Whitened, nn.Linear):
         multiplied by ``gain``, so that steps of SGD change what it computes by the square of that.
         ``keep_function`` makes a new weight, divided by it; without, outputs start smaller.
         """
-        if self.gain is None:
+        held = min(1.0, math.sqrt(_FULL_RATE_FEATURES / self.in_features))
+        if self.gain is None or held == self._held:
             return
-        self.gain.fill_(min(1.0, math.sqrt(_FULL_RATE_FEATURES / self.in_features)))
+        self._held = held
+        before = self.gain.clone()
+        self.gain.fill_(held)
         if keep_function:
-            self.weight = nn.Parameter(self.weight / self.gain, self.weight.requires_grad)
+            self.weight = nn.Parameter(self.weight * before / self.gain, self.weight.requires_grad)
 
     def to_linear(self) -> nn.Linear:
         """The plain linear layer that computes what this layer does in evaluation."""

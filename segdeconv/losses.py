@@ -60,7 +60,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor, config: TrainConfig, ignore_
 @functools.lru_cache(8)
 def _on(device: torch.device, weights: tuple[float, ...]) -> Tensor:
     """Copied once: every copy would wait for the device."""
-    return torch.tensor(weights, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def _hardest(losses: Tensor, labelled: Tensor, share: float) -> Tensor:

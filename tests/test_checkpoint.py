@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from segdeconv.checkpoint import (
@@ -111,6 +112,23 @@ def test_other_classes_begin_anew(tmp_path: Path, capsys: pytest.CaptureFixture[
         own = name.startswith("segmentation_head.")
         want = head[name.partition(".")[2]] if own else model.state_dict()[name]
         assert torch.equal(value, want), name
+
+
+def test_a_wide_head_that_begins_anew_is_held_back(tmp_path: Path) -> None:
+    """Though the run it begins with is from before wide heads were."""
+    model = ModelConfig(architecture="mobilenet_v2", norm="nd")
+    path, _ = save(tmp_path / "old.safetensors", replace(RECIPE, model=model))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    state = load_file(path)
+    assert state.pop("classifier.1.gain") < 1
+    save_file(state, path, metadata)
+    same, _ = build_model(model, 3)
+    start_from(same, path, 3)
+    assert same.classifier[1].gain == 1
+    other, _ = build_model(model, 5)
+    start_from(other, path, 5)
+    assert other.classifier[1].gain == pytest.approx((128 / 1280) ** 0.5)
 
 
 def test_a_deconvolved_network_is_started_from(saved: tuple[Path, torch.nn.Module]) -> None:

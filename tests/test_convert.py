@@ -485,6 +485,16 @@ def test_nothing_to_convert_is_an_error() -> None:
         convert_to_network_deconv(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
 
 
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_shared_weights_stay_shared(warm_start: bool) -> None:
+    """So a wide linear layer is held back only where its weight is its own."""
+    one, other, own = nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 2)
+    other.weight = one.weight
+    model, _ = convert_to_network_deconv(nn.Sequential(one, other, own), warm_start=warm_start)
+    assert model[0].weight is model[1].weight
+    assert [layer.gain.item() for layer in model] == pytest.approx([1, 1, 0.5**0.5])
+
+
 def test_shared_modules_are_replaced_everywhere() -> None:
     conv = nn.Conv2d(4, 4, 1)
     model, _ = convert_to_network_deconv(nn.Sequential(conv, nn.ReLU(), conv))

@@ -786,6 +786,44 @@ def test_compiled_code_is_shared_and_every_call_counts() -> None:
     assert many[0].num_batches_tracked == 4
 
 
+def test_a_schedule_ends() -> None:
+    """With evaluation, in copies, and with other state: layers then decide for themselves again."""
+    layer = WhitenedConv2d(3, 4, 3)
+    renewals = RenewalSchedule(layer)
+    for _ in range(42):
+        assert renewals.step() in ((True,), (False,))
+        layer(torch.randn(2, 3, 6, 6))
+    assert layer.renew is False
+    for ended in (copy.deepcopy(layer), copy.deepcopy(layer).eval().train()):
+        assert ended.renew is None
+        before = int(ended.num_refreshes)
+        for _ in range(4):
+            ended(torch.randn(2, 3, 6, 6))
+        assert int(ended.num_refreshes) == before + 2
+    assert layer.eval().train().renew is None
+    assert RenewalSchedule(nn.Sequential(layer, nn.ReLU())).steps == 42
+
+
+def test_a_scheduled_layer_is_called_twice() -> None:
+    """Before one backward pass, with a renewal in both calls."""
+    layer = WhitenedConv2d(4, 4, 3, padding=1)
+    layer.renew = True
+    layer(layer(torch.randn(2, 4, 6, 6))).sum().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_the_gain_of_a_wide_head_outlasts_deferred_initialisation() -> None:
+    layer = WhitenedLinear(512, 3, device="meta")
+    layer.hold_back(keep_function=False)
+    layer.to_empty(device="cpu").reset_parameters()
+    assert layer.gain == 0.5
+    old = WhitenedLinear(512, 3).state_dict()
+    del old["gain"]
+    meta = WhitenedLinear(512, 3, device="meta")
+    meta.load_state_dict(old, assign=True)
+    assert meta.gain == 1
+
+
 @pytest.mark.parametrize("keep_function", [True, False])
 def test_a_wide_linear_layer_learns_no_faster_than_one_of_128(keep_function: bool) -> None:
     layer = WhitenedLinear(512, 3).double()
@@ -795,6 +833,7 @@ def test_a_wide_linear_layer_learns_no_faster_than_one_of_128(keep_function: boo
     x = torch.randn(64, 512, dtype=torch.float64)
     for module in (layer, held):
         assert module.gain == (1 if module is layer else 0.5)
+    held.hold_back(keep_function)  # once is enough
     if keep_function:
         torch.testing.assert_close(held.eval()(x), plain(x), rtol=0, atol=1e-14)
     held.train()

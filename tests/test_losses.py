@@ -68,6 +68,16 @@ def test_the_loss_is_that_of_a_loop(settings: dict[str, Any], ignored: float) ->
     assert got == pytest.approx(slow_loss(logits, targets, config), rel=1e-6, abs=1e-12)
 
 
+def test_a_loss_in_inference_mode_spoils_no_later_one() -> None:
+    logits, targets = batch()
+    config = TrainConfig(class_weights=(0.25, 3.0, 1.0, 1.0))
+    with torch.inference_mode():
+        want = loss_of(logits, targets, config, IGNORED)
+    loss = loss_of(logits.requires_grad_(), targets, config, IGNORED)
+    loss.backward()
+    assert torch.equal(loss.detach(), want)
+
+
 def test_the_hardest_are_a_share_of_the_labelled_pixels() -> None:
     """Pixels with a gradient, counted; equal losses count in part, so that their order does not matter."""
     logits, targets = batch(0.8)

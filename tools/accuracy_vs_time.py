@@ -109,7 +109,7 @@ class OwnBlocks(layers.Whitened):
 
     def _fold(self, whitening: Tensor, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         assert scale is not None
-        return fold_own(self.weight, self.bias, whitening, mean, scale)
+        return fold_own(self._gained_weight(), self.bias, whitening, mean, scale)
 
 
 def fold_own(

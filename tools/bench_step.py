@@ -222,8 +222,8 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = pick_device(arguments.device)
-    if arguments.graphs and device.type != "cuda":
-        raise UserError("--graphs needs a GPU")
+    if arguments.graphs and (device.type != "cuda" or arguments.compile):
+        raise UserError("--graphs needs a GPU, and no --compile, which makes CUDA graphs of its own")
     for name in arguments.networks or TARGETS:
         network = TARGETS.get(name) or Network(name, 8, (160, 224))
         network = replace(

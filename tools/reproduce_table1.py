@@ -258,21 +258,23 @@ def steps_in_time(bn: dict[str, Any], nd: dict[str, Any]) -> int:
 
 def reproduce(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    device = pick_device(arguments.device).type
+    if device != "cpu" and "bn_for_nds_time" in arguments.arms and arguments.networks:
+        raise UserError("--arms bn_for_nds_time: time is taken on the CPU only; give --arms bn nd")
     runs = make_folder(arguments.out.parent) / arguments.out.name
     for seed in arguments.seeds:
         for network in arguments.networks:
             for arm in sorted(arguments.arms, key=list(ARMS).index):
                 done = by_arm(read(runs, arguments.epochs, arguments.pictures), network)
-                if any(x["amp"] != arguments.amp for lines in done.values() for x in lines):
+                same = arguments.amp, device
+                if any((x["amp"], x.get("device", "cpu")) != same for arm in done.values() for x in arm):
                     raise UserError(
-                        f"{runs}: has {network} with another --amp than {arguments.amp}; arms and seeds of a "
-                        "network are compared in one precision"
+                        f"{runs}: has {network} with another --amp than {arguments.amp} or --device than "
+                        f"{device}; arms and seeds of a network are compared in one precision and place"
                     )
                 here = {a: next((x for x in lines if x["seed"] == seed), None) for a, lines in done.items()}
                 steps = None
                 if arm == "bn_for_nds_time":
-                    if pick_device(arguments.device).type != "cpu":
-                        raise UserError(f"--arms {arm}: time is taken on the CPU only; give --arms bn nd")
                     if here["bn"] is None or here["nd"] is None:
                         continue  # nothing says how long yet
                     steps = steps_in_time(here["bn"], here["nd"])
