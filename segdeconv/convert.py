@@ -265,7 +265,8 @@ def _what_it_does(layer: Whitened) -> str:
     groups, blocks, block, _ = layer._shape
     if not layer.decorrelates:
         return "standardises its input: depthwise"
-    return f"whitens its input, {groups * blocks} x {block} channels"
+    held = f", held back by {layer._held:.2f}" if layer._held < 1 else ""
+    return f"whitens its input, {groups * blocks} x {block} channels{held}"
 
 
 def _no_hooks(module: nn.Module) -> dict[int, Any]:
