@@ -436,7 +436,7 @@ def test_convolutions_of_other_dimensions_keep_their_norms(warm_start: bool) -> 
     torch.testing.assert_close(fold_network_deconv(model)(x), want)
     assert reasons(report, "swapped") == {"5": "whitens its input, 1 x 32 channels"}
     _, report = convert_to_network_deconv(nn.Sequential(nn.Linear(512, 3)))
-    assert reasons(report, "swapped") == {"0": "whitens its input, 2 x 256 channels, held back by 0.50"}
+    assert reasons(report, "swapped") == {"0": "whitens its input, 1 x 512 channels, held back by 0.50"}
 
 
 def test_the_report_says_what_is_whitened() -> None:
