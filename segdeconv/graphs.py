@@ -82,8 +82,7 @@ class StepGraphs:
             parameter.grad = None
         torch.cuda.empty_cache()  # a graph has memory of its own
         graph = torch.cuda.CUDAGraph()
-        # Other threads may pin memory meanwhile.
-        try:
+        try:  # thread_local, because other threads may pin memory meanwhile
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 loss = self.compute(*inputs).detach()
         except RuntimeError as error:
