@@ -468,11 +468,11 @@ class Whitened(nn.Module):
             else:
                 self._follow(x.detach(), moments.detach(), samples)
                 running, whitening = self.running_moments, self.running_whitening
-                if torch.compiler.is_compiling():
-                    running = _snapshot(running)
                 if self.renew and self.decorrelates:  # a second call in this step would overwrite it
                     whitening = _snapshot(whitening)
             moments = self._steadied(moments, samples, running)
+            if torch.compiler.is_compiling():
+                moments = _snapshot(moments)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
             weight, bias = standardise_and_fold(
                 self._gained_weight(),
@@ -681,14 +681,17 @@ def _(
 # torch's partitioner may compute a value again in the backward pass from a buffer that the forward pass has
 # written since (pytorch/pytorch#197039), but never the result of an operation it does not know.
 @torch.library.custom_op("segdeconv::snapshot", mutates_args=())
-def _snapshot(running: Tensor) -> Tensor:
-    """What a buffer holds now, for the backward pass."""
-    return running.clone()
+def _snapshot(value: Tensor) -> Tensor:
+    """What a buffer holds now, or what was made of it, for the backward pass."""
+    return value.clone()
 
 
 @_snapshot.register_fake
-def _(running: Tensor) -> Tensor:
-    return torch.empty_like(running)
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
+
+
+_snapshot.register_autograd(lambda _, grad: grad)
 
 
 def _step_size(momentum: float | None, count: Any) -> Any:
@@ -842,6 +845,8 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
         if self.padding_mode != "zeros" or (padding == "same" and max(_pair(self.stride)) > 1):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             batched, padding = F.pad(batched, self._padding_lrtb(batched), mode=mode), 0
+        if torch.compiler.is_compiling():  # which would copy it, or the map, for the backward pass
+            weight = weight.contiguous(memory_format=torch.channels_last)
         out = F.conv2d(batched, weight, bias, self.stride, padding, self.dilation, self.groups)
         return out if input.ndim == 4 else out[0]
 

@@ -322,16 +322,18 @@ def fold_whitening(
         folded_GOKF = weight_GOKF.clone()
     else:
         folded_GOKF = (weight_GOKF.flatten(1, 2) @ whitening_GFF.to(dtype)).view_as(weight_GOKF)
-    if scale_GKF is not None:
-        scale_GOKF = scale_GKF[:, None].to(dtype)
-        if torch.compiler.is_compiling():  # which finds its own places; torch 2.11 would lose the gradient
+    scale_GOKF = None if scale_GKF is None else scale_GKF[:, None].to(dtype)
+    mean_GOKF = mean_GKF.expand(groups, *folded_GOKF.shape[2:])[:, None]
+    if torch.compiler.is_compiling():  # its compiler makes one loop of what it can see into
+        if scale_GOKF is not None:
             folded_GOKF = folded_GOKF * scale_GOKF
-        else:
+        shifted = bias - (folded_GOKF * mean_GOKF).sum((2, 3)).flatten()
+    else:
+        if scale_GOKF is not None:
             folded_GOKF *= scale_GOKF
-    mean_GP1 = mean_GKF.expand(groups, *folded_GOKF.shape[2:]).reshape(groups, -1, 1)
-    shifted_GO1 = torch.baddbmm(bias.view(groups, -1, 1), folded_GOKF.flatten(2), mean_GP1, alpha=-1)
+        mean_GP1 = mean_GOKF.reshape(groups, -1, 1)
+        shifted = torch.baddbmm(bias.view(groups, -1, 1), folded_GOKF.flatten(2), mean_GP1, alpha=-1).flatten()
     folded = from_blocks(folded_GOKF, interleaved).reshape(weight.shape)
-    shifted = shifted_GO1.flatten()
     # Not `to` where it has nothing to do: torch 2.11 compiles that to graphs without gradient.
     return (folded, shifted) if folded.dtype == out else (folded.to(out), shifted.to(out))
 
@@ -407,7 +409,12 @@ def standardise_and_fold(
     Returns:
         weight and bias for the one layer that computes with them: their gradients are taken up in place.
     """
-    return _StandardiseAndFold.apply(weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision)
+    if not torch.compiler.is_compiling():
+        return _StandardiseAndFold.apply(weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision)
+    groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
+    mean_GKF, var_GKF = per_feature(moments_2C, groups, blocks, features)
+    scale_GKF = (var_GKF + eps).rsqrt()
+    return fold_whitening(weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision)
 
 
 def per_feature(values_SC: Tensor, groups: int, blocks: int, features: int) -> Tensor:
