@@ -99,7 +99,8 @@ class Whitened(nn.Module):
     Buffers (G groups, K blocks of channels in a group, F features a block, C input channels):
         running_mean: (G, K, F), K is 1 in reference mode; not in fast mode.
         running_whitening: (G, F, F).
-        num_batches_tracked: how many batches the running values have seen.
+        num_batches_tracked: how many batches the running values have seen; in fast mode how many steps were
+            made, those with values that are not finite included.
     In fast mode also:
         running_moments: (2, C), mean and variance of every channel.
         running_cov: (G, F, F), of the standardised features; the whitening matrix is made from it.
@@ -122,6 +123,9 @@ class Whitened(nn.Module):
     running_moments: Tensor
     _step: int | None
     _held: float
+    #: Fast mode: whether the next step renews the whitening; None: by the number of steps taken. A
+    #: `RenewalSchedule` sets it; evaluation, copying, loading and resetting end it.
+    renew: bool | None
 
     def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:
         """``channels`` and ``taps`` are those of one group."""
@@ -141,9 +145,6 @@ class Whitened(nn.Module):
         self._held = 1.0  # what ``gain`` is to be where it was not loaded
         #: Fast mode: added to the step count, so that the layers of a network refresh on different steps.
         self.refresh_offset = 0
-        #: Fast mode: whether the next step renews the whitening; None: by the number of steps taken. A
-        #: `RenewalSchedule` sets it, evaluation, copying and loading end it.
-        self.renew: bool | None = None
         self._enrol()
         # On small maps whitened taps of depthwise layers make networks train worse, on large ones no better.
         self._start_anew(decorrelates=config.mode != "fast" or groups == 1 or channels > 1)
@@ -207,7 +208,7 @@ class Whitened(nn.Module):
         # The fast mode's own copy of num_batches_tracked: reading a tensor would wait for the device. It is
         # taken anew where the buffers may have been written: by DistributedDataParallel from another rank,
         # or by averaging of weights.
-        self._step = None
+        self._step = self.renew = None
 
     def reset_parameters(self) -> None:
         """New weights, and running values as before the first batch."""
@@ -247,7 +248,7 @@ class Whitened(nn.Module):
             like = state[f"{prefix}running_moments"]
             state.setdefault(f"{prefix}gain", like.new_ones((), dtype=torch.float32))  # from before the rule
         super()._load_from_state_dict(state, prefix, *args)
-        self._step = None
+        self._step = self.renew = None
 
     def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[Any, Any] | None = None) -> Tensor:
         """Rows of features, (N, G·K·F) in float32 or wider, on a grid of output positions ``every`` rows and
@@ -296,7 +297,7 @@ class Whitened(nn.Module):
         if self.config.mode == "fast":
             return self._whiten_fast(x)
         mean, cov, rows = self.moments(x)
-        if rows * self.num_blocks < 2:
+        if rows * self.num_blocks <= mean.shape[1]:  # one sample for every mean
             return x, *self.folded_parameters()
         whitening = self.whitening_from(cov)
         if not _again():
@@ -315,7 +316,7 @@ class Whitened(nn.Module):
                     self._refresh(x, self.running_moments, samples, self._steps_taken() - 1, None)
                 return
             mean, cov, rows = self.moments(x)
-            if rows * self.num_blocks > 1:
+            if rows * self.num_blocks > mean.shape[1]:
                 self._update_running(mean, self.whitening_from(cov), None)
 
     @torch.no_grad()
@@ -538,8 +539,9 @@ class Whitened(nn.Module):
 
     @torch.no_grad()
     def _pool_moments(self, moments: Tensor, zeros: float) -> None:
-        """Make the running moments those of all batches so far as one, this one the last. The mean of the
-        batches' variances would leave out what lies between them: all there is, in batches of one.
+        """Make the running moments those of all batches so far as one, this one the last, as if all had the
+        same size. The mean of the batches' variances would leave out what lies between them: all there is, in
+        batches of one.
         """
         share = 1 / (self._steps_taken() + 1)
         apart = (moments[0] - self.running_moments[0]).square() * (share * (1 - share) * (1 - 2 * zeros))

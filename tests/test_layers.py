@@ -582,10 +582,15 @@ def test_observing_in_inference_mode_leaves_a_layer_that_trains() -> None:
     layer.load_state_dict(copy.deepcopy(layer.state_dict()))
 
 
-def test_exact_mode_does_not_observe_a_single_row() -> None:
-    layer = WhitenedLinear(4, 2, config=config(mode="exact"))
-    layer.observe(torch.randn(1, 4))
-    assert torch.equal(layer.running_whitening[0], torch.eye(4))
+@pytest.mark.parametrize("mode", ["exact", "reference"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_single_row_has_no_covariance(mode: str, blocks: int) -> None:
+    """But for blocks that share a mean: each of them has a row."""
+    layer = WhitenedLinear(4, 2, config=config(mode=mode, linear_block_size=4 // blocks))
+    for take in (layer, layer.observe):
+        take(torch.randn(1, 4))
+        learned = not torch.equal(layer.running_whitening[0], torch.eye(4 // blocks))
+        assert learned == (mode == "reference" and blocks == 2)
 
 
 @pytest.mark.parametrize("mode", ["fast", "exact"])
@@ -800,8 +805,16 @@ def test_a_schedule_ends() -> None:
         for _ in range(4):
             ended(torch.randn(2, 3, 6, 6))
         assert int(ended.num_refreshes) == before + 2
-    assert layer.eval().train().renew is None
-    assert RenewalSchedule(nn.Sequential(layer, nn.ReLU())).steps == 42
+    renewals = RenewalSchedule(nn.Sequential(layer, nn.ReLU()))
+    assert renewals.steps == 42
+    for end in (
+        lambda: layer.eval().train(),
+        lambda: layer.load_state_dict(layer.state_dict()),
+        layer.reset_running_stats,
+    ):
+        renewals.step()
+        end()
+        assert layer.renew is None
 
 
 def test_a_scheduled_layer_is_called_twice() -> None:
