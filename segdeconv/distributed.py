@@ -86,7 +86,7 @@ def wait() -> None:
 def take_buffers_of_rank_0(*modules: nn.Module) -> None:
     """Give all processes the buffers that the modules have on rank 0."""
     if world_size() > 1:
-        for module in modules:
+        for module in dict.fromkeys(modules):
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 

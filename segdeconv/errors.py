@@ -13,3 +13,8 @@ class Refused(UserError):
 
     The command line exits with code 3.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, cut to one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from segdeconv import __version__
 from segdeconv.checkpoint import CheckpointInfo
 from segdeconv.entries import DATA
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, first_line
 from segdeconv.files import write_atomically
 from segdeconv.fold import fold_network_deconv
-from segdeconv.images import first_line
 from segdeconv.interface import Interface, Preparation, around
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import main_output, size_multiple

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from segdeconv.errors import UserError
-from segdeconv.images import first_line
+from segdeconv.errors import UserError, first_line
 from segdeconv.layers import RenewalSchedule
 
 
@@ -80,14 +79,16 @@ class StepGraphs:
         inputs = tuple(tensor.clone() for tensor in batch)
         for parameter in self.parameters:
             parameter.grad = None
-        torch.cuda.empty_cache()  # a graph has memory of its own
         graph = torch.cuda.CUDAGraph()
         try:  # thread_local, because other threads may pin memory meanwhile
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 loss = self.compute(*inputs).detach()
         except RuntimeError as error:
+            cause = error.__context__ or error  # ending a recording that failed fails too, and says less
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
             raise UserError(
-                f"train.cuda_graphs: this network's training step cannot be recorded ({first_line(error)}); "
+                f"train.cuda_graphs: this network's training step cannot be recorded ({first_line(cause)}); "
                 "set it to false"
             ) from error
         return _Recorded(graph, inputs, loss, [parameter.grad for parameter in self.parameters])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, first_line
 from segdeconv.files import write_atomically
 
 Picture = NDArray[np.uint8]
@@ -159,8 +159,3 @@ def save_image(image: Image.Image, path: Path) -> None:
         UserError: the place cannot be written.
     """
     write_atomically(path, lambda temporary: image.save(temporary, quality=92))
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message, cut to one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from segdeconv.errors import UserError
-from segdeconv.images import first_line
+from segdeconv.errors import UserError, first_line
 from segdeconv.runtime import TYPES, import_onnxruntime, open_session
 
 _CPU = "CPUExecutionProvider"

@@ -16,12 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, first_line
 from segdeconv.files import make_folder
 from segdeconv.images import (
     Palette,
     Picture,
-    first_line,
     images_in,
     label_png,
     overlay,

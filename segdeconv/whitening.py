@@ -332,7 +332,9 @@ def fold_whitening(
         if scale_GOKF is not None:
             folded_GOKF *= scale_GOKF
         mean_GP1 = mean_GOKF.reshape(groups, -1, 1)
-        shifted = torch.baddbmm(bias.view(groups, -1, 1), folded_GOKF.flatten(2), mean_GP1, alpha=-1).flatten()
+        shifted = torch.baddbmm(
+            bias.view(groups, -1, 1), folded_GOKF.flatten(2), mean_GP1, alpha=-1
+        ).flatten()
     folded = from_blocks(folded_GOKF, interleaved).reshape(weight.shape)
     # Not `to` where it has nothing to do: torch 2.11 compiles that to graphs without gradient.
     return (folded, shifted) if folded.dtype == out else (folded.to(out), shifted.to(out))

@@ -49,10 +49,10 @@ ALLOWED: dict[str, set[str]] = {
     "compare": FILES | {"checkpoint", "config", "figures", "metrics"},
     "inspection": FILES
     | {"checkpoint", "config", "data", "figures", "layers", "models", "structure", "whitening"},
-    "graphs": PICTURES | {"layers"},
+    "graphs": LEAVES | {"layers"},
     "train": FILES
-    | {"checkpoint", "config", "convert", "data", "distributed", "evaluate", "figures", "graphs", "losses"}
-    | {"metrics", "models", "progress"},
+    | {"checkpoint", "config", "convert", "data", "distributed", "evaluate", "figures", "graphs", "layers"}
+    | {"losses", "metrics", "models", "progress"},
     "interface": LEAVES,
     "export": PICTURES | {"checkpoint", "entries", "fold", "interface", "metrics", "models", "runtime"},
     "precision": FILES

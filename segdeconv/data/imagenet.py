@@ -14,8 +14,8 @@ from pathlib import Path
 from segdeconv.config import DataConfig
 from segdeconv.data.image_folder import ImageFolder
 from segdeconv.data.samples import even_palette, folder, root_of
-from segdeconv.errors import UserError
-from segdeconv.images import first_line, list_images
+from segdeconv.errors import UserError, first_line
+from segdeconv.images import list_images
 
 KAGGLE = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_devkit_t12/data"

@@ -12,8 +12,8 @@ import torchvision
 
 from segdeconv.config import DataConfig
 from segdeconv.data.samples import Samples, even_palette, root_of
-from segdeconv.errors import UserError
-from segdeconv.images import Picture, first_line, resize_image
+from segdeconv.errors import UserError, first_line
+from segdeconv.images import Picture, resize_image
 
 TORCHVISION = {
     "cifar10": torchvision.datasets.CIFAR10,

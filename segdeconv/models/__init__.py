@@ -15,7 +15,7 @@ from torch import nn
 
 from segdeconv.config import ModelConfig
 from segdeconv.convert import ConversionReport, convert_to_network_deconv
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, first_line
 from segdeconv.models import cifar, classification, segmentation
 from segdeconv.models.registry import Architecture, merge
 
@@ -138,9 +138,10 @@ def _call(
     except UserError:
         raise
     except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         what = f"{name} with encoder {encoder}" if encoder else name
-        raise UserError(f"{what} cannot be built with model.options = {options}: {first}") from None
+        raise UserError(
+            f"{what} cannot be built with model.options = {options}: {first_line(error)}"
+        ) from None
 
 
 def size_multiple(model: nn.Module) -> int:
