@@ -174,6 +174,8 @@ class TrainConfig:
         schedule: 'poly' is (1 - t)^``poly_power``, 'cosine' is (1 + cos πt) / 2, 'constant' stays at lr.
         clip_grad: largest norm of all gradients together; None does not clip.
         amp: autocast to 'bf16' or 'fp16' (with loss scaling), or 'off'.
+        compile: train the network through torch.compile (in one process), which joins its many small
+            operations. It needs a C++ compiler on a CPU, where it gains little, and a minute or two.
         cuda_graphs: record training steps as CUDA graphs (on a GPU, in one process). Where launching kernels
             takes longer than they do, steps take a fraction of the time.
         label_smoothing: as in cross-entropy.
@@ -198,6 +200,7 @@ class TrainConfig:
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     amp: Annotated[Literal["off", "bf16", "fp16"], _OFF] = "off"
+    compile: bool = False
     cuda_graphs: bool = False
     label_smoothing: Fraction = 0.0
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None

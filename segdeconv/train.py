@@ -49,11 +49,12 @@ from segdeconv.config import Recipe, TrainConfig
 from segdeconv.convert import ConversionReport, calibrate
 from segdeconv.data import EvalSet, Samples, eval_loader, open_samples, train_loader
 from segdeconv.distributed import rank, sum_over_ranks, world_size
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, first_line
 from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
 from segdeconv.figures import read_metrics, training_curves, triptych
 from segdeconv.files import make_folder, to_json, write_atomically
 from segdeconv.graphs import StepGraphs
+from segdeconv.layers import RenewalSchedule
 from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import build_model, resolve, size_multiple, starts_trained
@@ -95,7 +96,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise UserError(f"--device {name}: not available here ({first}); use auto or cpu") from None
     return device
 
@@ -140,7 +141,7 @@ def train(
             raise
         raise UserError(
             f"rank {os.environ['RANK']}: another process of this run ended or hangs "
-            f"({str(error).splitlines()[0]}); its own message says why; start again with --resume"
+            f"({first_line(error)}); its own message says why; start again with --resume"
         ) from None
     finally:
         distributed.stop()
@@ -267,8 +268,9 @@ class _Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         average = get_ema_multi_avg_fn(config.ema_decay or 0.0)
         self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if config.ema_decay else None
-        self.parallel = self._parallel()
+        self.parallel: Callable[..., Any] = self._parallel()
         self.compute: Callable[[Tensor, Tensor], Tensor] = self._compute
+        self.renewals: RenewalSchedule | None = None
         self.step = self.finished_epochs = 0
         self.best, self.seconds = -1.0, 0.0
         self.board: SummaryWriter | None = None
@@ -343,9 +345,7 @@ class _Run:
             if self.ema is not None:
                 self.ema.load_state_dict(parts["ema"])
         except RuntimeError as error:
-            raise UserError(
-                f"{out}: its state does not fit the network ({str(error).splitlines()[0]})"
-            ) from None
+            raise UserError(f"{out}: its state does not fit the network ({first_line(error)})") from None
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in parts["optimizer"].items():
             index, _, name = key.partition(".")
@@ -373,8 +373,11 @@ class _Run:
             )
         else:
             self._begin()
+        if config.compile and world_size() == 1:
+            self.parallel = torch.compile(self.model)  # not for validation, whose pictures have other sizes
+            self.renewals = RenewalSchedule(self.model)
         if config.cuda_graphs and self.device.type == "cuda" and world_size() == 1:
-            self.compute = StepGraphs(self.model, self._compute)
+            self.compute, self.renewals = StepGraphs(self.model, self._compute), None  # which has its own
         line: dict[str, Any] = {}
         if self.finished_epochs:
             line = next(reversed(read_metrics(out)), {})  # a file system may have lost them all the same
@@ -504,9 +507,10 @@ class _Run:
         except (RuntimeError, ValueError) as error:
             if self.step > 0 or isinstance(error, UserError) or distributed.says_a_process_is_gone(error):
                 raise
+            compiled = ", or set train.compile to false" if self.renewals is not None else ""
             raise UserError(
                 f"the network cannot train on batches of shape {tuple(images.shape)} "
-                f"({str(error).splitlines()[0]}); check train.batch_size, data.crop and model.options"
+                f"({first_line(error)}); check train.batch_size, data.crop and model.options{compiled}"
             ) from error
 
     def _lr(self, step: int) -> float:
@@ -521,15 +525,12 @@ class _Run:
         seed_everything(int(np.random.SeedSequence((config.seed, self.step, rank())).generate_state(1)[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.step)
+        if self.renewals is not None:
+            self.renewals.step()
         loss = self.compute(images.to(self.device), targets.to(self.device))
         self.recent.append((loss, images))
         if len(self.recent) == self.patience or (self.step + 1) % self.steps_per_epoch == 0:
             self._check_finite()
-        if self.recent:  # not looked at yet: it must not spoil the weights, which are to tell where it went
-            bad = ~loss.isfinite()
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_(bad, 0)
         if config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
@@ -549,6 +550,11 @@ class _Run:
             output = self.parallel(images)
         loss = loss_of(output, targets, self.recipe.train, self.ignore_index)
         self.scaler.scale(loss).backward()
+        if self.patience > 1:  # not looked at yet: it must not spoil weights, which are to tell where it went
+            bad = ~loss.detach().isfinite()
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(bad, 0)
         return loss.detach()
 
     def _autocast(self) -> torch.autocast:
@@ -652,6 +658,7 @@ class _Run:
             return tensor
 
         for step in (1, 2):
+            kept.clear()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 loss = self._guarded_step(images, targets)
             console.print(f"step {step}: loss {loss.item():.4f}")

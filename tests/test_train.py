@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -187,6 +188,27 @@ def test_init_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run folder"):
         train(tiny("model.init=nowhere"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_compiled_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same run; checkpoints do not tell them apart."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    want = train(tiny(), tmp_path / "plain")
+    torch._dynamo.reset()
+    got = train(tiny("train.compile=true"), tmp_path / "compiled")
+    assert got["loss"] == pytest.approx(want["loss"], rel=1e-3)
+    assert got["miou"] == pytest.approx(want["miou"], abs=5e-3)
+    weights = [load_file(tmp_path / run / "last.safetensors") for run in ("plain", "compiled")]
+    assert weights[0].keys() == weights[1].keys()
+
+
+def test_a_network_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    with pytest.raises(UserError, match=r"or set train\.compile to false"):
+        train(tiny("train.compile=true"), tmp_path / "run")
 
 
 def test_a_diverged_loss_stops_the_run_with_advice(tmp_path: Path) -> None:
