@@ -199,11 +199,13 @@ class Plain:
         return self.compute(*batch)
 
 
-@pytest.mark.parametrize("norm", ["bn", "nd"])
-def test_a_run_with_graphs(norm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("norm", "how"), [("bn", ["cuda_graphs"]), ("nd", ["cuda_graphs"]), ("nd", ["compile", "cuda_graphs"])]
+)
+def test_a_run_with_graphs(norm: str, how: list[str], tmp_path: Path) -> None:
     changes = (f"model.norm={norm}", "train.amp=bf16", "train.epochs=4", "train.ema_decay=0.9")
     want = train(tiny(*changes), tmp_path / "plain", "cuda")
-    got = train(tiny(*changes, "train.cuda_graphs=true"), tmp_path / "graphs", "cuda")
+    got = train(tiny(*changes, *(f"train.{key}=true" for key in how)), tmp_path / "graphs", "cuda")
     assert got["loss"] == pytest.approx(want["loss"], abs=0.05)
 
 

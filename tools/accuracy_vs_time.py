@@ -61,6 +61,7 @@ from segdeconv.whitening import (
     patch_moments,
     per_feature,
     shrunk_inverse_sqrt,
+    standardise_and_fold,
     to_blocks,
 )
 
@@ -169,7 +170,7 @@ def convert(model: nn.Module, arm: str) -> nn.Module:
             layer.decorrelate(True)
         if mode == "free_head" and isinstance(layer, layers.WhitenedLinear) and layer.gain is not None:
             layer.gain.fill_(1)
-        if mode == "own" and isinstance(layer, layers.Whitened):
+        if mode == "own" and isinstance(layer, layers.Whitened) and layer.decorrelates:
             layer.__class__ = type(mode, (OwnBlocks, type(layer)), {})
             layer.reset_running_stats()
     return model
@@ -196,11 +197,13 @@ def ablation(arm: str) -> Any:
         weight: Tensor,
         bias: Tensor,
         moments: Tensor,
-        whitening: Tensor,
+        whitening: Tensor | None,
         blocks: int,
         eps: float,
         low_precision: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
+        if whitening is None:
+            return standardise_and_fold(weight, bias, moments, None, blocks, eps, low_precision)
         mean, var = per_feature(moments, len(whitening) // blocks, blocks, whitening.shape[-1])
         return fold_own(weight, bias, whitening, mean, (var + eps).rsqrt())
 

@@ -8,12 +8,14 @@ A step is forward, loss, backward and optimiser, on the GPU where there is one. 
 step, so that a slow minute of the machine meets all of them. A cycle is twenty steps, in which the fast mode
 renews every layer's whitening matrix once. Printed are the median cycle's time over batch norm's (lowest and
 highest cycle in brackets), floating-point operations counted a step, and peak memory: of the GPU, or of a
-process of its own.
+process of its own. On a GPU also the time that it works a step and how many kernels that takes, by torch's
+profiler; what is left of the step it waits for Python.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import subprocess
@@ -60,7 +62,8 @@ CYCLE = NetworkDeconvConfig().refresh_every
 def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Callable[[], None]:
     """One training step on random images, past the warm-up of the fast mode's schedule.
 
-    Two are done already, in the first of which every layer renews its whitening: that is where memory peaks.
+    Two are done already, or two cycles where there is something to compile or to record. In the first every
+    layer renews its whitening: that is where memory peaks.
     """
     config = ModelConfig(network.architecture, norm="bn", options=network.options)
     if arm != "bn":
@@ -75,8 +78,7 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     targets = torch.randint(CLASSES, labels, device=device)
 
     if network.compiled:
-        model.compile(fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
-
+        model.compile(fullgraph=True)
     renewals = RenewalSchedule(model) if network.compiled else None
 
     def gradients(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -100,8 +102,8 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
         if isinstance(layer, Whitened):
             layer.load_state_dict(layer.state_dict() | {"num_batches_tracked": torch.tensor(1000)})
     if network.graphs:
-        compute = StepGraphs(model, gradients)
-    if renewals is not None:
+        compute, renewals = StepGraphs(model, gradients), None  # which has a schedule of its own
+    elif network.compiled:
         renewals = RenewalSchedule(model)
     for _ in range(2 * CYCLE + 1 if network.graphs or network.compiled else 1):  # makes both graphs
         step()
@@ -134,9 +136,24 @@ def seconds(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def gpu_work(step: Callable[[], None]) -> tuple[float, float]:
+    """How long the GPU works a step, ms, and how many kernels and copies that takes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(CYCLE):
+            step()
+        torch.cuda.synchronize()
+    work = [
+        event
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return sum(event.time_range.elapsed_us() for event in work) / CYCLE / 1e3, len(work) / CYCLE
+
+
 def peak_mib(name: str, network: Network, arm: str, device: torch.device, amp: bool) -> float:
     """Peak memory of the training steps, MiB; on the CPU, beyond what the imports take."""
     if device.type == "cuda":
+        gc.collect()  # compiled networks refer to themselves
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         stepper(network, arm, device, amp)()
@@ -176,6 +193,7 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
                 cycle[arm] += seconds(steps[arm], device) / CYCLE
         for arm in arms:
             times[arm].append(cycle[arm])
+    work = {arm: gpu_work(steps[arm]) if device.type == "cuda" else None for arm in arms}
     if network.graphs:  # whose operations nobody sees
         steps = {arm: stepper(replace(network, graphs=False), arm, device, amp) for arm in arms}
     gflop = {arm: operations(steps[arm], CYCLE if arm == "fast" else 1) / 1e9 for arm in arms}
@@ -191,6 +209,9 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
             f"{gflop[arm] / gflop[base]:6.2f}x {peaks[arm]:7.0f} {peaks[arm] / peaks[base]:5.2f}x",
             flush=True,
         )
+    for arm, found in work.items():
+        if found is not None:
+            print(f"  {arm:10} {found[0]:9.2f} ms of work for the GPU in {found[1]:.0f} kernels", flush=True)
 
 
 def main() -> None:
@@ -202,9 +223,7 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--amp", action="store_true", help="bf16 autocast")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile, both twins; CUDA graphs on a GPU"
-    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile, both twins")
     parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs, as train.cuda_graphs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--memory-of-this-process", action="store_true", help=argparse.SUPPRESS)
@@ -222,8 +241,8 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = pick_device(arguments.device)
-    if arguments.graphs and (device.type != "cuda" or arguments.compile):
-        raise UserError("--graphs needs a GPU, and no --compile, which makes CUDA graphs of its own")
+    if arguments.graphs and device.type != "cuda":
+        raise UserError("--graphs needs a GPU")
     for name in arguments.networks or TARGETS:
         network = TARGETS.get(name) or Network(name, 8, (160, 224))
         network = replace(

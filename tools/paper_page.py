@@ -93,7 +93,9 @@ def held_part(lines: list[dict[str, Any]], before: list[dict[str, Any]]) -> str:
     differences = []
     for line in lines:
         same = ("network", "arm", "seed", "epochs", "pictures", "amp")
-        was = next(x for x in before if all(x[key] == line[key] for key in same))
+        was = next((x for x in before if all(x[key] == line[key] for key in same)), None)
+        if was is None:
+            continue
         title = reproduce_table1.NETWORKS[line["network"]][0]
         model, _ = build_model(ModelConfig(f"cifar_{line['network']}"), 10)
         head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1].in_features
@@ -101,6 +103,8 @@ def held_part(lines: list[dict[str, Any]], before: list[dict[str, Any]]) -> str:
         rows.append(
             f"| {title} | {head} | {line['seed']} | {100 * was['top1']:.2f} | {100 * line['top1']:.2f} |"
         )
+    if not differences:
+        return ""
     better, mean = sum(difference > 0 for difference in differences), 100 * statistics.fmean(differences)
     rows.append(f"\nThe rule is better in {better} of {len(differences)}; on average {mean:+.1f} points.\n")
     return "\n".join(rows)

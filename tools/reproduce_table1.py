@@ -124,6 +124,9 @@ def train(
         "device": device.type,
         "amp": config.amp,
         "weight_decay": config.weight_decay,
+        **(
+            {"held": True} if norm == "nd" else {}
+        ),  # wide heads are (docs/whitening.md); they were not always
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": step,  # fewer where it diverged
         "seconds": round(seconds, 2) if device.type == "cpu" else None,
@@ -285,6 +288,11 @@ def reproduce(arguments: argparse.Namespace) -> None:
                         )
                 if here[arm] is not None:
                     continue
+                if arm == "nd" and not all(x.get("held") for x in done[arm]):
+                    raise UserError(
+                        f"{runs}: has {network} nd from before wide heads were held back; give another "
+                        "--out, or remove these lines and those of bn_for_nds_time"
+                    )
                 line = train(network, arm, seed, arguments, steps)
                 append_json_line(runs, line)
                 took = "" if line["seconds"] is None else f", {line['seconds']:.0f} s"
