@@ -157,6 +157,22 @@ def test_batch_norm_had_nds_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "seed 0 had 390 steps, but nd's time is 429" in capsys.readouterr().err
 
 
+def test_heads_held_back_and_not_are_not_mixed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "table1.jsonl"
+    append_json_line(out, trained("vgg16", "nd", 0, 0.6))
+    options = ["--networks", "vgg16", "--arms", "nd", "--seeds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["tool", *options])
+    with pytest.raises(SystemExit):
+        reproduce_table1.main()
+    assert "has vgg16 nd from before wide heads were held back" in capsys.readouterr().err
+    alone = [{**trained("vgg16", "nd", 1, 0.7), "held": True}]
+    assert paper_page.held_part(alone, TABLE1[:1]) == ""
+    with_twin = paper_page.held_part([{**TABLE1[3], "top1": 0.7}, *alone], [*TABLE1, *alone])
+    assert "([whitening.md](whitening.md)), but for VGG-16. The" in with_twin
+
+
 def test_verdicts_on_table1() -> None:
     text = paper_page.table1_part([*TABLE1, {**TABLE1[0], "epochs": 20, "pictures": 500}])
     for sentence in (

@@ -84,9 +84,11 @@ def table1_part(lines: list[dict[str, Any]]) -> str:
 
 def held_part(lines: list[dict[str, Any]], before: list[dict[str, Any]]) -> str:
     """What of table 1 was trained since wide heads are held back, beside the same seeds from before."""
+    held = {reproduce_table1.NETWORKS[x["network"]][0]: None for x in before if x.get("held")}
+    but_for = f", but for {', '.join(held)}" if held else ""
     rows = [
-        "The `nd` of this table is from before wide heads were held back ([whitening.md](whitening.md)). The "
-        "same trainings with the present rule, top-1 in percent:\n",
+        "The `nd` of this table is from before wide heads were held back ([whitening.md](whitening.md))"
+        f"{but_for}. The same trainings with the present rule, top-1 in percent:\n",
         "| network | features of the head | seed | before | held back |",
         "|---|---:|---:|---:|---:|",
     ]
