@@ -84,9 +84,10 @@ class StepGraphs:
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 loss = self.compute(*inputs).detach()
         except RuntimeError as error:
-            cause = error.__context__ or error  # ending a recording that failed fails too, and says less
-            if isinstance(cause, torch.OutOfMemoryError):
-                raise cause from None
+            # A recording that failed cannot be ended either: that is the last error, and says less.
+            cause = error if error.__suppress_context__ else error.__context__ or error
+            if torch.OutOfMemoryError in (type(error), type(cause)):
+                raise torch.OutOfMemoryError from error
             raise UserError(
                 f"train.cuda_graphs: this network's training step cannot be recorded ({first_line(cause)}); "
                 "set it to false"

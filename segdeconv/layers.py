@@ -273,8 +273,8 @@ class Whitened(nn.Module):
         """The input, weight and bias of the plain layer this layer is for the batch ``x`` (n, C, ...).
 
         In training from the statistics of ``x``, and the running values are updated. In evaluation, and for a
-        batch with a single sampled position, which has no covariance, from the running values. The input is
-        ``x``, made part of the gradient of its own statistics in fast mode.
+        batch with a single sample for every mean, which has no covariance, from the running values. The input
+        is ``x``, made part of the gradient of its own statistics in fast mode.
 
         Raises:
             RuntimeError: where a training step would silently go wrong: a replica of DataParallel, or an
@@ -472,7 +472,7 @@ class Whitened(nn.Module):
                 if self.renew and self.decorrelates:  # a second call in this step would overwrite it
                     whitening = _snapshot(whitening)
             moments = self._steadied(moments, samples, running)
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() and running is self.running_moments:
                 moments = _snapshot(moments)
             bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
             weight, bias = standardise_and_fold(

@@ -505,12 +505,17 @@ class _Run:
         except torch.OutOfMemoryError:
             raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
         except (RuntimeError, ValueError) as error:
+            if self.recipe.train.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                reason = first_line(getattr(error, "inner_exception", error))
+                raise UserError(
+                    f"torch.compile cannot compile the network ({reason}); on a CPU it needs a C++ compiler; "
+                    "start a run with train.compile=false"
+                ) from error
             if self.step > 0 or isinstance(error, UserError) or distributed.says_a_process_is_gone(error):
                 raise
-            compiled = ", or set train.compile to false" if self.renewals is not None else ""
             raise UserError(
                 f"the network cannot train on batches of shape {tuple(images.shape)} "
-                f"({first_line(error)}); check train.batch_size, data.crop and model.options{compiled}"
+                f"({first_line(error)}); check train.batch_size, data.crop and model.options"
             ) from error
 
     def _lr(self, step: int) -> float:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
+from segdeconv import layers
 from segdeconv import train as train_module
 from segdeconv.checkpoint import load_checkpoint
 from segdeconv.config import Recipe, TrainConfig, load_recipe
@@ -191,11 +193,15 @@ def test_init_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_compiled_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same run; checkpoints do not tell them apart."""
+    """The same run, with a graph for steps that renew and one for those that do not."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    want = train(tiny(), tmp_path / "plain")
+    monkeypatch.setattr(layers, "_STEPS_AN_INTERVAL", 1)
+    renewing_at_every_second = "model.network_deconv.refresh_every=2"
+    want = train(tiny(renewing_at_every_second), tmp_path / "plain")
     torch._dynamo.reset()
-    got = train(tiny("train.compile=true"), tmp_path / "compiled")
+    counters["stats"].clear()
+    got = train(tiny(renewing_at_every_second, "train.compile=true"), tmp_path / "compiled")
+    assert counters["stats"]["unique_graphs"] == 2
     assert got["loss"] == pytest.approx(want["loss"], rel=1e-3)
     assert got["miou"] == pytest.approx(want["miou"], abs=5e-3)
     weights = [load_file(tmp_path / run / "last.safetensors") for run in ("plain", "compiled")]
@@ -207,7 +213,7 @@ def test_a_network_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.Mon
         raise RuntimeError("no compiler found")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    with pytest.raises(UserError, match=r"or set train\.compile to false"):
+    with pytest.raises(UserError, match=r"no compiler found.*start a run with train\.compile=false"):
         train(tiny("train.compile=true"), tmp_path / "run")
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from reference import patches_by_loops, shrunk_root_by_eigenvalues, whitening_by_eigenvalues
@@ -214,10 +216,18 @@ def test_channel_moments(shape: tuple, channels_last: bool, zeros: float, dtype:
     close(got.double(), want, rtol=1e-13 if exact else 2**-8, atol=1e-13 if exact else 2**-8 * 20)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("low_precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("decorrelates", [True, False])
 @pytest.mark.parametrize(("groups", "blocks", "block", "kernel"), [(1, 2, 3, 3), (2, 1, 2, 1), (3, 2, 1, 2)])
 def test_standardise_and_fold(
-    groups: int, blocks: int, block: int, kernel: int, low_precision: torch.dtype | None
+    groups: int,
+    blocks: int,
+    block: int,
+    kernel: int,
+    decorrelates: bool,
+    low_precision: torch.dtype | None,
+    compiling: bool,
 ) -> None:
     """Values and gradients against autograd through the definition; products may be rounded to bfloat16."""
     channels, features = groups * blocks * block, block * kernel**2
@@ -227,8 +237,9 @@ def test_standardise_and_fold(
         torch.stack((torch.randn(channels), torch.rand(channels) + 0.1)).double(),
     ]
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    whitening = torch.randn(groups, features, features).double()
-    got = standardise_and_fold(*leaves, whitening, blocks, 1e-3, low_precision)
+    whitening = torch.randn(groups, features, features).double() if decorrelates else None
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=compiling):
+        got = standardise_and_fold(*leaves, whitening, blocks, 1e-3, low_precision)
     assert got[0].dtype == got[1].dtype == (low_precision or torch.float64)
     weight, bias, (mean, var) = leaves
     mean, scale = (

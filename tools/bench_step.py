@@ -184,6 +184,7 @@ def memory_of_this_process(network: Network, arm: str, amp: bool) -> float:
 def bench(name: str, network: Network, arms: list[str], cycles: int, device: torch.device, amp: bool) -> None:
     height, width = network.size
     print(f"\n{name}: batch {network.batch}, {height}x{width}", flush=True)
+    torch.compiler.reset()  # or code of the networks before counts as versions of this one's
     steps = {arm: stepper(network, arm, device, amp) for arm in arms}
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     for _ in range(cycles):
@@ -195,7 +196,8 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
             times[arm].append(cycle[arm])
     work = {arm: gpu_work(steps[arm]) if device.type == "cuda" else None for arm in arms}
     if network.graphs:  # whose operations nobody sees
-        steps = {arm: stepper(replace(network, graphs=False), arm, device, amp) for arm in arms}
+        plain = replace(network, graphs=False, compiled=False)
+        steps = {arm: stepper(plain, arm, device, amp) for arm in arms}
     gflop = {arm: operations(steps[arm], CYCLE if arm == "fast" else 1) / 1e9 for arm in arms}
     steps.clear()
     peaks = {arm: peak_mib(name, network, arm, device, amp) for arm in arms}

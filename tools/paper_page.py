@@ -95,7 +95,8 @@ def held_part(lines: list[dict[str, Any]], before: list[dict[str, Any]]) -> str:
     differences = []
     for line in lines:
         same = ("network", "arm", "seed", "epochs", "pictures", "amp")
-        was = next((x for x in before if all(x[key] == line[key] for key in same)), None)
+        free = (x for x in before if not x.get("held"))
+        was = next((x for x in free if all(x[key] == line[key] for key in same)), None)
         if was is None:
             continue
         title = reproduce_table1.NETWORKS[line["network"]][0]
