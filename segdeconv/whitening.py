@@ -413,6 +413,7 @@ def standardise_and_fold(
     """
     if not torch.compiler.is_compiling():
         return _StandardiseAndFold.apply(weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision)
+    # The definition: a compiler makes fewer kernels of it than of the backward pass above.
     groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
     mean_GKF, var_GKF = per_feature(moments_2C, groups, blocks, features)
     scale_GKF = (var_GKF + eps).rsqrt()

@@ -168,7 +168,8 @@ def test_heads_held_back_and_not_are_not_mixed(
         reproduce_table1.main()
     assert "has vgg16 nd from before wide heads were held back" in capsys.readouterr().err
     alone = [{**trained("vgg16", "nd", 1, 0.7), "held": True}]
-    assert paper_page.held_part(alone, TABLE1[:1]) == ""
+    for without_twin in (TABLE1[:1], alone):  # none, and one that has the rule itself
+        assert paper_page.held_part(alone, without_twin) == ""
     with_twin = paper_page.held_part([{**TABLE1[3], "top1": 0.7}, *alone], [*TABLE1, *alone])
     assert "([whitening.md](whitening.md)), but for VGG-16. The" in with_twin
 

@@ -115,6 +115,7 @@ def train(
         if not math.isfinite(loss.item()):
             break
     whole = bool(curve) and curve[-1][0] == steps
+    held = {"held": True} if norm == "nd" else {}  # as wide heads (docs/whitening.md) were not always
     return {
         "network": network,
         "arm": arm,
@@ -124,9 +125,7 @@ def train(
         "device": device.type,
         "amp": config.amp,
         "weight_decay": config.weight_decay,
-        **(
-            {"held": True} if norm == "nd" else {}
-        ),  # wide heads are (docs/whitening.md); they were not always
+        **held,
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": step,  # fewer where it diverged
         "seconds": round(seconds, 2) if device.type == "cpu" else None,
