@@ -148,6 +148,35 @@ def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     raise UserError(f"no state to resume from: {'; '.join(problems)}")
 
 
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """A network and its optimiser as named tensors, for `save_state`."""
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
+    return tensors
+
+
+def restore_training(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What `training_tensors` made, into the same network and optimiser.
+
+    Raises:
+        RuntimeError: the network is another.
+    """
+    model.load_state_dict(named("model", tensors))
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in named("optimizer", tensors).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def named(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state whose names begin with ``part``, without it."""
+    return {
+        key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")
+    }
+
+
 def check_same_recipe(run: Path, recipe: Recipe) -> None:
     """Raise UserError unless a run was begun with this recipe, but for keys that do not change the result."""
     begun = flat(recipe_to_dict(load_recipe(run / "recipe.yaml")))

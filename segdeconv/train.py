@@ -42,8 +42,11 @@ from segdeconv.checkpoint import (
     create_run_folder,
     has_state,
     load_state,
+    named,
+    restore_training,
     save_checkpoint,
     save_state,
+    training_tensors,
 )
 from segdeconv.config import Recipe, TrainConfig
 from segdeconv.convert import ConversionReport, calibrate
@@ -235,7 +238,7 @@ def _prepare(recipe: Recipe, device: torch.device, resumed: Path | None = None) 
     if resumed is None:
         model, report = build_model(recipe.model, len(samples.classes))
     else:
-        names = [key.removeprefix("model.") for key in load_state(resumed)[0] if key.startswith("model.")]
+        names = named("model", load_state(resumed)[0])
         model, report = build_for(names, recipe.model, len(samples.classes))
     return _Run(recipe, device, model.to(device), report, samples, held_out)
 
@@ -316,14 +319,9 @@ class _Run:
     def save_state(self, out: Path) -> None:
         if rank() != 0:
             return
-        tensors = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        tensors = training_tensors(self.model, self.optimizer)
         if self.ema is not None:
             tensors |= {f"ema.{key}": value for key, value in self.ema.state_dict().items()}
-        optimizer = self.optimizer.state_dict()
-        for index, state in optimizer["state"].items():
-            tensors |= {
-                f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None
-            }
         tensors["loss_total"] = self.loss_total
         values = {
             "step": self.step,
@@ -336,22 +334,12 @@ class _Run:
 
     def load_state(self, out: Path) -> None:
         tensors, values = load_state(out)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            part, _, name = key.partition(".")
-            parts.setdefault(part, {})[name] = value
         try:
-            self.model.load_state_dict(parts["model"])
+            restore_training(tensors, self.model, self.optimizer)
             if self.ema is not None:
-                self.ema.load_state_dict(parts["ema"])
+                self.ema.load_state_dict(named("ema", tensors))
         except RuntimeError as error:
             raise UserError(f"{out}: its state does not fit the network ({first_line(error)})") from None
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in parts["optimizer"].items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.scaler.load_state_dict(values["scaler"])
         self.loss_total = tensors["loss_total"].to(self.device)
         self.step, self.finished_epochs = values["step"], values["finished_epochs"]

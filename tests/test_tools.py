@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from segdeconv.errors import UserError
 from segdeconv.files import append_json_line, read_json_lines
@@ -137,6 +141,63 @@ def test_table1() -> None:
     assert rows[4] == f"| VGG-16 | 1.23 | 14.12 | 74.18 | 14.38 | 74.20 | {means}"
     assert "| 50.00 | 40.00 |  | 1 | 100 | 100 |" in rows[5]
     assert "| 50.00 |  |  | 1 | 100 |  |" in rows[6]
+
+
+def test_a_stopped_training_goes_on_to_the_same_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
+    for split, label in itertools.product(("train", "test"), range(10)):
+        (tmp_path / f"data/cifar10/{split}/{label}").mkdir(parents=True)
+        for i, picture in enumerate(pixels):
+            Image.fromarray(picture // 2 + 12 * label).save(f"data/cifar10/{split}/{label}/{i}.png")
+    # Ten minutes pass between two looks at the clock, and no processor time at all.
+    clock = types.SimpleNamespace(monotonic=itertools.count(0, 600).__next__, process_time=lambda: 0.0)
+    monkeypatch.setattr(reproduce_table1, "time", clock)
+    monkeypatch.setattr(reproduce_table1, "POINTS", 1)
+    save, saves = reproduce_table1.save_state, []
+
+    def save_and_stop_at(*numbers: int) -> Any:
+        def save_then_stop(*state: Any) -> None:
+            save(*state)
+            saves.append(state[2]["done"])
+            if len(saves) in numbers:
+                raise KeyboardInterrupt
+
+        return save_then_stop
+
+    def go(out: str) -> None:
+        options = [
+            "--networks",
+            "pnasnet_a",
+            "--arms",
+            "nd",
+            "--epochs",
+            "2",
+            "--pictures",
+            "300",
+            "--amp",
+            "off",
+        ]
+        monkeypatch.setattr(sys, "argv", ["tool", *options, "--out", out])
+        reproduce_table1.main()
+
+    monkeypatch.setattr(reproduce_table1, "save_state", save_and_stop_at())
+    go("whole.jsonl")
+    assert saves == [1, 2, 3]  # of two epochs of two steps
+    saves.clear()
+    monkeypatch.setattr(reproduce_table1, "save_state", save_and_stop_at(1, 3))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            go("stopped.jsonl")
+    go("stopped.jsonl")
+    assert saves == [1, 2, 3]
+    assert "goes on after step 3 of 4" in capsys.readouterr().out
+    whole, stopped = (read_json_lines(Path(f"{name}.jsonl")) for name in ("whole", "stopped"))
+    assert whole == stopped
+    assert len(whole[0]["curve"]) == 2
+    assert not list(Path("runs").glob("*/*"))
 
 
 def test_batch_norm_had_nds_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:

@@ -7,11 +7,12 @@
 
 Three trainings a network and seed: `bn` and `nd` for the same number of steps, and `bn_for_nds_time`, batch
 norm again, for as many steps as fit into the time that `nd` took, its learning rate falling over all of them.
-Every training is one line of --out, and those that are there are not done again, so a stopped reproduction
-goes on where it was; tools/paper_page.py draws them. A training has one thread, and as its time the processor
-time of its steps, so that others on the machine do not count. Precision is bfloat16 autocast, or float32 with
---amp off, which on CPUs is the faster for depthwise convolutions; the arms of a network have the same. On a
-GPU no time is taken, so there is no batch norm for nd's time.
+Every training is one line of --out, and those that are there are not done again; one that was stopped goes on
+from its state in runs/, at most ten minutes old, to the same result. tools/paper_page.py draws the lines. A
+training has one thread, and as its time the processor time of its steps, so that others on the machine do not
+count. Precision is bfloat16 autocast, or float32 with --amp off, which on CPUs is the faster for depthwise
+convolutions; the arms of a network have the same. On a GPU no time is taken, so there is no batch norm for
+nd's time.
 
 The data is an image folder, data/cifar10/{train,test}/CLASS/NAME.jpg, read as by the recipe cifar10_resnet18:
 batches of 128, crops of pictures padded by 4, mirrored; SGD at 0.1 with momentum 0.9, a weight decay of 5e-4
@@ -22,7 +23,9 @@ last point of a curve is top-1 on all test pictures, those before it on every fi
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from segdeconv.checkpoint import has_state, load_state, restore_training, save_state, training_tensors
 from segdeconv.config import Recipe, load_recipe
 from segdeconv.data import Samples, eval_loader, open_samples, train_loader
 from segdeconv.errors import UserError
@@ -91,10 +95,21 @@ def train(
     optimizer = make_optimizer(model, config)
     an_epoch = len(loader)
     steps = steps or config.epochs * an_epoch
+    # What a stopped training goes on from: nothing in these networks draws random numbers.
+    state = state_folder(arguments, network, arm, seed)
+    said = vars(arguments)
+    task = {key: str(said[key]) for key in ("epochs", "pictures", "device", "amp", "data")} | {"steps": steps}
     curve: list[list[float]] = []
     losses: list[float] = []
-    seconds = 0.0
-    for step, (images, targets) in enumerate(endless(loader, steps), 1):
+    seconds, done = 0.0, 0
+    if has_state(state):
+        tensors, values = load_state(state)
+        if values["task"] == task:
+            restore_training(tensors, model, optimizer)
+            curve, losses, seconds, done = (values[key] for key in ("curve", "losses", "seconds", "done"))
+            print(f"{network} {arm} seed {seed}: goes on after step {done} of {steps}", flush=True)
+    saved = time.monotonic()
+    for step, (images, targets) in enumerate(endless(loader, done, steps), done + 1):
         model.train()
         images, targets = images.to(device), targets.to(device)
         start = time.process_time()
@@ -114,6 +129,10 @@ def train(
             losses = []
         if not math.isfinite(loss.item()):
             break
+        if time.monotonic() - saved >= 60 * config.checkpoint_minutes and step < steps:
+            values = {"task": task, "curve": curve, "losses": losses, "seconds": seconds, "done": step}
+            save_state(make_folder(state), training_tensors(model, optimizer), values)
+            saved = time.monotonic()
     whole = bool(curve) and curve[-1][0] == steps
     held = {"held": True} if norm == "nd" else {}  # as wide heads (docs/whitening.md) were not always
     return {
@@ -134,18 +153,25 @@ def train(
     }
 
 
+def state_folder(arguments: argparse.Namespace, network: str, arm: str, seed: int) -> Path:
+    return Path("runs") / arguments.out.stem / f"{network}.{arm}.{seed}"
+
+
 def fewer(samples: Samples, count: int) -> Samples:
     """At most ``count`` pictures, evenly from all classes."""
     samples.items = samples.items[:: -(-len(samples) // count)]  # type: ignore[attr-defined]
     return samples
 
 
-def endless(loader: Any, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for step in range(steps):
-        if step % len(loader) == 0:
-            loader.batch_sampler.epoch = step // len(loader)
-            batches = iter(loader)
-        yield next(batches)
+def endless(loader: Any, done: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of ``steps`` steps, epoch after epoch, but for the first ``done``."""
+    batches = loader.batch_sampler
+    batches.epoch, batches.start = divmod(done, len(loader))
+    while done < steps:
+        for batch in itertools.islice(loader, steps - done):
+            yield batch
+            done += 1
+        batches.epoch, batches.start = batches.epoch + 1, 0
 
 
 def accuracy(model: Any, recipe: Recipe, held_out: Samples, share: int, device: torch.device) -> float:
@@ -296,6 +322,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
                     continue
                 line = train(network, arm, seed, arguments, steps)
                 append_json_line(runs, line)
+                shutil.rmtree(state_folder(arguments, network, arm, seed), ignore_errors=True)
                 took = "" if line["seconds"] is None else f", {line['seconds']:.0f} s"
                 print(f"{network} {arm} seed {seed}: {line['top1']:.4f}{took}", flush=True)
     print(table(read(runs, arguments.epochs, arguments.pictures), arguments.epochs))
