@@ -36,7 +36,7 @@ from segdeconv.zoo import listed, measured
 DOCS = Path("docs")
 PICTURES = DOCS / "paper"
 MEASURED = (reproduce_table1.MEASURED, accuracy_vs_time.RESULTS, reproduce_linear.MEASURED)
-HELD = Path("docs/measured/table1_heads.jsonl")  # table 1 since wide heads are held back
+FREE_HEADS = Path("docs/measured/table1_free_heads.jsonl")  # table 1 before wide heads were held back
 MEASURES = {
     "condition": "condition number",
     "correlation": "mean absolute correlation",
@@ -68,10 +68,16 @@ def table1_part(lines: list[dict[str, Any]]) -> str:
         f"{reproduce_table1.table(of_epochs, epochs)}\n"
         + ahead(of_epochs, "bn", f"after {_many(epochs, 'epoch')} deconvolution is ahead of batch norm")
         + " "
-        + ahead(of_epochs, "bn_for_nds_time", "it is ahead of batch norm trained for as long as it took")
+        + ahead(of_epochs, "bn_for_nds_time", "it is ahead of batch norm trained for its time")
         + f"\n\n![training of every network](paper/table1_{epochs}.png)\n"
         for epochs, of_epochs in of_table1(lines).items()
     ]
+    earlier = {line["network"] for line in lines if "refresh_every" in line}
+    if earlier:
+        titles = [title for network, (title, _) in reproduce_table1.NETWORKS.items() if network in earlier]
+        parts.append(
+            f"`nd/bn` of {', '.join(titles)} is of renewals every tenth step, twice as many as by default.\n"
+        )
     missing = [
         title
         for network, (title, _) in reproduce_table1.NETWORKS.items()
@@ -82,22 +88,19 @@ def table1_part(lines: list[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def held_part(lines: list[dict[str, Any]], before: list[dict[str, Any]]) -> str:
-    """What of table 1 was trained since wide heads are held back, beside the same seeds from before."""
-    held = {reproduce_table1.NETWORKS[x["network"]][0]: None for x in before if x.get("held")}
-    but_for = f", but for {', '.join(held)}" if held else ""
+def free_heads_part(free: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
+    """Trainings of table 1 without wide heads held back beside the same with, which is the rule."""
     rows = [
-        "The `nd` of this table is from before wide heads were held back ([whitening.md](whitening.md))"
-        f"{but_for}. The same trainings with the present rule, top-1 in percent:\n",
-        "| network | features of the head | seed | before | held back |",
+        "Trainings of this table once more, without wide heads held back ([whitening.md](whitening.md)), "
+        "top-1 in percent:\n",
+        "| network | features of the head | seed | free | held back |",
         "|---|---:|---:|---:|---:|",
     ]
     differences = []
-    for line in lines:
+    for was in free:
         same = ("network", "arm", "seed", "epochs", "pictures", "amp")
-        free = (x for x in before if not x.get("held"))
-        was = next((x for x in free if all(x[key] == line[key] for key in same)), None)
-        if was is None:
+        line = next((x for x in lines if all(x[key] == was[key] for key in same)), None)
+        if line is None:
             continue
         title = reproduce_table1.NETWORKS[line["network"]][0]
         model, _ = build_model(ModelConfig(f"cifar_{line['network']}"), 10)
@@ -168,8 +171,9 @@ def ablation_part(lines: list[dict[str, Any]]) -> str:
     others = [line for line in lines if line["task"] != "six_conv"]
     return (
         "Six convolutions on 12,800 pictures of CIFAR-10 (JPEG), 100 steps of 128 an epoch; `final` is top-1 "
-        "on 4,000 test pictures. Every arm is at the best of the learning rates that were tried with it; one "
-        "that had fewer than another may be better than it looks. Seconds are those of one core.\n\n"
+        "on 4,000 test pictures. Every arm is at the best of the learning rates that were tried with the "
+        "most seeds; one that had fewer rates than another may be better than it looks. Seconds are those of "
+        "one core.\n\n"
         f"{accuracy_vs_time.explained(six_conv)}\n"
         "Other networks, with arms of the same names: MobileNetV2 and a ResNet-18 of a quarter of the width "
         "on the same pictures (top-1), and the U-Net on MobileNetV2 on CamVid (mIoU).\n\n"
@@ -273,7 +277,7 @@ def measured_part() -> str:
         [
             "## Networks converge in fewer steps (table 1)\n",
             table1_part(table1) if table1 else "Not measured yet.\n",
-            held_part(accuracy_vs_time.read(HELD), table1),
+            free_heads_part(accuracy_vs_time.read(FREE_HEADS), table1),
             "## Networks converge to better accuracy\n",
             twins_part(),
             "## What of it matters\n",
@@ -289,8 +293,8 @@ def page() -> str:
         "# The paper's claims, measured\n",
         "Network Deconvolution, Ye et al., ICLR 2020 (arXiv 1905.11926). This page is written by "
         "`python tools/paper_page.py` from what lies in docs/measured and from the zoo; so are its verdicts, "
-        "which count and no more. `nd` is the fast mode of this package unless a row says `exact`; "
-        "[whitening.md](whitening.md) says how they differ.\n",
+        "which count and no more. `nd` is the fast mode of this package, with the settings of its recipe, "
+        "unless a row says `exact`; [whitening.md](whitening.md) says how they differ.\n",
         measured_part(),
         "## What layers read: correlation, centre-surround filters, sparsity\n",
         "Of the zoo's networks, on pictures of their validation split; *standardised* is the most that batch "

@@ -149,7 +149,8 @@ def table(lines: list[dict[str, Any]]) -> str:
     rows = [
         f"MNIST, {STEPS} steps of {BATCH}, SGD with momentum 0.9 at the best constant learning rate; means "
         "over seeds. `steps` is how many it takes until the loss, averaged over five steps, is below what "
-        f"plain training ends with (the mean of its last {LAST} steps).",
+        f"plain training ends with (the mean of its last {LAST} steps). A block of `nd` holds all inputs of "
+        "a layer, and no head is held back.",
         "",
         "| task | arm | lr | seeds | training loss | test loss | top-1, % | steps | seconds |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",

@@ -11,8 +11,8 @@ Every training is one line of --out, and those that are there are not done again
 from its state in runs/, at most ten minutes old, to the same result. tools/paper_page.py draws the lines. A
 training has one thread, and as its time the processor time of its steps, so that others on the machine do not
 count. Precision is bfloat16 autocast, or float32 with --amp off, which on CPUs is the faster for depthwise
-convolutions; the arms of a network have the same. On a GPU no time is taken, so there is no batch norm for
-nd's time.
+convolutions; the arms of a network have the same. Seconds are null where they say nothing, so there is no
+batch norm for nd's time: on a GPU, and (by hand) of a training that was made on another day than its twin.
 
 The data is an image folder, data/cifar10/{train,test}/CLASS/NAME.jpg, read as by the recipe cifar10_resnet18:
 batches of 128, crops of pictures padded by 4, mirrored; SGD at 0.1 with momentum 0.9, a weight decay of 5e-4
@@ -70,9 +70,9 @@ ALL = 50_000
 
 
 def train(
-    network: str, arm: str, seed: int, arguments: argparse.Namespace, steps: int | None
+    network: str, arm: str, seed: int, arguments: argparse.Namespace, ratio: float | None = None
 ) -> dict[str, Any]:
-    """One training of ``steps`` steps, or of ``arguments.epochs`` epochs; the line it leaves."""
+    """One training of ``arguments.epochs`` epochs, or ``ratio`` times as many steps; the line it leaves."""
     norm = arm[:2]
     recipe = load_recipe(
         "cifar10_resnet18",
@@ -94,7 +94,7 @@ def train(
     loader = train_loader(samples, recipe.data, config.batch_size, seed, 1)
     optimizer = make_optimizer(model, config)
     an_epoch = len(loader)
-    steps = steps or config.epochs * an_epoch
+    steps = max(round(config.epochs * an_epoch * (ratio or 1)), 1)
     # What a stopped training goes on from: nothing in these networks draws random numbers.
     state = state_folder(arguments, network, arm, seed)
     said = vars(arguments)
@@ -134,7 +134,6 @@ def train(
             save_state(make_folder(state), training_tensors(model, optimizer), values)
             saved = time.monotonic()
     whole = bool(curve) and curve[-1][0] == steps
-    held = {"held": True} if norm == "nd" else {}  # as wide heads (docs/whitening.md) were not always
     return {
         "network": network,
         "arm": arm,
@@ -144,7 +143,7 @@ def train(
         "device": device.type,
         "amp": config.amp,
         "weight_decay": config.weight_decay,
-        **held,
+        **({"pace": ratio} if ratio else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": step,  # fewer where it diverged
         "seconds": round(seconds, 2) if device.type == "cpu" else None,
@@ -193,12 +192,13 @@ def table(lines: list[dict[str, Any]], epochs: int) -> str:
     steps = max((line["steps"] for line in lines if line["arm"] == "nd"), default=0)
     pictures = max((line["pictures"] for line in lines), default=0)
     known = ["paper bn", "paper nd", "study bn", "study nd"]
-    titles = ["network", "M parameters", *known, *ARMS, "seeds", "s bn", "s nd", "precision"]
+    titles = ["network", "M parameters", *known, *ARMS, "seeds", "nd/bn", "precision"]
     rows = [
         f"CIFAR-10 (JPEG, {pictures} training pictures), epochs: {epochs}, of {steps // epochs} steps of "
         "128: top-1 in percent on the test pictures, the mean over seeds and its standard error. "
-        "`bn_for_nds_time` is batch norm trained for as long as `nd` took. Weight decay is 5e-4 for batch "
-        "norm and 1e-3, the authors' setting, for `nd`. Seconds of training are those of one core. "
+        "`nd/bn` is how long a step of `nd` takes over one of batch norm, each trained on one core beside "
+        "the other; `bn_for_nds_time` is batch norm with as many steps as that gives it. Weight decay is "
+        "5e-4 for batch norm and 1e-3, the authors' setting, for `nd`. "
         "`paper` is arXiv 1905.11926, table 1; `study` its reproduction, ReScience C 10(1)#4."
         + ("" if pictures == ALL else " **Not all pictures: a trial of the program, not a result.**"),
         "",
@@ -214,11 +214,20 @@ def table(lines: list[dict[str, Any]], epochs: int) -> str:
         columns += [shown([100 * x["top1"] for x in arm]) for arm in runs.values()]
         seeds = [str(len(arm)) for arm in runs.values() if arm]
         columns.append("/".join(seeds) if len(set(seeds)) > 1 else seeds[0])  # of every arm where they differ
-        timed = {a: [x["seconds"] for x in runs[a] if x["seconds"] is not None] for a in WEIGHT_DECAY}
-        columns += [f"{np.mean(seconds):.0f}" if seconds else "" for seconds in timed.values()]
+        ratios = paces(runs)
+        columns.append(f"{np.mean(ratios):.2f}" if ratios else "")
         columns.append("/".join(sorted({PRECISION[x["amp"]] for arm in runs.values() for x in arm})))
         rows.append(f"| {' | '.join(columns)} |")
     return "\n".join(rows) + "\n"
+
+
+def paces(runs: dict[str, list[dict[str, Any]]]) -> list[float]:
+    """Of the seeds of a network that have it: time of a step of ``nd`` over batch norm's."""
+    of_seed = {x["seed"]: x["pace"] for x in runs["bn_for_nds_time"]}
+    for bn, nd in itertools.product(runs["bn"], runs["nd"]):
+        if bn["seed"] == nd["seed"] and bn["seconds"] and nd["seconds"]:
+            of_seed[bn["seed"]] = pace(bn, nd)
+    return list(of_seed.values())
 
 
 def shown(values: list[float]) -> str:
@@ -242,7 +251,7 @@ def picture(lines: list[dict[str, Any]], path: Path) -> None:
             for axis, (label, x, y) in zip(row, columns, strict=True):
                 if arm == "bn_for_nds_time" and x == 0:
                     continue
-                for i, run in enumerate(runs):
+                for i, run in enumerate(run for run in runs if x == 0 or run["seconds"]):
                     points = np.array(run["curve"])
                     style = dict(color=f"C{list(ARMS).index(arm)}", marker=".", alpha=1 if i == 0 else 0.4)
                     name = ARMS[arm] if i == 0 else None
@@ -278,10 +287,9 @@ def main() -> None:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
-def steps_in_time(bn: dict[str, Any], nd: dict[str, Any]) -> int:
-    """How many of batch norm's steps take as long as the whole training ``nd`` did."""
-    pace = nd["seconds"] / nd["steps"] / (bn["seconds"] / bn["steps"])
-    return max(round(max(bn["steps"], nd["steps"]) * pace), 1)
+def pace(bn: dict[str, Any], nd: dict[str, Any]) -> float:
+    """Time of a step of ``nd`` over one of batch norm, which was trained beside it."""
+    return float(nd["seconds"] / nd["steps"] / (bn["seconds"] / bn["steps"]))
 
 
 def reproduce(arguments: argparse.Namespace) -> None:
@@ -292,13 +300,6 @@ def reproduce(arguments: argparse.Namespace) -> None:
     runs = make_folder(arguments.out.parent) / arguments.out.name
     for seed in arguments.seeds:
         for network in arguments.networks:
-            nd = by_arm(read(runs, arguments.epochs, arguments.pictures), network)["nd"]
-            wanted = "nd" in arguments.arms and seed not in {line["seed"] for line in nd}
-            if wanted and not all("held" in line for line in nd):
-                raise UserError(
-                    f"{runs}: has {network} nd from before wide heads were held back; give another --out, or "
-                    "remove these lines and those of bn_for_nds_time"
-                )
             for arm in sorted(arguments.arms, key=list(ARMS).index):
                 done = by_arm(read(runs, arguments.epochs, arguments.pictures), network)
                 same = arguments.amp, device
@@ -308,19 +309,14 @@ def reproduce(arguments: argparse.Namespace) -> None:
                         f"{device}; arms and seeds of a network are compared in one precision and place"
                     )
                 here = {a: next((x for x in lines if x["seed"] == seed), None) for a, lines in done.items()}
-                steps = None
-                if arm == "bn_for_nds_time":
-                    if here["bn"] is None or here["nd"] is None:
-                        continue  # nothing says how long yet
-                    steps = steps_in_time(here["bn"], here["nd"])
-                    if here[arm] is not None and here[arm]["steps"] != steps:
-                        raise UserError(
-                            f"{runs}: {network} {arm} seed {seed} had {here[arm]['steps']} steps, but nd's "
-                            f"time is {steps}; remove its line, and it is trained anew"
-                        )
                 if here[arm] is not None:
                     continue
-                line = train(network, arm, seed, arguments, steps)
+                bn, nd, ratio = here["bn"], here["nd"], None
+                if arm == "bn_for_nds_time":
+                    if not (bn and nd and bn["seconds"] and nd["seconds"]):
+                        continue  # nothing says how long yet
+                    ratio = pace(bn, nd)
+                line = train(network, arm, seed, arguments, ratio)
                 append_json_line(runs, line)
                 shutil.rmtree(state_folder(arguments, network, arm, seed), ignore_errors=True)
                 took = "" if line["seconds"] is None else f", {line['seconds']:.0f} s"
