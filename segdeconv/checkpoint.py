@@ -25,7 +25,7 @@ from segdeconv.config import ModelConfig, Recipe, load_recipe, recipe_from_dict,
 from segdeconv.convert import ConversionReport
 from segdeconv.entries import WEIGHTS, find_weights, is_entry, near
 from segdeconv.errors import UserError
-from segdeconv.files import make_folder, sha256_of, to_json, write_atomically
+from segdeconv.files import make_folder, sha256_of, to_json, write_atomically, write_text
 from segdeconv.models import build_model
 from segdeconv.progress import console
 
@@ -67,7 +67,7 @@ def create_run_folder(path: Path, recipe: Recipe) -> None:
         )
     make_folder(path)
     text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
-    write_atomically(path / "recipe.yaml", lambda temporary: temporary.write_text(text))
+    write_text(path / "recipe.yaml", text)
 
 
 def save_checkpoint(path: Path, model: nn.Module, info: CheckpointInfo) -> None:

@@ -7,9 +7,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -51,49 +50,28 @@ GraphOrRun = Annotated[
         "exported first."
     ),
 ]
+Run = Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or an entry of the zoo.")]
+Root = Annotated[str | None, typer.Option(help="Where the data lies, if not where the recipe says.")]
+Window = Annotated[
+    str | None,
+    typer.Option(metavar="H,W", help="Sliding windows of this size, instead of whole pictures."),
+]
+Overlap = Annotated[float, typer.Option(help="Least share that a window has in common with the next.")]
 AllowCpu = Annotated[
     bool, typer.Option("--allow-cpu", help="Let --device cuda take the CPU where CUDA cannot be had.")
 ]
 Threads = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option(help="Threads of one run; by default onnxruntime takes all cores."),
 ]
 
 
-class Norm(str, Enum):
-    nd = "nd"
-    bn = "bn"
-
-
-class Split(str, Enum):
-    train = "train"
-    val = "val"
-    test = "test"
-
-
-class Amp(str, Enum):
-    recipe = "recipe"
-    off = "off"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class Task(str, Enum):
-    segmentation = "segmentation"
-    classification = "classification"
-
-
-class Sort(str, Enum):
-    name = "name"
-    miou = "miou"
-    top1 = "top1"
-    parameters = "parameters"
-    gflops = "gflops"
-
-
-class Preprocess(str, Enum):
-    none = "none"
-    graph = "graph"
+Norm = Literal["nd", "bn"]
+Split = Literal["train", "val", "test"]
+Amp = Literal["recipe", "off", "bf16", "fp16"]
+Task = Literal["segmentation", "classification"]
+Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
+Preprocess = Literal["none", "graph"]
 
 
 def _version(wanted: bool) -> None:
@@ -115,23 +93,23 @@ def _root(
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe's name (see: segdeconv recipes).")],
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045 - typer reads it at run time on Python 3.10
+        list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. train.lr=0.05. Repeatable."),
     ] = None,
     norm: Annotated[
-        Optional[Norm],  # noqa: UP045
+        Norm | None,
         typer.Option(
             help="nd for network deconvolution, bn for the batch-norm twin; default as the recipe says."
         ),
     ] = None,
     init: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             metavar="RUN|ENTRY", help="Take the network of a run or zoo entry, and begin with its weights."
         ),
     ] = None,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="The run's folder; by default runs/NAME.NORM, or runs/ENTRY of a zoo entry."),
     ] = None,
     resume: Annotated[
@@ -157,7 +135,7 @@ def train(
     changes = [
         *(_network_of(init) if init else []),
         *(overrides or []),
-        *([f"model.norm={norm.value}"] if norm else []),
+        *([f"model.norm={norm}"] if norm else []),
     ]
     loaded = load_recipe(_recipe_file(recipe), changes)
     if dry_run:
@@ -171,23 +149,15 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or an entry of the zoo.")],
+    run: Run,
     onnx: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Evaluate this exported graph with onnxruntime instead, on the run's data."),
     ] = None,
-    root: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Where the data lies, if not where the recipe says."),
-    ] = None,
-    split: Annotated[Split, typer.Option(help="Which pictures.")] = Split.val,
-    window: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="H,W", help="Sliding windows of this size, instead of whole pictures."),
-    ] = None,
-    overlap: Annotated[
-        float, typer.Option(help="Least share that a window has in common with the next.")
-    ] = 0.25,
+    root: Root = None,
+    split: Annotated[Split, typer.Option(help="Which pictures.")] = "val",
+    window: Window = None,
+    overlap: Overlap = 0.25,
     flip: Annotated[bool, typer.Option("--flip", help="Average with the mirror image.")] = False,
     scales: Annotated[
         str, typer.Option(metavar="S,...", help="Average over sizes of the picture, such as 0.75,1,1.25.")
@@ -198,21 +168,19 @@ def evaluate(
     ] = False,
     amp: Annotated[
         Amp, typer.Option(help="Autocast: off is float32, as in an exported graph; recipe, as it trains.")
-    ] = Amp.recipe,
+    ] = "recipe",
     out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="The folder for eval.json and pictures; by default the run's."),
+        Path | None, typer.Option(help="The folder for eval.json and pictures; by default the run's.")
     ] = None,
     save_predictions: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="A folder for a label PNG of every picture at its own size (implies --original); label ids, "
             "named as the server wants them, for Cityscapes."
         ),
     ] = None,
     submit: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="A zip file of the test split's label PNGs for the Cityscapes server."),
+        Path | None, typer.Option(help="A zip file of the test split's label PNGs for the Cityscapes server.")
     ] = None,
     device: Device = "auto",
 ) -> None:
@@ -227,12 +195,12 @@ def evaluate(
     from segdeconv.train import pick_device
 
     inference = Inference(
-        window=None if window is None else _pair("--window", window),
+        window=_pair("--window", window),
         overlap=overlap,
         flip=flip,
         scales=tuple(_numbers("--scales", scales, float)),
         original=original,
-        amp=amp.value,
+        amp=amp,
     )
     info = read_info(find_checkpoint(run))
     folder = scores_folder(run) if out is None else make_folder(out)
@@ -241,7 +209,7 @@ def evaluate(
         pick_device(device) if onnx is None else device,
         onnx,
         root,
-        split.value,
+        split,
         inference,
         figures=None if onnx else folder,
         predictions=save_predictions,
@@ -274,7 +242,7 @@ def compare(
 
 @app.command()
 def inspect(
-    run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or an entry of the zoo.")],
+    run: Run,
     filters: Annotated[
         bool, typer.Option("--filters", help="Whitening filters beside differences of Gaussians.")
     ] = False,
@@ -284,10 +252,7 @@ def inspect(
     spectrum: Annotated[
         bool, typer.Option("--spectrum", help="Condition numbers and correlation of patches, by layer.")
     ] = False,
-    root: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Where the data lies, if not where the recipe says."),
-    ] = None,
+    root: Root = None,
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("runs/inspect"),
 ) -> None:
     """Pictures and numbers of what layers read, raw, standardised and whitened; all three without options."""
@@ -305,7 +270,7 @@ def inspect(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or an entry of the zoo.")],
+    run: Run,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
     output: Annotated[
         str, typer.Option(metavar="NAME,...", help="Some of labels, logits and probabilities.")
@@ -316,10 +281,9 @@ def export(
             help="graph takes RGB (n, H, W, 3) uint8 of any size and resizes or pads and normalises it "
             "itself; none takes normalised (n, 3, H, W)."
         ),
-    ] = Preprocess.none,
+    ] = "none",
     static: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="N,H,W", help="Fix batch, height and width; otherwise any do."),
+        str | None, typer.Option(metavar="N,H,W", help="Fix batch, height and width; otherwise any do.")
     ] = None,
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = 18,
     fp16: Annotated[bool, typer.Option("--fp16", help="Compute in float16.")] = False,
@@ -337,7 +301,7 @@ def export(
         float, typer.Option(help="With --fp16 or --int8: how many times as fast it must be at least.")
     ] = 1.0,
     root: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="With --fp16 or --int8: where the data lies, if not where the recipe says."),
     ] = None,
     device: Annotated[
@@ -356,8 +320,8 @@ def export(
 
     interface = Interface(
         outputs=tuple(output.split(",")),  # type: ignore[arg-type]  # Interface checks them
-        preprocess=preprocess.value,
-        static=None if static is None else _triple("--static", static),
+        preprocess=preprocess,
+        static=_triple("--static", static),
         opset=opset,
     )
     if fp16 and int8:
@@ -386,13 +350,8 @@ def predict(
     model: GraphOrRun,
     source: Annotated[Path, typer.Argument(help="A picture or a folder of pictures.")],
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("predictions"),
-    window: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="H,W", help="Sliding windows of this size, instead of whole pictures."),
-    ] = None,
-    overlap: Annotated[
-        float, typer.Option(help="Least share that a window has in common with the next.")
-    ] = 0.25,
+    window: Window = None,
+    overlap: Overlap = 0.25,
     device: Device = "auto",
     allow_cpu: AllowCpu = False,
     threads: Threads = None,
@@ -407,7 +366,7 @@ def predict(
             device,
             allow_cpu=allow_cpu,
             threads=threads,
-            window=None if window is None else _pair("--window", window),
+            window=_pair("--window", window),
             overlap=overlap,
         )
     images = find_images(source)
@@ -423,8 +382,7 @@ def bench(
         list[Path], typer.Argument(help="Files made by segdeconv export; ratios are over the first.")
     ],
     size: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="H,W", help="Of the pictures; by default the recipe's, or 512,1024."),
+        str | None, typer.Option(metavar="H,W", help="Of the pictures; by default the recipe's, or 512,1024.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Pictures a call.")] = 1,
     runs: Annotated[int, typer.Option(help="Measured calls of each graph.")] = 50,
@@ -432,28 +390,25 @@ def bench(
     device: Device = "auto",
     allow_cpu: AllowCpu = False,
     json_file: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--json", help="Write the numbers to this file as well."),
+        Path | None, typer.Option("--json", help="Write the numbers to this file as well.")
     ] = None,
 ) -> None:
     """Time graphs in turns: p50, p95, p99, images/s, parts of the time, peak memory; a Markdown table."""
     from segdeconv.bench import bench as measure
     from segdeconv.bench import table
-    from segdeconv.files import to_json, write_atomically
+    from segdeconv.files import to_json, write_text
 
-    result = measure(
-        models, None if size is None else _pair("--size", size), batch, threads, runs, device, allow_cpu
-    )
+    result = measure(models, _pair("--size", size), batch, threads, runs, device, allow_cpu)
     print(table(result))
     if json_file is not None:
-        write_atomically(json_file, lambda path: path.write_text(to_json(result, indent=1) + "\n"))
+        write_text(json_file, to_json(result, indent=1) + "\n")
 
 
 @app.command()
 def placement(
     model: Annotated[Path, typer.Argument(help="An ONNX file.")],
     size: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(metavar="H,W", help="Of the picture it is run on; by default the graph's, or 256,256."),
     ] = None,
     strict: Annotated[
@@ -466,7 +421,7 @@ def placement(
     from segdeconv.placement import placement as look
     from segdeconv.placement import table
 
-    found = look(model, device, allow_cpu, None if size is None else _pair("--size", size))
+    found = look(model, device, allow_cpu, _pair("--size", size))
     print(table(found))
     if found.why_cpu:
         print(f"no accelerator: {found.why_cpu}")
@@ -502,15 +457,11 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Seconds to an answer; then 504.")] = 30.0,
     megabytes: Annotated[float, typer.Option(help="Largest body; above it 413.")] = 20.0,
     megapixels: Annotated[float, typer.Option(help="Largest picture; above it 413.")] = 25.0,
-    window: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="H,W", help="Sliding windows of this size, instead of whole pictures."),
-    ] = None,
+    window: Window = None,
     device: Device = "auto",
     allow_cpu: AllowCpu = False,
     threads: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Threads of one run; by default all cores shared among --workers."),
+        int | None, typer.Option(help="Threads of one run; by default all cores shared among --workers.")
     ] = None,
 ) -> None:
     """Answer pictures over HTTP: POST /predict; a page at /; /health and /metrics.
@@ -528,7 +479,7 @@ def serve(
             device,
             allow_cpu=allow_cpu,
             threads=max(1, (os.cpu_count() or 1) // workers) if threads is None else threads,
-            window=None if window is None else _pair("--window", window),
+            window=_pair("--window", window),
         )
     print(_where(segmenter.device, segmenter.why_cpu))
     serve_model(segmenter, host, port, limits)
@@ -539,7 +490,7 @@ def webdemo(
     model: GraphOrRun,
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("webdemo"),
     ort: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="onnxruntime-web as npm packs it, for a machine that reaches no registry."),
     ] = None,
 ) -> None:
@@ -556,7 +507,7 @@ def webdemo(
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("runs/demo"),
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the demo's recipe."),
     ] = None,
 ) -> None:
@@ -570,7 +521,7 @@ def demo(
 def data_check(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe's name (see: segdeconv recipes).")],
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             "--set", metavar="KEY=VALUE", help="Change a key, e.g. data.root=data/mine. Repeatable."
         ),
@@ -609,18 +560,15 @@ def recipes() -> None:
 
 @zoo_app.command("list")
 def zoo_list(
-    task: Annotated[Optional[Task], typer.Option(help="Only these.")] = None,  # noqa: UP045
-    dataset: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Only what was trained on this data set."),
-    ] = None,
-    sort: Annotated[Sort, typer.Option(help="miou and top1 list the best first.")] = Sort.name,
+    task: Annotated[Task | None, typer.Option(help="Only these.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Only what was trained on this data set.")] = None,
+    sort: Annotated[Sort, typer.Option(help="miou and top1 list the best first.")] = "name",
 ) -> None:
     """List trained networks with what was measured of them."""
     from segdeconv.progress import console
     from segdeconv.zoo import listed, table
 
-    console.print(table(listed(task.value if task else None, dataset, sort.value)))
+    console.print(table(listed(task, dataset, sort)))
 
 
 EntryName = Annotated[str, typer.Argument(help="An entry of the zoo (see: segdeconv zoo list).")]
@@ -654,10 +602,7 @@ def zoo_download(name: EntryName) -> None:
 @zoo_app.command("verify")
 def zoo_verify(
     name: EntryName,
-    root: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Where the data lies, if not where the recipe says."),
-    ] = None,
+    root: Root = None,
     device: Device = "auto",
 ) -> None:
     """Check an entry's weights against its SHA-256, load them, and measure them where the data is at hand."""
@@ -677,26 +622,20 @@ def zoo_verify(
 def zoo_add(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run, with eval.json.")],
     name: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="By default ARCH_ENCODER.NORM_DATASET, as the recipe says."),
+        str | None, typer.Option(help="By default ARCH_ENCODER.NORM_DATASET, as the recipe says.")
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store the weights as float16.")] = False,
     data: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="What the data is and its licence; known of public data sets."),
+        str | None, typer.Option(help="What the data is and its licence; known of public data sets.")
     ] = None,
     machine: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="What the run was trained on; by default this machine."),
+        str | None, typer.Option(help="What the run was trained on; by default this machine.")
     ] = None,
     note: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(help="A sentence for the card, such as what is known to fail. Repeatable."),
     ] = None,
-    root: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Where the data lies, if not where the recipe says."),
-    ] = None,
+    root: Root = None,
     device: Device = "auto",
 ) -> None:
     """Write an entry's folder from a finished run; its metrics are measured on the weights as stored."""
@@ -712,10 +651,7 @@ def zoo_add(
 @zoo_app.command("publish")
 def zoo_publish(
     to: Annotated[str, typer.Option(metavar="DIR|hf://ORG/REPO", help="A folder, or the Hugging Face Hub.")],
-    names: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(help="Entries; by default all."),
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Entries; by default all.")] = None,
 ) -> None:
     """Lay weights out for any static web server, or push them to the Hugging Face Hub."""
     from segdeconv.entries import WEIGHTS
@@ -788,14 +724,18 @@ def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
         raise UserError(f"{option} {text!r}: expected numbers with commas between them") from None
 
 
-def _pair(option: str, text: str) -> tuple[int, int]:
+def _pair(option: str, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
     numbers = _numbers(option, text, int)
     if len(numbers) != 2:
         raise UserError(f"{option} {text!r}: expected height and width in pixels, such as 512,1024")
     return numbers[0], numbers[1]
 
 
-def _triple(option: str, text: str) -> tuple[int, int, int]:
+def _triple(option: str, text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
     numbers = _numbers(option, text, int)
     if len(numbers) != 3:
         raise UserError(f"{option} {text!r}: expected batch, height and width, such as 1,512,1024")
@@ -810,9 +750,7 @@ def main() -> None:
             sys.exit(code)
     except UserError as error:
         _fail(str(error), code=3 if isinstance(error, Refused) else 2)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os._exit(141)  # Python would complain once more when it flushes standard output

@@ -13,7 +13,7 @@ from segdeconv.checkpoint import FREE_KEYS, flat
 from segdeconv.config import load_recipe, recipe_to_dict
 from segdeconv.errors import UserError
 from segdeconv.figures import Point, curve, read_metrics, spread, training_curves
-from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.files import make_folder, to_json, write_text
 from segdeconv.metrics import MAIN_METRIC
 
 _HEADER = ("run", "epoch", "step", "minutes", "loss", "metric", "± s.e.", "min to max")
@@ -50,8 +50,8 @@ def compare_runs(folders: Sequence[Path], out: Path) -> tuple[str, list[Entry]]:
     make_folder(out)
     training_curves({entry.label: entry.folders for entry in entries}, out / "compare.png", metric)
     text = to_json({"metric": metric, "runs": [_plain(entry) for entry in entries]}, indent=1)
-    write_atomically(out / "compare.json", lambda path: path.write_text(text))
-    write_atomically(out / "compare.md", lambda path: path.write_text(_markdown(metric, entries)))
+    write_text(out / "compare.json", text)
+    write_text(out / "compare.md", _markdown(metric, entries))
     return metric, entries
 
 

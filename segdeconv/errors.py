@@ -1,5 +1,10 @@
 """The exceptions for what a user can mend: a wrong path, key, value or file; and for what was refused."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class UserError(ValueError):
     """Bad input. The message is one sentence that names the file or value, what was expected and what to do.
@@ -18,3 +23,13 @@ class Refused(UserError):
 def first_line(error: BaseException) -> str:
     """An error's message, cut to one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Around a program: a `UserError` becomes a line on standard error and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

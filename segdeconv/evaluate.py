@@ -32,7 +32,7 @@ from segdeconv.data.transforms import EvalTransform
 from segdeconv.distributed import sum_over_ranks
 from segdeconv.errors import UserError
 from segdeconv.figures import confusion_picture, triptych
-from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.files import make_folder, to_json, write_atomically, write_text
 from segdeconv.images import Picture, label_png, resize_image, save_image, window_starts
 from segdeconv.metrics import (
     MAIN_METRIC,
@@ -535,7 +535,7 @@ def scores_folder(run: str | Path) -> Path:
 def write_scores(run: str | Path, scores: dict[str, Any]) -> Path:
     """Leave scores beside the checkpoint, in ``eval.json`` or ``eval_onnx.json``."""
     path = scores_folder(run) / ("eval.json" if scores["engine"] == "pytorch" else "eval_onnx.json")
-    write_atomically(path, lambda temporary: temporary.write_text(to_json(scores, indent=1)))
+    write_text(path, to_json(scores, indent=1))
     return path
 
 

@@ -100,8 +100,7 @@ def confusion_picture(confusion: Any, classes: tuple[str, ...], path: Path) -> N
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
     else:
         figure.colorbar(shown, shrink=0.8, label="%")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -183,8 +182,13 @@ def training_curves(runs: dict[str, list[Path]], path: Path, metric: str) -> Non
     figure.legend(
         *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(runs), 4)
     )
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of `pyplot` atomically, and close it."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def pyplot() -> Any:

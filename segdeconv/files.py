@@ -35,6 +35,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Like `write_atomically`, a text."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut, where the system lets one."""
     if hasattr(os, "O_DIRECTORY"):

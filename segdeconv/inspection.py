@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from segdeconv.checkpoint import load_checkpoint
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.data import EvalSet, open_samples
-from segdeconv.figures import pyplot
-from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.figures import pyplot, save_figure
+from segdeconv.files import make_folder, to_json, write_text
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.models import size_multiple
 from segdeconv.structure import is_plain_layer
@@ -143,7 +143,7 @@ def inspect_run(
         }
         _draw_filters(images[0], sets, fits, data.mean, data.std, out / "filters.png")
     text = to_json(report, indent=1)
-    write_atomically(out / "inspect.json", lambda path: path.write_text(text))
+    write_text(out / "inspect.json", text)
     return report
 
 
@@ -373,8 +373,7 @@ def _draw_filters(
             line[5].plot(at, fit.taps[k // 2], "o", ms=4)
             line[5].plot(at, fit.fitted[k // 2], "-")
             line[5].set_title(f"fit: R² {fit.r2:.4f}, beside the middle {fit.surround_r2:.2f}", fontsize=9)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _draw_spectrum(layers: list[LayerView], path: Path) -> None:
@@ -399,8 +398,7 @@ def _draw_spectrum(layers: list[LayerView], path: Path) -> None:
     left, right = below.subplots(1, 2)
     _by_layer(left, layers, "condition", "condition number", log=True)
     _by_layer(right, layers, "correlation", "mean absolute correlation")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _draw_sparsity(layers: list[LayerView], path: Path) -> None:
@@ -423,8 +421,7 @@ def _draw_sparsity(layers: list[LayerView], path: Path) -> None:
     axes[1, 2].axhline(1 - math.sqrt(2 / math.pi), color="k", ls=":", lw=1)
     for axis in axes[0]:
         axis.legend(fontsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _by_layer(axis: Any, layers: list[LayerView], key: str, title: str, log: bool = False) -> None:

@@ -55,7 +55,7 @@ from segdeconv.distributed import rank, sum_over_ranks, world_size
 from segdeconv.errors import UserError, first_line
 from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
 from segdeconv.figures import read_metrics, training_curves, triptych
-from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.files import make_folder, to_json, write_text
 from segdeconv.graphs import StepGraphs
 from segdeconv.layers import RenewalSchedule
 from segdeconv.losses import loss_of
@@ -407,8 +407,7 @@ class _Run:
             calibrate(self.model, images)
         if rank() == 0:
             if self.report is not None:
-                text = f"{self.report}\n"
-                write_atomically(self.out / "conversion.txt", lambda temporary: temporary.write_text(text))
+                write_text(self.out / "conversion.txt", f"{self.report}\n")
             self.save_state(self.out)
 
     def _check_room(self) -> None:
@@ -627,7 +626,7 @@ class _Run:
         if rank() == 0 and path.exists():
             lines = [line for line in read_metrics(self.out) if line["epoch"] <= self.finished_epochs]
             text = "".join(f"{to_json(line)}\n" for line in lines)
-            write_atomically(path, lambda temporary: temporary.write_text(text))
+            write_text(path, text)
 
     def describe(self) -> None:
         """What `dry_run` prints."""

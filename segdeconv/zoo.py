@@ -44,7 +44,7 @@ from segdeconv.entries import (
 from segdeconv.errors import UserError
 from segdeconv.evaluate import Inference, evaluate_run, predicted_samples, torch_predictor
 from segdeconv.figures import read_metrics, with_legend
-from segdeconv.files import make_folder, sha256_of, to_json, write_atomically
+from segdeconv.files import make_folder, sha256_of, to_json, write_atomically, write_text
 from segdeconv.fold import fold_network_deconv
 from segdeconv.images import overlay, save_image
 from segdeconv.metrics import MAIN_METRIC
@@ -266,7 +266,7 @@ def add(
             "entry.json": entry_json(entry),
         }
         for file, text in texts.items():
-            write_atomically(new / file, lambda path, text=text: path.write_text(text))  # type: ignore[misc]
+            write_text(new / file, text)
         os.replace(new, folder)
     return folder
 

@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,10 +46,10 @@ from torch import Tensor, nn
 from segdeconv import calibrate, convert_to_network_deconv, layers, whitening
 from segdeconv.config import NetworkDeconvConfig, load_recipe
 from segdeconv.data import eval_loader, open_samples, train_loader
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, one_sentence
 from segdeconv.evaluate import ignore_index_of, score, torch_predictor
-from segdeconv.figures import spread
-from segdeconv.files import append_json_line, make_folder, read_json_lines, write_atomically
+from segdeconv.figures import pyplot, save_figure, spread
+from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, size_multiple
 from segdeconv.models.cifar import mobilenet_v2, resnet18, six_conv
@@ -421,9 +420,6 @@ def markdown(titles: list[str], rows: list[list[Any]]) -> str:
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     complete = [line for line in lines if len(line["curve"]) == line["epochs"]]
     chosen = {key: runs for key, runs in best(complete).items() if key[2] in ("bn", "exact", "fast")}
     # Batch norm is what the others are drawn beside, and one epoch's single point is no curve.
@@ -431,7 +427,7 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
     if not tasks:
         raise UserError(f"--figure {path}: there is no whole run of bn of two epochs or more to draw beside")
     chosen = {key: runs for key, runs in chosen.items() if key[:2] in tasks}
-    fig, axes = plt.subplots(len(tasks), 2, figsize=(9, 3 * len(tasks)), squeeze=False)
+    fig, axes = pyplot().subplots(len(tasks), 2, figsize=(9, 3 * len(tasks)), squeeze=False)
     colours = {"bn": "tab:grey", "exact": "tab:orange", "fast": "tab:blue"}
     for (task, epochs, arm), runs in chosen.items():
         for column, label in ((0, "training steps"), (1, "training time, s (one core)")):
@@ -445,10 +441,11 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
             ax.set_title(f"{task}, {epochs} epochs")
             ax.legend()
     fig.tight_layout()
-    write_atomically(path, lambda temporary: fig.savefig(temporary, dpi=110))
+    save_figure(fig, path)
     print(path)
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="*", choices=[*TASKS, []])
@@ -464,10 +461,7 @@ def main() -> None:
     shortest = 1 if arguments.epochs is None else arguments.epochs
     if shortest < 1 or min(arguments.seeds) < 0 or min(arguments.lrs) <= 0:
         parser.error("--epochs must be at least 1, --seeds at least 0 and --lrs above 0")
-    try:
-        measure(arguments)
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    measure(arguments)
 
 
 def measure(arguments: argparse.Namespace) -> None:

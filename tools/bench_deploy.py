@@ -31,8 +31,9 @@ from torch import nn
 from segdeconv.bench import Stages, interleave, machine, noise, peak_mib, stages
 from segdeconv.checkpoint import CheckpointInfo
 from segdeconv.config import load_recipe
+from segdeconv.errors import one_sentence
 from segdeconv.export import finish, network_graph, preparation_of, write_graph
-from segdeconv.files import make_folder, to_json, write_atomically
+from segdeconv.files import make_folder, to_json, write_text
 from segdeconv.fold import fold_network_deconv
 from segdeconv.interface import Interface
 from segdeconv.models import build_model, main_output
@@ -76,7 +77,7 @@ def torch_stages(model: nn.Module, pictures: np.ndarray, device: torch.device) -
     """As `segdeconv.bench.stages`, in PyTorch."""
     mean, std = np.float32(127.5), np.float32(64.0)
 
-    def finish() -> float:
+    def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -86,11 +87,11 @@ def torch_stages(model: nn.Module, pictures: np.ndarray, device: torch.device) -
         start = time.perf_counter()
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device, torch.float32)
         images = ((images - mean) / std).contiguous()
-        prepared = finish()
+        prepared = now()
         logits = main_output(model(images))
-        inferred = finish()
+        inferred = now()
         logits.argmax(1).to(torch.uint8).cpu().numpy()
-        return prepared - start, inferred - prepared, finish() - inferred
+        return prepared - start, inferred - prepared, now() - inferred
 
     return call
 
@@ -211,10 +212,17 @@ def _row(device: str, timing: dict[str, Any]) -> str:
     )
 
 
+def _height_and_width(text: str) -> tuple[int, int]:
+    height, width = map(int, text.split(","))  # argparse says which value it is where this fails
+    return height, width
+
+
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("networks", nargs="*", choices=[*NETWORKS, []], help=", ".join(NETWORKS))
-    parser.add_argument("--sizes", nargs="+", default=["512,1024", "1024,2048"], metavar="H,W")
+    sizes = [(512, 1024), (1024, 2048)]
+    parser.add_argument("--sizes", nargs="+", type=_height_and_width, default=sizes, metavar="H,W")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=1)
@@ -227,19 +235,16 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     make_folder(RESULTS)
     for architecture in [] if options.table else options.networks or NETWORKS:
-        for size in options.sizes:
-            height, width = map(int, size.split(","))
+        for height, width in options.sizes:
             path = RESULTS / f"{architecture}_{height}x{width}_{options.device.partition(':')[0]}.json"
             if path.exists() and _as_asked(json.loads(path.read_text()), options):
                 continue
             result = measure(architecture, (height, width), options)
-            text = to_json(result, indent=2)
-            write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+            write_text(path, to_json(result, indent=2))
             for timing in result["timings"]:
                 print(f"{architecture} {height}x{width} {_row(options.device, timing)}", flush=True)
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    text = page(found)
-    write_atomically(options.out, lambda temporary: temporary.write_text(text))
+    write_text(options.out, page(found))
     print(f"wrote {options.out}")
 
 

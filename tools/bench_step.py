@@ -29,7 +29,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from segdeconv.config import ModelConfig, NetworkDeconvConfig, TrainConfig
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, one_sentence
 from segdeconv.graphs import StepGraphs
 from segdeconv.layers import RenewalSchedule, Whitened
 from segdeconv.losses import loss_of
@@ -216,6 +216,7 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
             print(f"  {arm:10} {found[0]:9.2f} ms of work for the GPU in {found[1]:.0f} kernels", flush=True)
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("networks", nargs="*", help=f"{', '.join(TARGETS)} or any architecture of a recipe")
@@ -233,10 +234,7 @@ def main() -> None:
     numbers = (arguments.cycles, arguments.batch, arguments.threads, *(arguments.size or ()))
     if min(number for number in numbers if number is not None) < 1:
         parser.error("--cycles, --batch, --size and --threads must be at least 1")
-    try:
-        measure(arguments)
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    measure(arguments)
 
 
 def measure(arguments: argparse.Namespace) -> None:

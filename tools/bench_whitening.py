@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segdeconv.config import NetworkDeconvConfig
-from segdeconv.errors import UserError
-from segdeconv.files import make_folder, write_atomically
+from segdeconv.errors import one_sentence
+from segdeconv.figures import pyplot, save_figure
+from segdeconv.files import make_folder
 from segdeconv.layers import WhitenedConv2d
 from segdeconv.train import pick_device
 from segdeconv.whitening import (
@@ -163,11 +163,8 @@ def ratio(width: int, side: int, batch: int, device: torch.device) -> float:
 
 
 def figure(path: Path, batch: int, device: torch.device) -> None:
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     sides = (8, 16, 32, 64)
-    fig, ax = plt.subplots(figsize=(6, 4))
+    fig, ax = pyplot().subplots(figsize=(6, 4))
     for width in (32, 64, 128, 256):
         ratios = [ratio(width, side, batch, device) for side in sides]
         print(f"width {width}: " + ", ".join(f"{s}x{s} {r:.2f}" for s, r in zip(sides, ratios, strict=True)))
@@ -179,10 +176,11 @@ def figure(path: Path, batch: int, device: torch.device) -> None:
     ax.set_ylabel("step of a 3x3 layer over batch norm's")
     ax.legend()
     fig.tight_layout()
-    write_atomically(path, lambda temporary: fig.savefig(temporary, dpi=110))
+    save_figure(fig, path)
     print(path)
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--channels", type=int, default=128)
@@ -193,15 +191,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.channels, arguments.batch, *arguments.size) < 1:
         parser.error("--channels, --batch and --size must be at least 1")
-    try:
-        device = pick_device(arguments.device)
-        if arguments.figure:
-            make_folder(arguments.figure.parent)
-            figure(arguments.figure, arguments.batch, device)
-        else:
-            parts(arguments.channels, tuple(arguments.size), arguments.batch, device)
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    device = pick_device(arguments.device)
+    if arguments.figure:
+        make_folder(arguments.figure.parent)
+        figure(arguments.figure, arguments.batch, device)
+    else:
+        parts(arguments.channels, tuple(arguments.size), arguments.batch, device)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ instances in Cityscapes, numbered from 0, but for regions under ten pixels, whic
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import cv2
@@ -22,7 +21,7 @@ from segdeconv.config import DataConfig
 from segdeconv.data import open_samples
 from segdeconv.data.camvid import CLASSES
 from segdeconv.data.cityscapes import official_labels
-from segdeconv.errors import UserError
+from segdeconv.errors import one_sentence
 from segdeconv.files import make_folder
 from segdeconv.images import Picture, save_image
 from segdeconv.progress import Bar
@@ -84,16 +83,13 @@ def convert(source: Path, target: Path) -> None:
     print(f"wrote {frame} pictures to {target}")
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="CamVid in the SegNet layout")
     parser.add_argument("target", type=Path, help="the folder of the tree")
     arguments = parser.parse_args()
-    try:
-        convert(arguments.source, arguments.target)
-    except UserError as error:
-        print(f"camvid_to_cityscapes: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    convert(arguments.source, arguments.target)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import sys
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from segdeconv.checkpoint import CheckpointInfo, save_checkpoint
 from segdeconv.config import load_recipe
 from segdeconv.data import open_samples
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, one_sentence
 from segdeconv.layers import Whitened
 from segdeconv.models import build_model, resolve
 
@@ -111,6 +110,7 @@ def convert(source: Path, recipe_name: str, overrides: list[str], out: Path) -> 
     print(f"wrote {out}; next: segdeconv eval {out}")
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="the authors' .pth file")
@@ -120,11 +120,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint to write")
     arguments = parser.parse_args()
-    try:
-        convert(arguments.source, arguments.recipe, arguments.set, arguments.out)
-    except UserError as error:
-        print(f"convert_reference_checkpoint: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    convert(arguments.source, arguments.recipe, arguments.set, arguments.out)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from bench_deploy import make
 
 from segdeconv.errors import UserError
 from segdeconv.export import export_onnx
-from segdeconv.files import write_atomically
+from segdeconv.files import write_text
 from segdeconv.interface import Interface
 from segdeconv.models import size_multiple
 from segdeconv.models.segmentation import ARCHITECTURES
@@ -92,8 +92,7 @@ def main() -> None:
         print(" | ".join(rows[-1]), flush=True)
     if not options.architectures:
         out = Path("docs/export.md")
-        text = page(rows)
-        write_atomically(out, lambda path: path.write_text(text))
+        write_text(out, page(rows))
         print(f"wrote {out}")
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from segdeconv import layers
 from segdeconv.config import NetworkDeconvConfig, load_recipe
 from segdeconv.data import open_samples, train_loader
-from segdeconv.errors import UserError
+from segdeconv.errors import one_sentence
 from segdeconv.models import build_model
 from segdeconv.whitening import shrunk_inverse_sqrt
 
@@ -34,15 +34,13 @@ def first_layer_gradient(model_config, batch) -> float:  # type: ignore[no-untyp
     return float(weight.grad.norm() * weight.detach().norm())
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--encoder", default="mobilenet_v2")
     parser.add_argument("--size", type=int, nargs=2, default=(80, 112), metavar=("HEIGHT", "WIDTH"))
     arguments = parser.parse_args()
-    try:
-        measure(arguments.encoder, arguments.size)
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    measure(arguments.encoder, arguments.size)
 
 
 def measure(encoder: str, size: list[int]) -> None:
@@ -59,8 +57,9 @@ def measure(encoder: str, size: list[int]) -> None:
         print(f"fast mode without shrinkage: {first_layer_gradient(recipe.model, batch):.2f}")
     exact = replace(recipe.model, network_deconv=NetworkDeconvConfig(mode="exact"))
     for minimum in (0, 1, 2, 4, 8, 16, 32):
-        layers._SAMPLES_PER_FEATURE = minimum
-        print(f"exact mode, at least {minimum:2} samples a feature: {first_layer_gradient(exact, batch):.2f}")
+        with mock.patch.object(layers, "_SAMPLES_PER_FEATURE", minimum):
+            gradient = first_layer_gradient(exact, batch)
+        print(f"exact mode, at least {minimum:2} samples a feature: {gradient:.2f}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from segdeconv.bench import machine
 from segdeconv.checkpoint import load_checkpoint
 from segdeconv.data import EvalSet, open_samples
-from segdeconv.files import write_atomically
+from segdeconv.errors import one_sentence
+from segdeconv.files import write_text
 from segdeconv.fold import fold_network_deconv
 from segdeconv.models import main_output, size_multiple
 from segdeconv.precision import Gates, export_smaller
@@ -104,6 +105,7 @@ def harm(run: str, root: str | None) -> list[str]:
     return rows
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -138,7 +140,7 @@ def main() -> None:
         exported="\n".join(exported),
         by_part="\n".join(by_part),
     )
-    write_atomically(options.out, lambda temporary: temporary.write_text(text))
+    write_text(options.out, text)
     print(text)
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from segdeconv.errors import one_sentence
 from segdeconv.images import Palette, Picture, overlay
 from segdeconv.runtime import Segmenter
 
@@ -228,6 +229,7 @@ def run(model: Path, requests: int, clients: int) -> Report:
     return report
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

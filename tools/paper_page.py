@@ -26,8 +26,8 @@ from torch import nn
 
 from segdeconv.config import ModelConfig, load_recipe
 from segdeconv.entries import entry_folder, entry_names
-from segdeconv.errors import UserError
-from segdeconv.files import make_folder, write_atomically
+from segdeconv.errors import one_sentence
+from segdeconv.files import make_folder, write_text
 from segdeconv.inspection import VIEWS, inspect_run, median_of
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import build_model
@@ -312,20 +312,14 @@ def draw_measured() -> None:
     reproduce_linear.picture(linear, PICTURES / "linear.png")
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
-    try:
-        make_page()
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
-def make_page() -> None:
     make_folder(PICTURES)
     text = page()
     draw_measured()
-    write_atomically(DOCS / "paper.md", lambda path: path.write_text(text))
+    write_text(DOCS / "paper.md", text)
     for picture in PICTURES.glob("*.png"):
         if f"paper/{picture.name}" not in text:
             picture.unlink()

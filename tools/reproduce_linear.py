@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,9 +30,9 @@ from torch import Tensor, nn
 from segdeconv import convert_to_network_deconv
 from segdeconv.config import DataConfig, NetworkDeconvConfig
 from segdeconv.data import open_samples
-from segdeconv.errors import UserError
-from segdeconv.figures import spread
-from segdeconv.files import append_json_line, make_folder, read_json_lines, write_atomically
+from segdeconv.errors import one_sentence
+from segdeconv.figures import pyplot, save_figure, spread
+from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.layers import WhitenedLinear
 from segdeconv.train import seed_everything
 
@@ -172,10 +171,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def picture(lines: list[dict[str, Any]], path: Path) -> None:
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(4 * len(TASKS), 3.6), layout="constrained")
+    figure, axes = pyplot().subplots(1, len(TASKS), figsize=(4 * len(TASKS), 3.6), layout="constrained")
     for axis, (task, (title, _, _)) in zip(axes, TASKS.items(), strict=True):
         for i, (arm, name) in enumerate(ARMS.items()):
             runs = best(lines, task, arm)
@@ -188,10 +184,10 @@ def picture(lines: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
     axes[0].set_ylabel("training loss")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -203,10 +199,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.seeds) < 0 or min(arguments.lrs) <= 0:
         parser.error("--seeds must be at least 0 and --lrs above 0")
-    try:
-        reproduce(arguments)
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    reproduce(arguments)
 
 
 def reproduce(arguments: argparse.Namespace) -> None:

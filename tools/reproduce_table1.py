@@ -31,7 +31,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,10 +38,10 @@ from torch import Tensor
 from segdeconv.checkpoint import has_state, load_state, restore_training, save_state, training_tensors
 from segdeconv.config import Recipe, load_recipe
 from segdeconv.data import Samples, eval_loader, open_samples, train_loader
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, one_sentence
 from segdeconv.evaluate import AMP, score, torch_predictor
-from segdeconv.figures import spread
-from segdeconv.files import append_json_line, make_folder, read_json_lines, write_atomically
+from segdeconv.figures import pyplot, save_figure, spread
+from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model
 from segdeconv.train import lr_factor, make_optimizer, pick_device, seed_everything
@@ -238,11 +237,8 @@ def shown(values: list[float]) -> str:
 
 
 def picture(lines: list[dict[str, Any]], path: Path) -> None:
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     networks = [n for n in NETWORKS if any(line["network"] == n for line in lines)]
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         len(networks), 3, figsize=(11, 2.6 * len(networks)), squeeze=False, layout="constrained"
     )
     columns = (("step", 0, 2), ("step", 0, 3), ("seconds of training on one core", 1, 3))
@@ -263,10 +259,10 @@ def picture(lines: list[dict[str, Any]], path: Path) -> None:
         row[0].set_title(NETWORKS[network][0], loc="left")
     for axis in axes[:, 2]:
         axis.legend(loc="lower right", fontsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
-    plt.close(figure)
+    save_figure(figure, path)
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
@@ -281,10 +277,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.epochs, arguments.pictures) < 1 or min(arguments.seeds) < 0:
         parser.error("--epochs and --pictures must be at least 1, --seeds at least 0")
-    try:
-        reproduce(arguments)
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    reproduce(arguments)
 
 
 def pace(bn: dict[str, Any], nd: dict[str, Any]) -> float:
