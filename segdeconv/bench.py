@@ -32,9 +32,8 @@ class Timing:
         p50: median of the whole, as are ``p95`` and ``p99`` its percentiles.
         images_per_s: pictures a second, over all runs.
         pre: median of preparing the pictures, as are ``inference`` and ``post`` of the other stages.
-        ratio: median over the rounds of the time over another arm's, by default the first's, in that round.
-        peak_mib: peak memory of a process that does nothing else, or what it takes of the GPU's; None where
-            the system does not tell.
+        ratio: median over rounds of this arm's time divided by another's (the first's, unless said
+            otherwise) in the same round.
     """
 
     name: str
@@ -46,7 +45,6 @@ class Timing:
     inference: float
     post: float
     ratio: float
-    peak_mib: float | None = None
 
 
 def interleave(

@@ -106,9 +106,8 @@ def _rows(entries: list[Entry]) -> list[list[tuple[str, ...]]]:
         marks = sorted({-(-len(entry.curve) * quarter // 4) - 1 for quarter in (1, 2, 3, 4)})
         rows: list[tuple[str, ...]] = []
         for point in (entry.curve[mark] for mark in marks):
-            step = "" if point.step is None else f"{point.step:.0f}"
             loss = f"{loss_at[point.epoch]:.4f}" if point.epoch in loss_at else ""
-            place = (str(point.epoch), step, f"{point.minutes:.1f}", loss)
+            place = (str(point.epoch), f"{point.step:.0f}", f"{point.minutes:.1f}", loss)
             rows.append((entry.label, *place, *_spread(point.mean, point.error, point.low, point.high)))
         rows.append((entry.label, "best", "", "", "", *_spread(*entry.best)))
         out.append(rows)

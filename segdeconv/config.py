@@ -43,8 +43,8 @@ class NetworkDeconvConfig:
         linear_block_size: the same for linear layers.
         eps: added to variances before their root: of each channel (fast) or of the features (otherwise).
         momentum: weight of a new batch in the running values.
-        refresh_every: fast mode: training steps between two updates of the whitening matrix, in the end: one
-            for the first 40 steps, then one more with every 20.
+        refresh_every: fast mode: training steps between two updates of the whitening matrix, in the end: it
+            is updated at each of the first 40 steps, then the interval grows by one every 20 steps.
         num_iters: exact and reference mode: coupled Newton-Schulz iterations.
         sampling_stride: exact and reference mode: statistics use every n-th position, in units of the
             convolution's stride.
@@ -164,6 +164,10 @@ class DataConfig:
             raise ValueError("std must be positive")
         return self
 
+    def at(self, root: str | None) -> DataConfig:
+        """The same data in another folder; None changes nothing."""
+        return self if root is None else dataclasses.replace(self, root=root)
+
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
@@ -271,6 +275,11 @@ def own_recipes() -> dict[str, Path]:
 
 
 def find_recipe(path_or_name: str | Path) -> Path:
+    """The file of a recipe: a YAML file, or one that comes with the package, by its name.
+
+    Raises:
+        UserError: there is none.
+    """
     path = Path(path_or_name)
     if path.is_file():
         return path

@@ -129,7 +129,7 @@ def convert_to_network_deconv(
         if isinstance(module, (*WEIGHTED, *NEVER_WHITENED)):
             entry = ("kept", kept[name]) if name in kept else ("swapped", "")  # see below
         elif isinstance(module, _BatchNorm):
-            entry = _plan_batch_norm(name, module, modules, structure, kept, warm_start)
+            entry = _plan_batch_norm(name, module, structure, kept, warm_start)
         else:
             continue
         report.layers.append(LayerReport(name, type(module).__name__, *entry))
@@ -411,7 +411,6 @@ def _is_layer_norm(module: nn.Module) -> bool:
 def _plan_batch_norm(
     name: str,
     module: Any,
-    modules: dict[str, Any],
     structure: Structure,
     kept: dict[str, str],
     warm_start: bool,

@@ -33,7 +33,7 @@ from segdeconv.distributed import sum_over_ranks
 from segdeconv.errors import UserError
 from segdeconv.figures import confusion_picture, triptych
 from segdeconv.files import make_folder, to_json, write_atomically, write_text
-from segdeconv.images import Picture, label_png, resize_image, save_image, window_starts
+from segdeconv.images import Picture, check_windows, label_png, resize_image, save_image, window_starts
 from segdeconv.metrics import (
     MAIN_METRIC,
     category_scores,
@@ -211,10 +211,7 @@ class Inference:
     amp: Literal["recipe", "off", "bf16", "fp16"] = "recipe"
 
     def __post_init__(self) -> None:
-        if self.window is not None and min(self.window) < 1:
-            raise UserError(f"--window {self.window[0]},{self.window[1]}: expected pixels, such as 512,1024")
-        if not 0 <= self.overlap < 1:
-            raise UserError(f"--overlap {self.overlap}: expected a share from 0 to below 1, such as 0.25")
+        check_windows(self.window, self.overlap)
         if not self.scales or not all(0 < scale <= 8 for scale in self.scales):
             text = ",".join(map(str, self.scales))
             raise UserError(f"--scales {text}: expected factors above 0, to 8, such as 0.75,1,1.25")
@@ -356,7 +353,7 @@ def evaluate_run(
             f"{run}: is a {info.task} run; --window, --original, --save-predictions and --submit are for "
             "segmentation"
         )
-    data = info.recipe.data if root is None else replace(info.recipe.data, root=root)
+    data = info.recipe.data.at(root)
     data = replace(data, val={"train": data.train, "val": data.val}.get(split, split))
     samples = open_samples(replace(data, size=None) if inference.original else data, "val")
     check_fit(info, samples)
@@ -411,11 +408,13 @@ def evaluate_run(
 
 
 def predicted_samples(
-    predict: Predict, samples: Samples, val_set: EvalSet, device: torch.device | str, count: int = 3
+    predict: Predict, samples: Samples, val_set: EvalSet, device: torch.device | str
 ) -> list[tuple[Picture, Picture, Picture]]:
-    """Picture, truth and class numbers of some samples of one size, evenly spread (neighbours look alike)."""
+    """Picture, truth and class numbers of up to three samples of one size, evenly spread: neighbours look
+    alike.
+    """
     rows = []
-    for index in sorted({i * len(samples) // count for i in range(count)}):
+    for index in sorted({i * len(samples) // 3 for i in range(3)}):
         image, truth = samples.load(index)
         assert isinstance(truth, np.ndarray)
         height, width = truth.shape

@@ -82,13 +82,12 @@ def _legend_rows(classes: tuple[str, ...], width: int) -> list[list[tuple[int, i
 
 def confusion_picture(confusion: Any, classes: tuple[str, ...], path: Path) -> None:
     """A confusion matrix (C, C), rows true, columns predicted, as a PNG: every row in percent of its sum."""
-    plt = pyplot()
     counts = np.array(confusion, np.float64)
     total = counts.sum(1, keepdims=True)
     percent = 100 * np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
     named = len(classes) <= _NAMED_CLASSES
     side = 2.6 + 0.42 * len(classes) if named else 10
-    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(side, side), layout="constrained")
     shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="predicted", ylabel="true (rows in percent)")
     if named:
@@ -115,10 +114,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 @dataclass(frozen=True)
 class Point:
     """A figure of several runs at the end of an epoch: its mean, the mean's standard error (NaN for one run),
-    the smallest and the largest. ``step`` is None where a run did not log it."""
+    the smallest and the largest."""
 
     epoch: int
-    step: float | None
+    step: float
     minutes: float
     mean: float
     error: float
@@ -132,11 +131,10 @@ def curve(runs: Sequence[list[dict[str, Any]]], key: str) -> list[Point]:
     points = []
     for epoch in sorted(set.intersection(*map(set, by_epoch))):
         lines = [run[epoch] for run in by_epoch]
-        steps = [line["step"] for line in lines if "step" in line]
         points.append(
             Point(
                 epoch,
-                statistics.fmean(steps) if len(steps) == len(lines) else None,
+                statistics.fmean(line["step"] for line in lines),
                 statistics.fmean(line["seconds"] for line in lines) / 60,
                 *spread([line[key] for line in lines]),
             )
@@ -154,16 +152,12 @@ def training_curves(runs: dict[str, list[Path]], path: Path, metric: str) -> Non
     """Training loss and the validation metric by step, epoch and training time, as a PNG.
 
     One line a label; of several runs their mean, a band of its standard error, and a paler one from the
-    smallest to the largest. Without the column of steps where a run did not log them.
+    smallest to the largest.
     """
-    plt = pyplot()
     lines = {label: [read_metrics(folder) for folder in folders] for label, folders in runs.items()}
     curves = {key: {label: curve(group, key) for label, group in lines.items()} for key in ("loss", metric)}
-    stepped = all(p.step is not None for by_label in curves.values() for c in by_label.values() for p in c)
-    columns = (["step"] if stepped else []) + ["epoch", "minutes"]
-    figure, axes = plt.subplots(
-        2, len(columns), figsize=(4.4 * len(columns), 6.6), layout="constrained", squeeze=False, sharey="row"
-    )
+    columns = ("step", "epoch", "minutes")
+    figure, axes = pyplot().subplots(2, 3, figsize=(13.2, 6.6), layout="constrained", sharey="row")
     for row, (key, by_label) in zip(axes, curves.items(), strict=True):
         for axis, column in zip(row, columns, strict=True):
             for label, points in by_label.items():

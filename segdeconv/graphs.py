@@ -38,7 +38,8 @@ class StepGraphs:
             not wait for the device.
 
     Raises:
-        UserError: from the second step on, where it does, or does what else cannot be recorded.
+        UserError: ``compute`` waits for the device, or does something else that a CUDA graph cannot hold;
+            from the second batch of a shape on, which is recorded.
     """
 
     def __init__(self, model: nn.Module, compute: Callable[..., Tensor]) -> None:

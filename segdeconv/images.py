@@ -124,6 +124,14 @@ def _resize(array: Picture, size: tuple[int, int] | None, how: Image.Resampling)
     return np.asarray(Image.fromarray(array).resize((size[1], size[0]), how))
 
 
+def check_windows(window: tuple[int, int] | None, overlap: float) -> None:
+    """Raise UserError unless these are sizes in pixels and a share that windows can have in common."""
+    if window is not None and min(window) < 1:
+        raise UserError(f"--window {window[0]},{window[1]}: expected pixels, such as 512,1024")
+    if not 0 <= overlap < 1:
+        raise UserError(f"--overlap {overlap}: expected a share from 0 to below 1, such as 0.25")
+
+
 def window_starts(size: int, window: int, overlap: float) -> list[int]:
     """Where windows begin along an axis: evenly from 0 to ``size - window``, in as few steps as will do."""
     step = max(1, int(window * (1 - overlap)))

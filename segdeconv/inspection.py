@@ -50,6 +50,7 @@ class LayerView:
 
     Attributes:
         features: of one block, channels x taps.
+        blocks: how many there are, in all groups.
         whitens: whether correlation is whitened; fast mode standardises depthwise layers and no more.
         samples: patches that were looked at.
         condition: largest over smallest eigenvalue of the patches' covariance, at most 1e6. The fewer
@@ -62,6 +63,7 @@ class LayerView:
     name: str
     kind: str
     features: int
+    blocks: int
     whitens: bool
     samples: int
     condition: dict[str, float]
@@ -112,7 +114,7 @@ def inspect_run(
         UserError: no such run, its data is not there, or ``out`` cannot be written.
     """
     model, info = load_checkpoint(run)
-    data = info.recipe.data if root is None else dataclasses.replace(info.recipe.data, root=root)
+    data = info.recipe.data.at(root)
     images = _some_pictures(model, data)
     make_folder(out)
     report: dict[str, Any] = {"recipe": info.recipe.name, "norm": info.recipe.model.norm, "epoch": info.epoch}
@@ -223,7 +225,7 @@ def _view(name: str, patches_NGKF: Tensor, whitened_NGKF: Tensor | None, whitens
         shown[view] = _unit(wide[:1]).flatten().numpy()
     shape = f"{groups} groups" if groups > 1 else f"{blocks} blocks"
     return LayerView(
-        name, f"{features} features, {shape}", features, whitens, samples, **measured,
+        name, f"{features} features, {shape}", features, groups * blocks, whitens, samples, **measured,
         eigenvalues=eigenvalues, correlations=correlations, values=shown,
     )  # fmt: skip
 
@@ -334,8 +336,7 @@ def _draw_filters(
     image: Tensor, sets: dict[str, list[np.ndarray]], fits: dict[str, list[Fit]],
     mean: Sequence[float], std: Sequence[float], path: Path,
 ) -> None:  # fmt: skip
-    plt = pyplot()
-    figure = plt.figure(figsize=(13, 3.2 + 5.2 * len(sets)), layout="constrained")
+    figure = pyplot().figure(figsize=(13, 3.2 + 5.2 * len(sets)), layout="constrained")
     top, *below = figure.subfigures(1 + len(sets), 1, height_ratios=[3.2] + [5.2] * len(sets))
     picture = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     axes = top.subplots(1, 1 + len(sets))
@@ -377,9 +378,8 @@ def _draw_filters(
 
 
 def _draw_spectrum(layers: list[LayerView], path: Path) -> None:
-    plt = pyplot()
     first = layers[0]
-    figure = plt.figure(figsize=(15, 8.5), layout="constrained")
+    figure = pyplot().figure(figsize=(15, 8.5), layout="constrained")
     above, below = figure.subfigures(2, 1)
     above.suptitle(f"Patches that the first layer reads ({first.name})", fontsize=13)
     spectrum, *matrices = above.subplots(1, 3)
@@ -402,8 +402,7 @@ def _draw_spectrum(layers: list[LayerView], path: Path) -> None:
 
 
 def _draw_sparsity(layers: list[LayerView], path: Path) -> None:
-    plt = pyplot()
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    figure, axes = pyplot().subplots(2, 3, figsize=(15, 8), layout="constrained")
     edges = np.linspace(-8, 8, 129)
     middle = (edges[1:] + edges[:-1]) / 2
     for axis, layer in zip(axes[0], (layers[0], layers[len(layers) // 2], layers[-1]), strict=True):
@@ -442,7 +441,7 @@ def _style(view: str) -> dict[str, Any]:
     return {"color": color, "lw": 4, "ms": 9, "alpha": 0.5} if view == "raw" else {"color": color}
 
 
-_TITLES = {
+TITLES = {
     "condition": "condition number",
     "correlation": "mean absolute correlation",
     "near_zero": f"share within {_NEAR} standard deviations",
@@ -480,7 +479,7 @@ def _table(report: dict[str, Any]) -> Table:
     shown.add_column("")
     for column in (*(f"first layer\n{view}" for view in views), *(f"median\n{view}" for view in views)):
         shown.add_column(column, justify="right")
-    for key, title in _TITLES.items():
+    for key, title in TITLES.items():
         values = [layers[0][key].get(view, math.nan) for view in views]
         values += [median_of(layers, key, view) for view in views]
         shown.add_row(title, *("" if v != v else f"{v:.0f}" if abs(v) >= 100 else f"{v:.3g}" for v in values))

@@ -28,9 +28,9 @@ from segdeconv.whitening import (
     channels_per_block_reference,
     fold_whitening,
     inverse_sqrt,
+    mean_and_scale,
     patch_moments,
     patches_at,
-    per_feature,
     sample_patches,
     shrunk_inverse_sqrt,
     standardise_and_fold,
@@ -166,8 +166,8 @@ class Whitened(nn.Module):
 
     @property
     def decorrelates(self) -> bool:
-        """Whether correlation is whitened. In fast mode it is not between the taps of depthwise layers,
-        unless `decorrelate` or a state from when it was the rule says so.
+        """Whether correlation is whitened. In fast mode depthwise layers only standardise, unless
+        `decorrelate` was called or a state from before that rule was loaded.
         """
         return self.running_whitening is not None
 
@@ -337,8 +337,8 @@ class Whitened(nn.Module):
 
     @torch.no_grad()
     def patches(self, x: Tensor, at_least: int) -> Tensor:
-        """What the layer reads at evenly spread positions of ``x``, (N, G, K, F): ``at_least`` so many, if
-        there are, and not many more.
+        """What the layer reads at evenly spread positions of ``x``, (N, G, K, F): ``at_least`` so many
+        patches and not many more, or all there are.
         """
         x = self._batched(x)
         every = self._grid(x, at_least, len(x))
@@ -373,18 +373,17 @@ class Whitened(nn.Module):
 
     def _mean_and_scale(self, moments_2C: Tensor) -> tuple[Tensor, Tensor]:
         groups, blocks, block, taps = self._shape
-        mean, var = per_feature(moments_2C, groups, blocks, block * taps)
-        return mean, (var + self.config.eps).rsqrt()
+        return mean_and_scale(moments_2C, groups, blocks, block * taps, self.config.eps)
 
     def _fold(self, whitening: Tensor | None, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
         with _no_autocast(self.weight):
             return fold_whitening(
-                self._gained_weight(), bias, whitening, mean, self.num_blocks, self.interleaved, scale
+                *self._weight_and_bias(), whitening, mean, self.num_blocks, self.interleaved, scale
             )
 
-    def _gained_weight(self) -> Tensor:
-        return self.weight if self.gain is None else self.weight * self.gain
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor]:
+        weight = self.weight if self.gain is None else self.weight * self.gain
+        return weight, self.weight.new_zeros(len(weight)) if self.bias is None else self.bias
 
     # Exact and reference mode: batch statistics of the patches, with gradient.
 
@@ -474,15 +473,8 @@ class Whitened(nn.Module):
             moments = self._steadied(moments, samples, running)
             if torch.compiler.is_compiling() and running is self.running_moments:
                 moments = _snapshot(moments)
-            bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
             weight, bias = standardise_and_fold(
-                self._gained_weight(),
-                bias,
-                moments,
-                whitening,
-                self.num_blocks,
-                self.config.eps,
-                low_precision,
+                *self._weight_and_bias(), moments, whitening, self.num_blocks, self.config.eps, low_precision
             )
         return x, weight, bias
 
@@ -713,6 +705,10 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
     Takes and returns what Conv2d does: (n, C, H, W) to (n, O, Ho, Wo). ``stride``, ``padding`` and
     ``dilation`` may be changed after construction, as on the torch layer.
 
+    Raises, when called:
+        ValueError: the input has other channels, or is smaller than the kernel.
+        RuntimeError: see `Whitened.whiten`.
+
     Source: arXiv 1905.11926, algorithm 1 and section 3.3.
     """
 
@@ -825,12 +821,12 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
     def _share_of_zeros(self, x: Tensor) -> float:
         if self.padding_mode != "zeros":
             return 0.0
-        left, right, top, bottom = self._padding_lrtb(x)
+        left, _, top, _ = self._padding_lrtb(x)
         inside = 1.0
-        for axis, before, after in ((0, top, bottom), (1, left, right)):
+        for axis, (windows, before) in enumerate(zip(self._positions(x), (top, left), strict=True)):
             size, kernel = x.shape[axis - 2], self.kernel_size[axis]
             inside *= _share_inside(
-                size, before, after, kernel, _pair(self.dilation)[axis], _pair(self.stride)[axis]
+                size, windows, before, kernel, _pair(self.dilation)[axis], _pair(self.stride)[axis]
             )
         return 1 - inside
 
@@ -857,6 +853,10 @@ class WhitenedLinear(Whitened, nn.Linear):
     """`torch.nn.Linear` that whitens the features it reads, in blocks of ``config.linear_block_size``.
 
     Takes and returns what Linear does: (..., C) to (..., O); every row is a sample.
+
+    Raises, when called:
+        ValueError: the input has other features.
+        RuntimeError: see `Whitened.whiten`.
 
     Source: arXiv 1905.11926, algorithm 1 and section 3.3.
     """
@@ -911,9 +911,8 @@ class WhitenedLinear(Whitened, nn.Linear):
         return F.linear(rows, weight, bias).view(*input.shape[:-1], self.out_features)
 
 
-def _share_inside(size: int, before: int, after: int, kernel: int, dilation: int, stride: int) -> float:
+def _share_inside(size: int, windows: int, before: int, kernel: int, dilation: int, stride: int) -> float:
     """Along one axis, the share of the taps of all windows that fall on data, not on padding."""
-    windows = (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
     inside = 0
     for tap in range(kernel):
         start = tap * dilation - before  # in the first window

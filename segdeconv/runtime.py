@@ -21,6 +21,7 @@ from segdeconv.files import make_folder
 from segdeconv.images import (
     Palette,
     Picture,
+    check_windows,
     images_in,
     label_png,
     overlay,
@@ -187,13 +188,10 @@ class Segmenter:
         self._check_windows(path)
 
     def _check_windows(self, path: str | Path) -> None:
-        if not 0 <= self._overlap < 1:
-            raise UserError(f"--overlap {self._overlap}: expected a share from 0 to below 1, such as 0.25")
+        check_windows(self._window, self._overlap)
         if self._window is None:
             return
         height, width = self._window
-        if min(height, width) < 1:
-            raise UserError(f"--window {height},{width}: expected pixels, such as 512,1024")
         if self.size is not None and (height > self.size[0] or width > self.size[1]):
             raise UserError(f"--window {height},{width}: {path} takes no more than {self.size}")
         if self._raw and self.metadata["resize"] is not None:

@@ -79,6 +79,7 @@ def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str, power: fl
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser of ``config``, of the parameters that are trained."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(

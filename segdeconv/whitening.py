@@ -15,6 +15,7 @@ Shape suffixes
     N  sampled patches (image x position)       O  output channels of one group
     G  groups, each with its own matrix         K  blocks of channels in a group; they share the matrix
     F  features of one block, channels x taps   C  input channels,  H, W  height and width
+    P  all features of a group, K·F             S  two gradients, of mean and variance
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def sample_patches(
 
 def patches_at(
     x_NCHW: Tensor,
-    rows_P: Tensor,
-    columns_Q: Tensor,
+    rows_Y: Tensor,
+    columns_X: Tensor,
     kernel_size: tuple[int, int],
     dilation: tuple[int, int],
     padding_lrtb: tuple[int, int, int, int],
@@ -95,12 +96,15 @@ def patches_at(
     The positions are tensors, so a graph of torch.compile can move the grid; nothing is padded, and nothing
     but the patches is copied.
 
+    Args:
+        rows_Y, columns_X: Y rows and X columns, all pairs of which count (I, J: the taps of a patch).
+
     Returns:
         (N, C·kh·kw), features channel-major, in float32 or wider.
     """
     left, _, top, _ = padding_lrtb
     indices, inside = [], []
-    for axis, (corners, before) in enumerate(((rows_P, top), (columns_Q, left))):
+    for axis, (corners, before) in enumerate(((rows_Y, top), (columns_X, left))):
         taps = torch.arange(kernel_size[axis], device=corners.device) * dilation[axis] - before
         index, size = corners[:, None] + taps, x_NCHW.shape[2 + axis]
         inside.append((index >= 0) & (index < size))
@@ -109,13 +113,13 @@ def patches_at(
         elif padding_mode == "reflect":
             index = size - 1 - (size - 1 - index.abs()).abs()
         indices.append(index.clamp(0, size - 1))
-    (rows_PI, columns_QJ), (rows_inside, columns_inside) = indices, inside
-    taps_NCPQIJ = x_NCHW[:, :, rows_PI[:, None, :, None], columns_QJ[None, :, None, :]]
-    taps_NPQCIJ = taps_NCPQIJ.permute(0, 2, 3, 1, 4, 5).to(torch.promote_types(x_NCHW.dtype, torch.float32))
+    (rows_YI, columns_XJ), (rows_inside, columns_inside) = indices, inside
+    taps_NCYXIJ = x_NCHW[:, :, rows_YI[:, None, :, None], columns_XJ[None, :, None, :]]
+    taps_NYXCIJ = taps_NCYXIJ.permute(0, 2, 3, 1, 4, 5).to(torch.promote_types(x_NCHW.dtype, torch.float32))
     if padding_mode == "zeros" and any(padding_lrtb):
         real = rows_inside[:, None, None, :, None] & columns_inside[None, :, None, None, :]
-        taps_NPQCIJ = taps_NPQCIJ.masked_fill(~real, 0)
-    return taps_NPQCIJ.flatten(3).flatten(0, 2)
+        taps_NYXCIJ = taps_NYXCIJ.masked_fill(~real, 0)
+    return taps_NYXCIJ.flatten(3).flatten(0, 2)
 
 
 def patch_moments(patches_GKNF: Tensor, shared_mean: bool) -> tuple[Tensor, Tensor]:
@@ -253,7 +257,7 @@ _QUINTICS = (
 
 
 def shrunk_inverse_sqrt(cov_GFF: Tensor, samples: Tensor) -> Tensor:
-    """D = (S + r ||S||_F I)^(-1/2) of S = (1 - α) Cov + α (tr Cov / F) I, with α = 4F / (4F + samples).
+    """D = (S + r max(||S||_F, 1) I)^(-1/2) of S = (1 - α) Cov + α (tr Cov / F) I, α = 4F / (4F + samples).
 
     The ridge r ||S||_F is that of the published five iterations. The shrinkage α is for estimates from few
     samples, whose small eigenvalues are noise that the inverse root would blow up: without any samples D is a
@@ -264,7 +268,7 @@ def shrunk_inverse_sqrt(cov_GFF: Tensor, samples: Tensor) -> Tensor:
         samples: how many patches the estimate rests on, a scalar.
 
     Returns:
-        ``whitening_GFF``, within 2.5e-5 of the definition in spectral norm.
+        ``whitening_GFF``, with a relative error of at most 2.5e-5 in spectral norm.
     """
     features = cov_GFF.shape[-1]
     identity = torch.eye(features, dtype=cov_GFF.dtype, device=cov_GFF.device)
@@ -356,8 +360,7 @@ class _StandardiseAndFold(torch.autograd.Function):
         low_precision: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
-        mean_GKF, var_GKF = per_feature(moments_2C, groups, blocks, features)
-        scale_GKF = (var_GKF + eps).rsqrt_()
+        mean_GKF, scale_GKF = mean_and_scale(moments_2C, groups, blocks, features, eps)
         folded, shifted = fold_whitening(
             weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision
         )
@@ -415,15 +418,17 @@ def standardise_and_fold(
         return _StandardiseAndFold.apply(weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision)
     # The definition: a compiler makes fewer kernels of it than of the backward pass above.
     groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
-    mean_GKF, var_GKF = per_feature(moments_2C, groups, blocks, features)
-    scale_GKF = (var_GKF + eps).rsqrt()
+    mean_GKF, scale_GKF = mean_and_scale(moments_2C, groups, blocks, features, eps)
     return fold_whitening(weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision)
 
 
-def per_feature(values_SC: Tensor, groups: int, blocks: int, features: int) -> Tensor:
-    """Spread values a channel over the features (channels x taps) of its block: (S, C) to (S, G, K, F)."""
-    values = values_SC.view(len(values_SC), groups, blocks, -1, 1)
-    return values.expand(-1, -1, -1, -1, features // values.shape[3]).flatten(3)
+def mean_and_scale(
+    moments_2C: Tensor, groups: int, blocks: int, features: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and scale s = (var + ε)^(-1/2) of every channel, at all its taps: ``mean_GKF``, ``scale_GKF``."""
+    values = moments_2C.view(2, groups, blocks, -1, 1)
+    mean_GKF, var_GKF = values.expand(-1, -1, -1, -1, features // values.shape[3]).flatten(3)
+    return mean_GKF, (var_GKF + eps).rsqrt()
 
 
 def unfold_whitening(

@@ -331,7 +331,7 @@ def _picture(
     if info.task != "segmentation":
         shutil.copyfile(figures / "confusion.png", folder / "confusion.png")
         return "confusion.png"
-    data = _at(info.recipe.data, root)
+    data = info.recipe.data.at(root)
     samples, multiple = open_samples(data, "val"), size_multiple(model)
     val_set = EvalSet(samples, data, multiple)
     rows = predicted_samples(torch_predictor(model), samples, val_set, device)
@@ -457,7 +457,7 @@ def verify(name: str, root: str | None = None, device: torch.device | str = "cpu
     found, metric = count_parameters(model), MAIN_METRIC[entry.task]
     if found != entry.parameters:
         raise UserError(f"{name}: has {found} parameters, but its entry.json says {entry.parameters}")
-    data = _at(info.recipe.data, root)
+    data = info.recipe.data.at(root)
     try:
         open_samples(data, "val")
     except UserError as error:
@@ -524,10 +524,6 @@ def _lay_out(name: str, weights: Path, place: Path) -> None:
         if source.name != WEIGHTS or source == weights:
             target = folder / (WEIGHTS if source == weights else source.name)
             write_atomically(target, lambda path, source=source: shutil.copyfile(source, path))  # type: ignore[misc]
-
-
-def _at(data: DataConfig, root: str | None) -> DataConfig:
-    return data if root is None else replace(data, root=root)
 
 
 def _inference(scores: dict[str, Any]) -> Inference:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from test_runtime import handmade
 
-from segdeconv.bench import Timing, bench, interleave, stages, table
+from segdeconv.bench import Timing, bench, interleave, table
 from segdeconv.errors import UserError
-from segdeconv.runtime import Segmenter
 
 
 def test_arms_take_turns_and_percentiles_are_right() -> None:
@@ -41,19 +40,13 @@ def test_ratios_over_other_arms() -> None:
     assert [timing.ratio for timing in timings] == [1, 2, 4]
 
 
-def test_stages_are_those_of_the_segmenter(tmp_path: Path) -> None:
-    segmenter = Segmenter(handmade(tmp_path / "m.onnx", ("logits",)), "cpu")
-    pre, inference, post = stages(segmenter, np.zeros((1, 64, 64, 3), np.uint8))()
-    assert min(pre, inference, post) > 0
-
-
 def test_bench(tmp_path: Path) -> None:
     paths = [handmade(tmp_path / "a.onnx"), handmade(tmp_path / "b.onnx", ("logits",))]
     result = bench(paths, (40, 60), batch=2, threads=1, runs=3, device="cpu")
     assert (result["batch"], result["size"], result["threads"], result["runs"]) == (2, [40, 60], 1, 3)
     assert result["device"] == "cpu"
     first, second = result["timings"]
-    assert set(first) == set(asdict(Timing("", *[0.0] * 8)))
+    assert set(first) == {*asdict(Timing("", *[0.0] * 8)), "peak_mib"}
     assert (first["name"], second["name"]) == tuple(map(str, paths))
     assert first["ratio"] == 1
     assert 0 < first["p50"] <= first["p95"] <= first["p99"]

@@ -246,15 +246,3 @@ def test_resuming_with_an_option_more_or_less(begun: dict, now: dict, says: str,
     check_same_recipe(tmp_path, replace(recipe(begun), data=replace(RECIPE.data, num_workers=7)))
     with pytest.raises(UserError, match=says):
         check_same_recipe(tmp_path, recipe(now))
-
-
-@pytest.mark.parametrize("what", ["missing", "empty"])
-def test_no_checkpoint(tmp_path: Path, what: str) -> None:
-    path = tmp_path / "nothing" if what == "missing" else tmp_path
-    with pytest.raises(UserError, match=r"no such run|holds no checkpoint"):
-        find_checkpoint(path)
-
-
-def test_tensors_are_safetensors(saved: tuple[Path, torch.nn.Module]) -> None:
-    path, model = saved
-    assert set(load_file(path)) == set(model.state_dict())

@@ -43,8 +43,8 @@ def add_devkit(root: Path) -> None:
     savemat(folder / "meta.mat", {"synsets": synsets.reshape(-1, 1)})
 
 
-def imagenet(root: Path, split: str = "val") -> DataConfig:
-    return DataConfig("imagenet", root=str(root), val=split)
+def imagenet(root: Path) -> DataConfig:
+    return DataConfig("imagenet", root=str(root))
 
 
 @pytest.mark.parametrize("add", [add_kaggle, add_devkit])

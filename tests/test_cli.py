@@ -14,32 +14,13 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from conftest import Call
 from PIL import Image
 from test_checkpoint import Hostile
 from test_data import break_pair, make_set
 from test_train import TINY, tiny
 
-from segdeconv import cli
 from segdeconv.config import recipe_to_dict
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the command in this process; returns exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["segdeconv", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def changes(*more: str) -> list[str]:

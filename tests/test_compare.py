@@ -14,22 +14,27 @@ from PIL import Image
 from segdeconv.compare import compare_runs, legend, table
 from segdeconv.config import load_recipe, recipe_to_dict
 from segdeconv.errors import UserError
-from segdeconv.figures import confusion_picture, curve, read_metrics, training_curves, triptych
+from segdeconv.figures import confusion_picture, read_metrics, triptych
 
 
 def make_run(
     folder: Path, changes: Sequence[str] = (), scores: Sequence[float | None] = (0.2, 0.5),
-    metric: str = "miou", step: bool = True,
+    metric: str = "miou",
 ) -> Path:  # fmt: skip
     folder.mkdir(parents=True)
     recipe = recipe_to_dict(load_recipe("demo", list(changes)))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with open(folder / "metrics.jsonl", "w") as file:
         for epoch, value in enumerate(scores, 1):
-            line = {"epoch": epoch, "loss": 1 / epoch, "seconds": 90 * epoch, metric: value}
-            line |= {"step": 40 * epoch} if step else {}
-            if value is None:
-                del line[metric]
+            line = {
+                "epoch": epoch,
+                "step": 40 * epoch,
+                "loss": 1 / epoch,
+                "seconds": 90 * epoch,
+                metric: value,
+            }
+            if value is not None:
+                line[metric] = value
             file.write(json.dumps(line) + "\n")
     return folder
 
@@ -73,15 +78,6 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     _, entries = compare_runs(runs, tmp_path / "out")
     assert [entry.label for entry in entries] == [str(run) for run in runs]
     assert legend(entries)[1] == f"{runs[1]}: train.lr = 0.2"
-
-
-def test_runs_without_steps_are_drawn_by_epoch_and_time(tmp_path: Path) -> None:
-    old, new = make_run(tmp_path / "old", step=False), make_run(tmp_path / "new", ["train.lr=0.3"])
-    assert curve([read_metrics(old)], "miou")[0].step is None
-    training_curves({"old": [old], "new": [new]}, tmp_path / "two.png", "miou")
-    training_curves({"new": [new]}, tmp_path / "three.png", "miou")
-    two, three = (Image.open(tmp_path / f"{name}.png").size[0] for name in ("two", "three"))
-    assert three > 1.4 * two
 
 
 def test_bad_runs(tmp_path: Path) -> None:

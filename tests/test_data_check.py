@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import yaml
+from conftest import Call
 from test_cityscapes import ALL_IDS, add_frame
 from test_data import break_pair, make_set, own, write
 
-from segdeconv import cli
 from segdeconv.config import DataConfig
 from segdeconv.data import open_samples
 from segdeconv.data.check import check
@@ -119,24 +117,13 @@ def test_one_name_twice(tmp_path: Path) -> None:
     )
 
 
-def run(root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    recipe = {"model": {"architecture": "unet"}, "data": {"dataset": "image_mask", "root": str(root)}}
-    (root / "r.yaml").write_text(yaml.safe_dump(recipe))
-    command = ["segdeconv", "data", "check", str(root / "r.yaml"), "--set", "data.classes=[a, b]"]
-    monkeypatch.setattr(sys, "argv", command)
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def test_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(tmp_path: Path, call: Call) -> None:
+    recipe = {"model": {"architecture": "unet"}, "data": {"dataset": "image_mask", "root": str(tmp_path)}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    command = ("data", "check", tmp_path / "r.yaml", "--set", "data.classes=[a, b]")
     two_splits(tmp_path, 3)
-    assert run(tmp_path, monkeypatch) == 0
-    out = capsys.readouterr().out
+    code, out, _ = call(*command)
+    assert code == 0
     assert "3 pictures of train and 2 pictures of val: nothing is wrong" in out
     assert "train.class_weights: [" in out
 
@@ -144,8 +131,6 @@ def test_the_command(
     for path in (tmp_path / "train" / "masks").iterdir():
         path.write_text("no picture")
     (tmp_path / "val" / "masks" / "0.png").unlink()
-    assert run(tmp_path, monkeypatch) == 2
-    captured = capsys.readouterr()
-    assert captured.out.count("wrong: ") == 61
-    assert captured.err.count("\n") == 1
-    assert "r.yaml: 61 things are wrong with the data" in captured.err
+    code, out, error = call(*command)
+    assert (code, out.count("wrong: "), error.count("\n")) == (2, 61, 1)
+    assert "r.yaml: 61 things are wrong with the data" in error

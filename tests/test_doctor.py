@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import Call
 
 from segdeconv import doctor
-from segdeconv.cli import main
 from segdeconv.doctor import Cache, Facts, examine, gather, why_no_cuda
 
 CPU_MACHINE = Facts({"onnxruntime": "1.32.0", "numpy": "2.4.6"})
@@ -164,13 +163,8 @@ def test_facts_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert hub.free > 0
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sys, "argv", ["segdeconv", "doctor"])
+def test_the_command(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     monkeypatch.setattr(doctor, "gather", lambda: CPU_MACHINE)
-    main()
-    assert capsys.readouterr().out == "nothing is wrong\n"
+    assert call("doctor") == (0, "nothing is wrong\n", "")
     monkeypatch.setattr(doctor, "gather", lambda: changed(CPU_MACHINE, {"onnxruntime": None}))
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 1
-    assert capsys.readouterr().out == "onnxruntime is not installed\n    pip install onnxruntime\n"
+    assert call("doctor") == (1, "onnxruntime is not installed\n    pip install onnxruntime\n", "")

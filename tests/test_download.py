@@ -245,7 +245,7 @@ def test_a_page_does_not_displace_what_another_source_brought(server: Server, ta
 
 @pytest.mark.parametrize("content", [RIGHT[:190], RIGHT + b"more"])
 def test_a_local_file_of_another_length(
-    server: Server, target: Path, tmp_path: Path, waits: list[float], content: bytes
+    target: Path, tmp_path: Path, waits: list[float], content: bytes
 ) -> None:
     (tmp_path / "here").write_bytes(content)
     with pytest.raises(UserError, match=rf"/here answers with {len(content)} bytes .*, not the 300001"):

@@ -32,10 +32,10 @@ from segdeconv.models import build_model
 MODES = ("fast", "exact", "reference")
 
 
-def blurred(count: int = 8, size: int = 48) -> Tensor:
+def blurred(count: int = 8) -> Tensor:
     """Noise with neighbours and channels that are alike, as in photographs."""
     kernel = torch.outer(torch.tensor([1.0, 4, 6, 4, 1]), torch.tensor([1.0, 4, 6, 4, 1])) / 256
-    noise = torch.randn(count, 3, size, size)
+    noise = torch.randn(count, 3, 48, 48)
     return F.conv2d(noise + noise.mean(1, keepdim=True), kernel.expand(3, 1, 5, 5), padding=2, groups=3)
 
 

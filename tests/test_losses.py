@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from segdeconv.config import TrainConfig
@@ -66,6 +67,23 @@ def test_the_loss_is_that_of_a_loop(settings: dict[str, Any], ignored: float) ->
     config = TrainConfig(**settings)
     got = loss_of(logits, targets, config, IGNORED).item()
     assert got == pytest.approx(slow_loss(logits, targets, config), rel=1e-6, abs=1e-12)
+
+
+def test_auxiliary_outputs_and_smoothed_labels() -> None:
+    logits, targets = batch()
+    plain = loss_of(logits, targets, TrainConfig(), IGNORED)
+    for both in ({"out": logits, "aux": logits}, (logits, None, logits)):
+        torch.testing.assert_close(loss_of(both, targets, TrainConfig(aux_weight=0.5), IGNORED), 1.5 * plain)
+    smooth = TrainConfig(label_smoothing=0.1)
+    expected = F.cross_entropy(logits, targets, ignore_index=IGNORED, label_smoothing=0.1)
+    torch.testing.assert_close(loss_of(logits, targets, smooth, IGNORED), expected)
+
+
+def test_nothing_labelled_has_no_gradient() -> None:
+    logits, targets = batch(1.0)
+    loss_of(logits.requires_grad_(), targets, TrainConfig(), IGNORED).backward()
+    assert logits.grad is not None
+    assert not logits.grad.any()
 
 
 def test_a_loss_in_inference_mode_spoils_no_later_one() -> None:

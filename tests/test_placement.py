@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from conftest import Call
 from onnx import TensorProto, helper
 
-from segdeconv.cli import main
 from segdeconv.errors import UserError
 from segdeconv.placement import placement, read_profile, table
 
@@ -73,19 +72,8 @@ def test_a_graph_that_is_no_graph(tmp_path: Path) -> None:
         placement(tmp_path / "x.onnx", "cpu")
 
 
-@pytest.mark.parametrize(("option", "code"), [([], None), (["--strict"], 1)])
-def test_strict(
-    option: list[str],
-    code: int | None,
-    graph: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["segdeconv", "placement", str(graph), "--device", "cpu", *option])
-    if code is None:
-        main()
-    else:
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == code
-    assert "| CPUExecutionProvider | 2 |" in capsys.readouterr().out
+@pytest.mark.parametrize(("option", "code"), [([], 0), (["--strict"], 1)])
+def test_strict(option: list[str], code: int, graph: Path, call: Call) -> None:
+    stopped, out, _ = call("placement", graph, "--device", "cpu", *option)
+    assert stopped == code
+    assert "| CPUExecutionProvider | 2 |" in out

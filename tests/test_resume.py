@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Call
 from safetensors.torch import load_file
 from test_train import tiny
 
 from segdeconv import train as train_module
 from segdeconv.checkpoint import load_state, save_state
-from segdeconv.cli import main
 from segdeconv.errors import UserError
 from segdeconv.train import train
 
@@ -298,15 +298,9 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path: Path, monkeypatch: py
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_dry_run_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["segdeconv", "train", "demo", "--set", "data.count=[12, 4]", "--dry-run"]
-    )
-    main()
-    out = capsys.readouterr().out
+    _, out, _ = call("train", "demo", "--set", "data.count=[12, 4]", "--dry-run")
     for word in (
         "architecture: unet",
         "swapped",

@@ -105,8 +105,16 @@ def test_painting() -> None:
     assert np.array_equal(np.asarray(png.convert("RGB"))[:1], colored(labels, PALETTE)[:1])
 
 
-@pytest.mark.parametrize("what", ["missing", "not onnx", "foreign", "truncated"])
-def test_wrong_graphs(what: str, tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("missing", "no such file"),
+        ("not onnx", "onnxruntime cannot load"),
+        ("foreign", "has no metadata"),
+        ("truncated", "onnxruntime cannot load"),
+    ],
+)
+def test_wrong_graphs(what: str, says: str, tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
     path = tmp_path / "x.onnx"
     if what == "not onnx":
         path.write_text("hello")
@@ -116,7 +124,7 @@ def test_wrong_graphs(what: str, tmp_path: Path, exported: tuple[Path, torch.nn.
         graph = onnx.load(exported[0])
         del graph.metadata_props[:]
         onnx.save(graph, path)
-    with pytest.raises(UserError, match=r"x.onnx: (no such file|onnxruntime cannot load|has no metadata)"):
+    with pytest.raises(UserError, match=f"x.onnx: {says}"):
         Segmenter(path)
 
 

@@ -23,7 +23,6 @@ from segdeconv.config import Recipe, TrainConfig, load_recipe
 from segdeconv.errors import UserError
 from segdeconv.evaluate import evaluate_run, table, write_scores
 from segdeconv.layers import Whitened
-from segdeconv.losses import loss_of
 from segdeconv.progress import Bar
 from segdeconv.train import _Run, first_bad_layer, lr_factor, make_optimizer, pick_device, train
 
@@ -155,13 +154,14 @@ def test_classification(tmp_path: Path) -> None:
 
 def test_warm_start_from_the_batch_norm_twin(tmp_path: Path) -> None:
     """A deconvolved run with init starts from the twin's function, whatever became of the twin."""
-    twin = train(tiny("model.norm=bn"), tmp_path / "bn")
+    train(tiny("model.norm=bn"), tmp_path / "bn")
+    twin = evaluate_run(tmp_path / "bn")["miou"]
     changes = [f"model.init={tmp_path / 'bn'}", "train.epochs=1", "train.lr=1.0e-12"]
-    line = train(tiny(*changes), tmp_path / "nd")
+    train(tiny(*changes), tmp_path / "nd")
     shutil.rmtree(tmp_path / "bn")
     model, _ = load_checkpoint(tmp_path / "nd")
     assert any(isinstance(m, Whitened) for m in model.modules())
-    assert line["loss"] == pytest.approx(twin["loss"], rel=0.35)
+    assert evaluate_run(tmp_path / "nd")["miou"] == pytest.approx(twin, abs=0.005)  # 0.026 apart without
 
 
 def test_a_deconvolved_run_goes_on_with_other_data(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_deconvolved_run_goes_on_with_other_data(tmp_path: Path) -> None:
     first = train(tiny("train.epochs=2"), tmp_path / "first")
     changes = [f"model.init={tmp_path / 'first'}", "train.epochs=1", "train.lr=1.0e-12"]
     train(tiny(*changes), tmp_path / "second")
-    assert evaluate_run(tmp_path / "second")["miou"] == pytest.approx(first["miou"], abs=0.02)
+    assert evaluate_run(tmp_path / "second")["miou"] == pytest.approx(first["miou"], abs=0.01)
 
 
 def test_a_network_that_cannot_take_the_batches_says_so(tmp_path: Path) -> None:
@@ -303,23 +303,6 @@ def test_optimizers() -> None:
     assert isinstance(make_optimizer(model, TrainConfig(optimizer="adamw")), torch.optim.AdamW)
     sgd = make_optimizer(model, TrainConfig(lr=0.3, momentum=0.8, weight_decay=0.2))
     assert (sgd.defaults["lr"], sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.3, 0.8, 0.2)
-
-
-def test_loss() -> None:
-    logits, targets = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
-    targets[0, 0] = 255
-    config = TrainConfig(aux_weight=0.5)
-    plain = torch.nn.functional.cross_entropy(logits, targets, ignore_index=255)
-    torch.testing.assert_close(loss_of(logits, targets, config, 255), plain)
-    for both in ({"out": logits, "aux": logits}, (logits, None, logits)):
-        torch.testing.assert_close(loss_of(both, targets, config, 255), 1.5 * plain)
-    smooth = TrainConfig(label_smoothing=0.1)
-    expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=255, label_smoothing=0.1)
-    torch.testing.assert_close(loss_of(logits, targets, smooth, 255), expected)
-    nothing = loss_of(logits.requires_grad_(), torch.full_like(targets, 255), config, 255)
-    nothing.backward()
-    assert nothing.item() == 0
-    assert not logits.grad.any()
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:97", "mps:9"])

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED_DATA
+from conftest import SHARED_DATA, Call
 from PIL import Image
 from safetensors.torch import load_file
 from test_checkpoint import Hostile
-from test_cli import Call, call  # noqa: F401
 from test_train import tiny
 
 import segdeconv
@@ -230,7 +229,7 @@ def test_a_run_folder_goes_before_an_entry_of_its_name(zoo: Path, runs: Path, tm
     assert find_checkpoint(NAME) == Path(NAME) / "best.safetensors"
 
 
-def test_the_commands(zoo: Path, call: Call, tmp_path: Path) -> None:  # noqa: F811
+def test_the_commands(zoo: Path, call: Call, tmp_path: Path) -> None:
     code, out, _ = call("zoo", "list", "--sort", "miou", "--task", "segmentation")
     assert code == 0
     better, worse = sorted((NAME, TWIN), key=lambda name: -measured(name)["miou"])
@@ -256,7 +255,7 @@ def test_the_commands(zoo: Path, call: Call, tmp_path: Path) -> None:  # noqa: F
     assert f"www/{NAME}/{WEIGHTS}" in out
 
 
-def test_training_an_entry_or_from_one(zoo: Path, call: Call, tmp_path: Path) -> None:  # noqa: F811
+def test_training_an_entry_or_from_one(zoo: Path, call: Call, tmp_path: Path) -> None:
     """Into a folder of its own, as many entries are of one recipe; or with its network and weights."""
     few = ("--set", "data.count=[8, 2]", "--set", "train.epochs=1", "--device", "cpu")
     assert call("train", NAME, "--norm", "bn", *few)[0] == 0
@@ -271,7 +270,7 @@ def test_training_an_entry_or_from_one(zoo: Path, call: Call, tmp_path: Path) ->
 def test_predict_exports_an_entry(
     zoo: Path,
     runs: Path,
-    call: Call,  # noqa: F811
+    call: Call,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -343,7 +342,7 @@ def test_downloaded_pickles_are_not_run(zoo: Path, tmp_path: Path) -> None:
 # What is refused.
 
 
-def test_verify_finds_a_false_claim(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_finds_a_false_claim(zoo: Path) -> None:
     assert verify(NAME).again == measured(NAME)["miou"]
     scores = measured(NAME)
     (zoo / NAME / "metrics.json").write_text(json.dumps(scores | {"miou": scores["miou"] + 0.01}))
@@ -412,7 +411,7 @@ def test_an_entry_that_cannot_be_measured_is_not_made(
     assert {path.name for path in zoo.iterdir()} == {NAME, TWIN}
 
 
-def test_names_that_are_none(zoo: Path, call: Call) -> None:  # noqa: F811
+def test_names_that_are_none(zoo: Path, call: Call) -> None:
     for asked in (read_entry, find_checkpoint):
         with pytest.raises(UserError, match=rf"did you mean {re.escape(NAME)}\?"):
             asked("UNet_LCNet_50.nd_toy")

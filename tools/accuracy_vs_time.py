@@ -57,8 +57,8 @@ from segdeconv.train import lr_factor, seed_everything
 from segdeconv.whitening import (
     channel_moments,
     from_blocks,
+    mean_and_scale,
     patch_moments,
-    per_feature,
     shrunk_inverse_sqrt,
     standardise_and_fold,
     to_blocks,
@@ -109,7 +109,7 @@ class OwnBlocks(layers.Whitened):
 
     def _fold(self, whitening: Tensor, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         assert scale is not None
-        return fold_own(self._gained_weight(), self.bias, whitening, mean, scale)
+        return fold_own(*self._weight_and_bias(), whitening, mean, scale)
 
 
 def fold_own(
@@ -203,8 +203,8 @@ def ablation(arm: str) -> Any:
     ) -> tuple[Tensor, Tensor]:
         if whitening is None:
             return standardise_and_fold(weight, bias, moments, None, blocks, eps, low_precision)
-        mean, var = per_feature(moments, len(whitening) // blocks, blocks, whitening.shape[-1])
-        return fold_own(weight, bias, whitening, mean, (var + eps).rsqrt())
+        mean, scale = mean_and_scale(moments, len(whitening) // blocks, blocks, whitening.shape[-1], eps)
+        return fold_own(weight, bias, whitening, mean, scale)
 
     def detached(patches: Tensor, shared_mean: bool) -> tuple[Tensor, Tensor]:
         return patch_moments(patches.detach(), shared_mean)

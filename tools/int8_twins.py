@@ -14,7 +14,6 @@ import argparse
 import copy
 import statistics
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -90,7 +89,7 @@ def spreads(model: nn.Module, images: Tensor) -> dict[str, float]:
 def harm(run: str, root: str | None) -> list[str]:
     """Cells by what is rounded: labels changed on training pictures, the logits' relative error, spread."""
     model, info = load_checkpoint(run)
-    data = info.recipe.data if root is None else replace(info.recipe.data, root=root)
+    data = info.recipe.data.at(root)
     samples = open_samples(data, "train")
     pictures = EvalSet(samples, data, size_multiple(model))
     images = torch.stack([pictures[i * len(samples) // _PICTURES][0] for i in range(_PICTURES)])

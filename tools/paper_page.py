@@ -28,7 +28,7 @@ from segdeconv.config import ModelConfig, load_recipe
 from segdeconv.entries import entry_folder, entry_names
 from segdeconv.errors import one_sentence
 from segdeconv.files import make_folder, write_text
-from segdeconv.inspection import VIEWS, inspect_run, median_of
+from segdeconv.inspection import TITLES, VIEWS, inspect_run, median_of
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import build_model
 from segdeconv.zoo import listed, measured
@@ -37,13 +37,6 @@ DOCS = Path("docs")
 PICTURES = DOCS / "paper"
 MEASURED = (reproduce_table1.MEASURED, accuracy_vs_time.RESULTS, reproduce_linear.MEASURED)
 FREE_HEADS = Path("docs/measured/table1_free_heads.jsonl")  # table 1 before wide heads were held back
-MEASURES = {
-    "condition": "condition number",
-    "correlation": "mean absolute correlation",
-    "near_zero": "share within 0.1 standard deviations",
-    "kurtosis": "excess kurtosis",
-    "hoyer": "Hoyer's sparsity",
-}
 
 
 def verdict(holds: int, of: int, what: str, note: str = "", behind: Sequence[str] = ()) -> str:
@@ -232,7 +225,7 @@ def of_entry(name: str, report: dict[str, Any], pictures: list[str]) -> str:
         f"| median over layers | {' | '.join(views)} |",
         f"|---|{'---:|' * len(views)}",
     ]
-    for key, title in MEASURES.items():
+    for key, title in TITLES.items():
         medians = [median_of(layers, key, view) for view in views]
         rows.append(f"| {title} | {' | '.join(f'{m:.0f}' if m >= 100 else f'{m:.3f}' for m in medians)} |")
     rows.append("")
@@ -254,7 +247,7 @@ def of_entry(name: str, report: dict[str, Any], pictures: list[str]) -> str:
             better = [x for x in known if sign * x[key]["whitened"] > sign * x[key]["standardised"]]
             rows.append(f"- {verdict(len(better), len(known), what)}")
             if key == "condition":
-                single, of = (sum(" 1 blocks" in x["kind"] for x in some) for some in (better, known))
+                single, of = (sum(x["blocks"] == 1 for x in some) for some in (better, known))
                 rows[-1] += (
                     " Blocks of channels share a matrix, which whitens their average: of the "
                     f"{of} layers with a single block {single} are."

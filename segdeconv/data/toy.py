@@ -10,6 +10,8 @@ Classes and colours are those of the Cityscapes train classes it uses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +37,7 @@ _CAMERA_HEIGHT = 1.5  # metres
 _FIRST_VAL_SEED = 1_000_000
 
 Floats = NDArray[np.float32]
+Draw = Callable[[float], None]  # paints an object at so many metres
 
 
 class ToyStreet(Samples):
@@ -86,7 +89,7 @@ class _Scene:
 
     # ---- colour and texture ----
 
-    def colour(self, low: float = 40, high: float = 215, saturation: float = 0.35) -> Floats:
+    def colour(self, low: float, high: float, saturation: float) -> Floats:
         """A random colour (0 to 255) of bounded saturation."""
         grey = self.rng.uniform(low, high)
         tint = self.rng.uniform(-1, 1, 3) * saturation * grey
@@ -177,7 +180,7 @@ class _Scene:
             dark = np.clip(self.noise(self.height / 6, 2), 0, 1)[..., None] * self.rng.uniform(0.2, 0.5)
             self.image[below] *= (1 - dark)[below]
 
-    def plan_sides(self) -> list:
+    def plan_sides(self) -> list[tuple[float, Draw]]:
         items = []
         for side in (-1, 1):
             z = self.rng.uniform(3, 8)
@@ -199,7 +202,7 @@ class _Scene:
                 z += self.rng.uniform(8, 30)
         return items
 
-    def facade(self, side: int, length: float):  # type: ignore[no-untyped-def]
+    def facade(self, side: int, length: float) -> Draw:
         rng, height = self.rng, self.rng.uniform(4, 18)
         base = self.colour(50, 215, 0.25)
         glass, lit = self.colour(30, 160, 0.3), rng.random() < 0.2
@@ -256,7 +259,7 @@ class _Scene:
             cv2.ellipse(mask, centre, axes, 0, 0, 360, 1, -1)
         return mask
 
-    def hedge(self, side: int, length: float):  # type: ignore[no-untyped-def]
+    def hedge(self, side: int, length: float) -> Draw:
         colour, height = self.leaf_colour(), self.rng.uniform(1, 5)
 
         def draw(z: float) -> None:
@@ -268,7 +271,7 @@ class _Scene:
 
         return draw
 
-    def tree(self, side: int):  # type: ignore[no-untyped-def]
+    def tree(self, side: int) -> Draw:
         rng = self.rng
         x = side * (self.half_road + rng.uniform(0.6, 1.6))
         trunk, crown, radius = rng.uniform(1.6, 3.2), rng.uniform(2.5, 4.5), rng.uniform(1.2, 2.6)
@@ -288,7 +291,7 @@ class _Scene:
 
         return draw
 
-    def pole(self, side: int):  # type: ignore[no-untyped-def]
+    def pole(self, side: int) -> Draw:
         rng = self.rng
         x, height, half_m = (
             side * (self.half_road + rng.uniform(0.2, 0.6)),
@@ -320,7 +323,7 @@ class _Scene:
         mask *= (self.label == ROAD) | (self.label == SIDEWALK)
         self.image *= 1 - 0.5 * mask[..., None]
 
-    def plan_cars(self) -> list:
+    def plan_cars(self) -> list[tuple[float, Draw]]:
         rng, items = self.rng, []
         for side in (-1, 1):
             if rng.random() < 0.65:  # parked at the kerb
@@ -333,7 +336,7 @@ class _Scene:
             items.append((z, self.car(rng.choice((-1, 1)) * self.half_road * rng.uniform(0.25, 0.5))))
         return items
 
-    def car(self, x: float):  # type: ignore[no-untyped-def]
+    def car(self, x: float) -> Draw:
         rng = self.rng
         width, height, waist = rng.uniform(1.6, 2.0), rng.uniform(1.35, 2.1), rng.uniform(0.75, 0.95)
         colour, glass = self.colour(25, 235, rng.choice((0.05, 0.7))), self.colour(25, 120, 0.15)
@@ -372,7 +375,7 @@ class _Scene:
 
         return draw
 
-    def plan_people(self) -> list:
+    def plan_people(self) -> list[tuple[float, Draw]]:
         rng, items = self.rng, []
         for _ in range(rng.integers(1, 7)):
             z = 4 * np.exp(rng.uniform(0.2, 2.0))
@@ -383,7 +386,7 @@ class _Scene:
             items.append((z, self.person(x)))
         return items
 
-    def person(self, x: float):  # type: ignore[no-untyped-def]
+    def person(self, x: float) -> Draw:
         rng = self.rng
         tall, stride, turn = rng.uniform(1.5, 1.9), rng.uniform(0.05, 0.3), rng.uniform(0.6, 1)
         coat, legs = self.colour(25, 225, 0.6), self.colour(25, 160, 0.4)

@@ -82,7 +82,8 @@ def build_model(
         The network, in training mode, and what the conversion did (None for 'bn').
 
     Raises:
-        UserError: unknown architecture, encoder or option.
+        UserError: unknown architecture, encoder or option; ``config.keep`` matches no layer, or nothing is
+            left to whiten; ``config.init`` is not there, is damaged, or its network cannot become this one.
     """
     architecture, encoder = resolve(config)
     options = dict(config.options)
