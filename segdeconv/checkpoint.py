@@ -88,13 +88,17 @@ def save_checkpoint(path: Path, model: nn.Module, info: CheckpointInfo) -> None:
 def store_checkpoint(source: Path, target: Path, half: bool) -> None:
     """Copy a checkpoint, with ``half`` its large tensors as float16; loading makes them float32 again.
 
-    Small tensors (biases, variances, counters) cost nothing and stay as they are.
+    Small tensors (biases, counters) cost nothing and stay as they are, and so do means and variances.
     """
     with safetensors.safe_open(source, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_file(source)
     if half:
-        large = {name: value for name, value in tensors.items() if value.numel() >= _LARGE}
+        large = {
+            name: value
+            for name, value in tensors.items()
+            if value.numel() >= _LARGE and not name.endswith("running_moments")
+        }
         halved = {name: value.half() for name, value in large.items() if value.is_floating_point()}
         tensors |= {name: value for name, value in halved.items() if value.isfinite().all()}
     _save(target, tensors, metadata)

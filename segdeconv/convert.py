@@ -23,6 +23,7 @@ from segdeconv.config import NetworkDeconvConfig
 from segdeconv.errors import UserError
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.structure import (
+    HOOKS,
     NEVER_WHITENED,
     NORMS,
     STATIC_PADDING,
@@ -36,8 +37,6 @@ from segdeconv.structure import (
 )
 
 Filter = Callable[[nn.Module, str], bool]
-
-_HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")  # torch's own attributes of a module
 
 
 @dataclass(frozen=True)
@@ -271,7 +270,7 @@ def _what_it_does(layer: Whitened) -> str:
 
 def _no_hooks(module: nn.Module) -> dict[int, Any]:
     """A memory with which `copy.deepcopy` leaves out the hooks: what they belong to may not be copyable."""
-    held = [value for name, value in vars(module).items() if name.startswith(_HOOKS)]
+    held = [value for name, value in vars(module).items() if name.startswith(HOOKS)]
     return {id(value): type(value)() for value in held if isinstance(value, dict)}
 
 
@@ -334,26 +333,41 @@ def leftover(norm: Any) -> Any:
 
 
 def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Replace modules wherever they are held, registered or in a plain list, tuple or dictionary. The forward
-    and backward hooks of the old are those of the new.
+    """Replace modules wherever they are held, registered or in plain lists, tuples and dictionaries. The
+    forward and backward hooks of the old are those of the new.
     """
     for old, new in swaps.items():
         for name, value in vars(old).items():
-            if name.startswith(_HOOKS) and value not in (None, {}):
+            if name.startswith(HOOKS) and value not in (None, {}):
                 setattr(new, name, value)
     if model in swaps:
         return swaps[model]
 
-    def gone(value: Any) -> bool:
-        return isinstance(value, nn.Module) and value in swaps
+    seen: set[int] = set()
+
+    def swapped(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return swaps.get(value, value)
+        if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+            return value
+        if isinstance(value, (dict, list)):
+            seen.add(id(value))  # one may hold itself
+            for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                new = swapped(item)
+                if new is not item:
+                    value[key] = new
+        else:
+            items = list(map(swapped, value))
+            if any(new is not old for new, old in zip(items, value, strict=True)):
+                make = getattr(value, "_make", type(value))  # a named tuple's constructor takes no list
+                return make(items)
+        return value
 
     for parent in list(model.modules()):
         for name, held in list(vars(parent).items()):
-            if isinstance(held, dict):
-                held.update({key: swaps[value] for key, value in held.items() if gone(value)})
-            elif isinstance(held, (list, tuple)) and any(map(gone, held)):
-                make = getattr(held, "_make", type(held))  # of a named tuple, the constructor takes no list
-                setattr(parent, name, make([swaps[x] if gone(x) else x for x in held]))
+            new = swapped(held)
+            if new is not held:
+                setattr(parent, name, new)
     return model
 
 
@@ -388,6 +402,8 @@ def _reason_to_keep(
         return f"{type(module).__name__} has a forward of its own"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed, not a parameter"
+    if name in structure.weight_read:
+        return "its weight is read by the forward pass itself"
     if name in structure.sees_1x1:
         return "sees a 1x1 map, which has too few samples"
     foreign = _foreign_norm(name, modules)

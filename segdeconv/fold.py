@@ -11,9 +11,12 @@ import copy
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from segdeconv.convert import fold_batch_norm, leftover, replace_modules
-from segdeconv.layers import WhitenedConv2d, WhitenedLinear
+from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.structure import NEVER_WHITENED, is_plain_layer, is_plain_norm, read_structure
 
 
@@ -26,6 +29,8 @@ def fold_network_deconv(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
     plain: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
+        if isinstance(module, Whitened):
+            _settle_weight(module)
         if isinstance(module, WhitenedConv2d):
             plain[module] = module.to_conv()
         elif isinstance(module, WhitenedLinear):
@@ -39,8 +44,22 @@ def fold_network_deconv(model: nn.Module) -> nn.Module:
         norm, layer = modules[norm_name], modules[layer_name]
         foldable = is_plain_layer(layer) or type(layer) in NEVER_WHITENED
         if foldable and is_plain_norm(norm) and norm.running_mean is not None:
-            if norm_name in structure.guessed or not isinstance(layer.weight, nn.Parameter):
+            proven = norm_name not in structure.guessed and layer_name not in structure.weight_read
+            if not proven or not isinstance(layer.weight, nn.Parameter):
                 continue
             fold_batch_norm(layer, norm)
             gone[norm] = leftover(norm)
     return replace_modules(model, gone)
+
+
+def _settle_weight(layer: Whitened) -> None:
+    """Make a Parameter of a weight that hooks compute before every call: pruning, and the norms of weights
+    that are no parametrizations.
+    """
+    for hook in list(layer._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(layer, hook._tensor_name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(layer, hook.name)
+        elif isinstance(hook, WeightNorm):
+            remove_weight_norm(layer, hook.name)

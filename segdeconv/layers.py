@@ -237,10 +237,8 @@ class Whitened(nn.Module):
         return super()._apply(apply, recurse)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As on any module. A depthwise layer decorrelates if the state's did: once all did."""
-        groups, blocks, block, _ = self._shape
-        depthwise = groups > 1 and blocks * block == 1
-        if self.config.mode == "fast" and depthwise and f"{prefix}running_moments" in state:
+        """As on any module. In fast mode a layer decorrelates if the state's did: once depthwise ones did."""
+        if self.config.mode == "fast" and f"{prefix}running_moments" in state:
             decorrelates = f"{prefix}running_whitening" in state
             if decorrelates != self.decorrelates:
                 self.decorrelate(decorrelates)
@@ -308,6 +306,8 @@ class Whitened(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Take the statistics of ``x`` into the running values, weighted as every batch before."""
         x = self._batched(x).to(_at_least_float32(self.weight.dtype))
+        if x.numel() == 0:
+            return
         with _no_autocast(x):
             if self.config.mode == "fast":
                 _, moments, samples = self._channel_moments(x)
@@ -360,9 +360,11 @@ class Whitened(nn.Module):
     def folded_parameters(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer this layer is in evaluation."""
         whitening, (mean, scale) = self.running_whitening, self._running_mean_and_scale()
-        if torch.is_grad_enabled():  # a training step before the backward pass writes into running values
+        # A training step before the backward pass writes into running values; jit traces are checked without.
+        if torch.is_grad_enabled() or torch.jit.is_tracing():
             mean = mean.clone()
-            whitening = whitening if self.config.mode == "fast" else whitening.clone()
+            if whitening is not None and (self.config.mode != "fast" or self.renew is not None):
+                whitening = whitening.clone()
         return self._fold(whitening, mean, scale)
 
     def _running_mean_and_scale(self) -> tuple[Tensor, Tensor | None]:
@@ -832,7 +834,8 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # named as on the torch layer
         x = self._batched(input)
-        if x.shape[1] != self.in_channels or min(self._positions(x)) < 1:  # before it spoils running values
+        # Before it spoils running values.
+        if x.ndim != 4 or x.shape[1] != self.in_channels or min(self._positions(x)) < 1:
             raise ValueError(
                 f"an input of shape {tuple(input.shape)} for a {tuple(self.kernel_size)} convolution of "
                 f"{self.in_channels} channels; expected (n, {self.in_channels}, height, width), a map no "

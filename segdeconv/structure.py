@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ NEVER_WHITENED = (nn.Conv1d, nn.Conv3d, *TRANSPOSED)  # but a batch norm behind 
 WEIGHTED = (nn.Conv2d, nn.Linear)
 STATIC_PADDING = "segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding"
 
+HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")  # torch's own attributes of a module
 _UNCHANGED = (nn.Identity, nn.modules.dropout._DropoutNd)  # a batch norm may sit behind one of these
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _BETWEEN = (  # what may stand between a batch norm and the layers it feeds, besides activations
@@ -62,14 +65,15 @@ class Structure:
 
     Attributes:
         norm_after: batch norm -> the layer (convolution or linear) whose output alone it reads.
-        guessed: those of ``norm_after`` that rest on module order or on an unknown layout, not on proof, or
-            have hooks in between that may change what they read.
+        guessed: those of ``norm_after`` that rest on module order or on an unknown layout, not on proof, do
+            not hold in evaluation, or have hooks in between that may change what they read.
         norm_before: batch norm -> the layers that alone read what it puts out.
         in_place: activation modules that write into what a ``norm_before`` batch norm puts out, or may do so
             with a ``guessed`` one. Without the norm they would write into its input, which others may read.
         escapes: batch norms whose output leaves the part of the network that could be traced.
         shared_in_place: batch norms whose output a function overwrites while others read their input.
         sees_1x1: layers whose input is a globally pooled map, classifier heads excepted.
+        weight_read: layers whose weight the forward pass reads itself, as tied networks do.
         unused: layers and batch norms that no traced forward calls.
         untraced: modules whose own forward could not be traced, with the reason.
     """
@@ -81,6 +85,7 @@ class Structure:
     escapes: set[str] = field(default_factory=set)
     shared_in_place: set[str] = field(default_factory=set)
     sees_1x1: set[str] = field(default_factory=set)
+    weight_read: set[str] = field(default_factory=set)
     unused: set[str] = field(default_factory=set)
     untraced: list[tuple[str, str]] = field(default_factory=list)
 
@@ -88,16 +93,37 @@ class Structure:
 def read_structure(model: nn.Module) -> Structure:
     """Pair batch norms and layers, from fx graphs of the largest parts that trace.
 
-    Traced in training mode, whatever mode the network is in: auxiliary heads run only there.
+    Traced in training mode, whatever mode the network is in, because auxiliary heads run only there; and in
+    evaluation, in which what is folded has to be the same. A copy is traced, if there can be one, because
+    tracing runs the forward pass, with whatever it leaves in the network.
     """
+    with contextlib.suppress(Exception):  # of whatever the network holds besides modules
+        model = copy.deepcopy(model, _shared(model))
     modes = {module: module.training for module in model.modules()}
-    model.train()
     try:
         with _without_shape_checks(model):
-            return _Reader(model).read()
+            model.train()
+            structure = _Reader(model).read()
+            model.eval()
+            evaluation = _Reader(model)
+            in_evaluation = evaluation.read()
     finally:
         for module, mode in modes.items():
             module.training = mode
+    structure.unused &= in_evaluation.unused
+    structure.weight_read |= in_evaluation.weight_read
+    structure.guessed |= {
+        norm
+        for norm, layer in structure.norm_after.items()
+        if norm in evaluation.uses and in_evaluation.norm_after.get(norm) != layer
+    }
+    return structure
+
+
+def _shared(model: nn.Module) -> dict[int, Any]:
+    """A memory with which `copy.deepcopy` shares Parameters and hooks, instead of copying them."""
+    hooks = (v for m in model.modules() for k, v in vars(m).items() if k.startswith(HOOKS))
+    return {id(value): value for value in (*model.parameters(), *hooks) if value is not None}
 
 
 def qualified_class(module: nn.Module) -> str:
@@ -107,14 +133,16 @@ def qualified_class(module: nn.Module) -> str:
 def is_plain_layer(module: nn.Module) -> bool:
     """Whether the layer computes what Conv2d or Linear do, if in its own way as some of timm's and smp's."""
     known = ("timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame", STATIC_PADDING)
-    return type(module) in WEIGHTED or qualified_class(module) in known
+    plain = type(module) in WEIGHTED or qualified_class(module) in known
+    return plain and "forward" not in vars(module)  # as libraries put there that wrap it
 
 
 def is_plain_norm(module: nn.Module) -> bool:
     """Whether it computes what BatchNorm does, and at most the activation of timm's norm-with-activation."""
     torch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     known = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
-    return type(module) in torch_norms or qualified_class(module) in known
+    plain = type(module) in torch_norms or qualified_class(module) in known
+    return plain and "forward" not in vars(module)
 
 
 def out_channels(layer: Any) -> int:
@@ -189,6 +217,10 @@ class _Reader:
         first = {module: name for name, module in model.named_modules()}
         self.canonical = {name: first[m] for name, m in model.named_modules(remove_duplicate=False)}
         self.modules: dict[str, Any] = dict(model.named_modules())
+        self.layers_of: dict[int, list[str]] = collections.defaultdict(list)  # by their weights' identities
+        for name, module in self.modules.items():
+            if isinstance(module, WEIGHTED):
+                self.layers_of[id(module._parameters.get("weight"))].append(name)
         self.structure = Structure()
         self.calls: collections.Counter[str] = collections.Counter()
         self.uses: dict[str, list[_Use]] = collections.defaultdict(list)
@@ -226,9 +258,9 @@ class _Reader:
     def _visit(self, module: nn.Module, prefix: str) -> None:
         if not any(module.children()):
             return  # a layer on its own says nothing about pairs
-        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # those have no forward
+        if type(module) not in (nn.ModuleList, nn.ModuleDict):  # those have no forward
             try:
-                graph = _Tracer().trace(module)
+                graph = _Tracer().trace(module, None if prefix else _defaults(module))
             except Exception as error:  # fx raises whatever the traced Python raises
                 reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 self.structure.untraced.append((prefix[:-1], reason))
@@ -244,7 +276,7 @@ class _Reader:
         if any(isinstance(child, _BatchNorm) for child in module.children()):
             self.structure.in_place.update(
                 self.canonical[prefix + name]
-                for name, child in module.named_children()
+                for name, child in module.named_modules()
                 if getattr(child, "inplace", False)
             )
         for name, child in module.named_children():
@@ -269,6 +301,9 @@ class _Reader:
                 self.traced.add(self.canonical[prefix + name])
         for node in graph.nodes:
             module = module_of(node)
+            if node.op == "get_attr" and _value_users(node):
+                value = operator.attrgetter(str(node.target))(root)
+                self.structure.weight_read.update(self.layers_of[id(value)])
             if module is None:
                 continue
             self.calls[name_of(node)] += 1
@@ -290,6 +325,14 @@ class _Reader:
                 head = isinstance(module, nn.Linear) and not _gates(node)
                 if not head:
                     self.structure.sees_1x1.add(name_of(node))
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """The defaults of what a network's forward takes besides its input: it is called without."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {
+        p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (int, float, str))
+    }
 
 
 _ModuleOf = Callable[[fx.Node | None], Any]

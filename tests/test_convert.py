@@ -168,11 +168,14 @@ def test_untraceable_modules_fall_back_to_module_order_with_a_reason() -> None:
     assert isinstance(model[0].conv, WhitenedConv2d)
 
 
-def test_module_order_does_not_say_who_else_reads_what_is_overwritten() -> None:
+@pytest.mark.parametrize("nested", [False, True])
+def test_module_order_does_not_say_who_else_reads_what_is_overwritten(nested: bool) -> None:
     class Moody(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+            relu = nn.ReLU(inplace=True)
+            self.relu = nn.Sequential(relu) if nested else relu
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.conv(x)
@@ -287,6 +290,77 @@ def test_every_call_of_a_norm_counts() -> None:
     with pytest.raises(UserError, match="'norm' neither follows"):
         convert_to_network_deconv(both)
     assert type(both.a) is nn.Conv2d
+
+
+def test_what_a_forward_leaves_in_the_network_is_not_the_tracers() -> None:
+    def wiring(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if getattr(m, "grid", None) is None:
+            m.grid = torch.arange(x.shape[-1]).to(x)
+        m.seen.append(x)
+        if m.training:
+            m.steps.add_(1)
+        return m.b(torch.relu(m.norm(m.a(x)))) + m.grid
+
+    block = Block(wiring)
+    block.seen, block.steps = [], nn.Buffer(torch.zeros(()))
+    plain = fold_network_deconv(block.eval())
+    block, _ = convert_to_network_deconv(block.train())
+    assert (block.seen, getattr(block, "grid", None), block.steps.item()) == ([], None, 0)
+    x = torch.randn(2, 4, 6, 6)
+    assert plain(x).shape == block(x).shape
+
+
+def test_only_what_holds_in_evaluation_is_folded() -> None:
+    def embedding(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.a(x)
+        z = m.b(torch.relu(m.norm(y)))
+        return z if m.training else torch.cat([z, y])
+
+    report = same_after_warm_start(Block(embedding))
+    assert "by module order" in reasons(report, "removed")["norm"]
+
+
+@pytest.mark.parametrize("alias", [False, True])
+def test_a_weight_that_the_forward_reads_itself_is_left_alone(alias: bool) -> None:
+    def wiring(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.b(torch.relu(m.norm(m.a(x))))
+        return nn.functional.conv_transpose2d(y, m.tied if alias else m.a.weight)
+
+    tied = Block(wiring)
+    tied.tied = tied.a.weight
+    report = same_after_warm_start(tied)
+    assert reasons(report, "kept")["a"] == "its weight is read by the forward pass itself"
+    assert reasons(report, "swapped").keys() == {"b"}
+
+
+def test_a_network_is_called_without_its_optional_inputs() -> None:
+    class Net(Block):
+        def forward(self, x: torch.Tensor, features: Any = None, both: bool = False) -> Any:
+            y = self.norm(self.a(x)) if features is None else features
+            return (self.b(y), y) if both else self.b(y)
+
+    report = same_after_warm_start(Net(lambda m, x: x))
+    assert (report.count("swapped"), report.count("removed"), report.untraced) == (2, 1, [])
+
+
+def test_containers_with_a_forward_are_networks() -> None:
+    class Chain(nn.ModuleDict):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for module in self.values():
+                x = module(x)
+            return x
+
+    chain = Chain({"norm": nn.BatchNorm2d(4), "a": nn.Conv2d(4, 4, 1), "b": nn.Conv2d(4, 4, 1)})
+    _, report = convert_to_network_deconv(chain)
+    assert reasons(report, "removed") == {"norm": "fed a"}
+
+
+def test_a_forward_of_the_instance_is_kept() -> None:
+    block = Block(lambda m, x: m.b(torch.relu(m.norm(m.a(x)))))
+    inner = block.a.forward
+    block.a.forward = lambda x: 3 * inner(x)
+    report = same_after_warm_start(block)
+    assert reasons(report, "kept")["a"] == "Conv2d has a forward of its own"
 
 
 def test_keyword_inputs() -> None:
@@ -510,7 +584,16 @@ class Pair(NamedTuple):
     norm: nn.Module
 
 
-@pytest.mark.parametrize("hold", [list, tuple, lambda layers: dict(enumerate(layers)), lambda x: Pair(*x)])
+@pytest.mark.parametrize(
+    "hold",
+    [
+        list,
+        tuple,
+        lambda layers: dict(enumerate(layers)),
+        lambda x: Pair(*x),
+        lambda x: [(x[0], {"norm": x[1]})],
+    ],
+)
 def test_modules_held_in_plain_containers_are_replaced_too(hold: Callable) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -519,7 +602,10 @@ def test_modules_held_in_plain_containers_are_replaced_too(hold: Callable) -> No
             self.steps = hold([self.conv, self.norm])
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for step in self.steps.values() if isinstance(self.steps, dict) else self.steps:
+            steps = self.steps.values() if isinstance(self.steps, dict) else self.steps
+            if isinstance(self.steps, list) and len(self.steps) == 1:
+                steps = [self.steps[0][0], self.steps[0][1]["norm"]]
+            for step in steps:
                 x = step(x)
             return x
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from networks import NETWORKS, images, logits, scramble_batch_norms
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import prune
 
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.convert import convert_to_network_deconv
@@ -129,3 +132,24 @@ def test_no_fold_into_a_layer_with_a_forward_of_its_own() -> None:
     model = scramble_batch_norms(nn.Sequential(ReLUConv3d(2, 3, 2), nn.BatchNorm3d(3))).eval()
     x = torch.randn(2, 2, 4, 4, 4)
     assert torch.equal(fold_network_deconv(model)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_weights_that_hooks_compute_are_folded(compute: Any) -> None:
+    model, _ = convert_to_network_deconv(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)))
+    compute(model[2])
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+        folded = fold_network_deconv(model)
+        torch.testing.assert_close(folded(x), model.eval()(x))
+    assert {type(layer) for layer in folded} == {nn.Conv2d, nn.ReLU}

@@ -171,12 +171,13 @@ def test_exact_mode_cannot_do_without_whitening() -> None:
     assert layer.decorrelates
 
 
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("once", [True, False])
-def test_loaded_state_says_whether_a_depthwise_layer_decorrelates(once: bool) -> None:
+def test_loaded_state_says_whether_a_layer_decorrelates(once: bool, groups: int) -> None:
     """Weights from when depthwise layers whitened go on as they began, and new ones do in an old layer."""
 
     def depthwise(decorrelates: bool) -> WhitenedConv2d:
-        layer = WhitenedConv2d(4, 4, 3, groups=4)
+        layer = WhitenedConv2d(4, 4, 3, groups=groups)
         layer.decorrelate(decorrelates)
         return layer
 
@@ -822,6 +823,37 @@ def test_a_scheduled_layer_is_called_twice() -> None:
     layer.renew = True
     layer(layer(torch.randn(2, 4, 6, 6))).sum().backward()
     assert layer.weight.grad.isfinite().all()
+
+
+def test_a_single_row_before_more_of_them_in_a_scheduled_step() -> None:
+    layer = WhitenedLinear(6, 3)
+    RenewalSchedule(layer).step()
+    x = torch.randn(8, 6)
+    (layer(x[:1]).sum() + layer(x).sum()).backward()
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_nothing_to_observe() -> None:
+    layer = WhitenedLinear(6, 3)
+    layer.observe(torch.zeros(0, 6))
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 10), (2, 1, 4, 9, 9), (2, 3, 9, 9), (2, 4, 1, 9)])
+def test_an_input_that_does_not_fit_spoils_nothing(shape: tuple[int, ...]) -> None:
+    layer = WhitenedConv2d(4, 4, 3)
+    with pytest.raises(ValueError, match=r"for a \(3, 3\) convolution of 4 channels; expected"):
+        layer(torch.randn(shape))
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_traces_a_layer() -> None:
+    layer = WhitenedConv2d(4, 4, 3)
+    layer(torch.randn(2, 4, 9, 9))
+    layer.eval()
+    x = torch.randn(2, 4, 9, 9)
+    assert torch.equal(torch.jit.trace(layer, x)(x), layer(x))
 
 
 def test_the_gain_of_a_wide_head_outlasts_deferred_initialisation() -> None:
