@@ -180,7 +180,7 @@ class TrainConfig:
         amp: autocast to 'bf16' or 'fp16' (with loss scaling), or 'off'.
         compile: train the network through torch.compile (in one process), which joins its many small
             operations. It takes a minute or two and, on a CPU, where it gains little, a C++ compiler. All
-            layers renew their whitening on the same steps then. A dry run does not compile.
+            layers refresh their whitening on the same steps then. A dry run does not compile.
         cuda_graphs: record training steps as CUDA graphs (on a GPU, in one process). Where launching kernels
             takes longer than they do, steps take a fraction of the time.
         label_smoothing: as in cross-entropy.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segdeconv.errors import UserError, first_line
-from segdeconv.layers import RenewalSchedule
+from segdeconv.layers import RefreshSchedule
 
 
 @dataclass
@@ -28,7 +28,7 @@ class _Recorded:
 class StepGraphs:
     """Forward, loss and backward pass of a training step, recorded and replayed.
 
-    Of every shape there are two graphs, with renewals of the whitening and without. The first step of each
+    Of every shape there are two graphs, with refreshes of the whitening and without. The first step of each
     runs as it would without graphs, the second is recorded. Batches of another shape run as they would too,
     once. The gradients are the same tensors after every replay.
 
@@ -45,7 +45,7 @@ class StepGraphs:
     def __init__(self, model: nn.Module, compute: Callable[..., Tensor]) -> None:
         self.compute = compute
         self.parameters = list(model.parameters())
-        self.renewals = RenewalSchedule(model)
+        self.refreshes = RefreshSchedule(model)
         self.seen: set[Any] = set()
         self.recorded: dict[Any, _Recorded] = {}
         self.pool = torch.cuda.graph_pool_handle()
@@ -58,7 +58,7 @@ class StepGraphs:
             return self._step(*batch)
 
     def _step(self, *batch: Tensor) -> Tensor:
-        key = self.renewals.step(), *(tensor.shape for tensor in batch)
+        key = self.refreshes.step(), *(tensor.shape for tensor in batch)
         if key not in self.seen:
             self.seen.add(key)
             self.stream.wait_stream(torch.cuda.current_stream())

@@ -88,8 +88,8 @@ _FULL_RATE_FEATURES = 128
 # bfloat16. Fewer, and the small operations beside them take more (CPU with AMX).
 _LOW_PRECISION_PAYS = 2**25
 
-# Fast mode: statistics move quickly at first, so the whitening matrix is renewed at every step to begin with;
-# from the second so many steps on the interval grows by one with each, up to ``config.refresh_every``.
+# Fast mode: statistics move quickly at first, so the whitening matrix is refreshed at every step to begin
+# with; from the second so many steps on the interval grows by one with each, up to ``config.refresh_every``.
 _STEPS_AN_INTERVAL = 20
 
 
@@ -123,9 +123,9 @@ class Whitened(nn.Module):
     running_moments: Tensor
     _step: int | None
     _held: float
-    #: Fast mode: whether the next step renews the whitening; None: by the number of steps taken. A
-    #: `RenewalSchedule` sets it; evaluation, copying, loading and resetting end it.
-    renew: bool | None
+    #: Fast mode: whether the next step refreshes the whitening; None: by the number of steps taken. A
+    #: `RefreshSchedule` sets it; evaluation, copying, loading and resetting end it.
+    refresh_now: bool | None
 
     def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:
         """``channels`` and ``taps`` are those of one group."""
@@ -162,7 +162,7 @@ class Whitened(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._enrol()
-        self._step = self.renew = None
+        self._step = self.refresh_now = None
 
     @property
     def decorrelates(self) -> bool:
@@ -208,7 +208,7 @@ class Whitened(nn.Module):
         # The fast mode's own copy of num_batches_tracked: reading a tensor would wait for the device. It is
         # taken anew where the buffers may have been written: by DistributedDataParallel from another rank,
         # or by averaging of weights.
-        self._step = self.renew = None
+        self._step = self.refresh_now = None
 
     def reset_parameters(self) -> None:
         """New weights, and running values as before the first batch."""
@@ -220,7 +220,7 @@ class Whitened(nn.Module):
 
     def train(self, mode: bool = True) -> Whitened:
         if mode != self.training:
-            self._step = self.renew = None
+            self._step = self.refresh_now = None
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Whitened:
@@ -246,7 +246,7 @@ class Whitened(nn.Module):
             like = state[f"{prefix}running_moments"]
             state.setdefault(f"{prefix}gain", like.new_ones((), dtype=torch.float32))  # from before the rule
         super()._load_from_state_dict(state, prefix, *args)
-        self._step = self.renew = None
+        self._step = self.refresh_now = None
 
     def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[Any, Any] | None = None) -> Tensor:
         """Rows of features, (N, G·K·F) in float32 or wider, on a grid of output positions ``every`` rows and
@@ -363,7 +363,7 @@ class Whitened(nn.Module):
         # A training step before the backward pass writes into running values; jit traces are checked without.
         if torch.is_grad_enabled() or torch.jit.is_tracing():
             mean = mean.clone()
-            if whitening is not None and (self.config.mode != "fast" or self.renew is not None):
+            if whitening is not None and (self.config.mode != "fast" or self.refresh_now is not None):
                 whitening = whitening.clone()
         return self._fold(whitening, mean, scale)
 
@@ -457,8 +457,8 @@ class Whitened(nn.Module):
         low_precision = _low_precision(x) if products >= _LOW_PRECISION_PAYS else None
         with _no_autocast(x):
             x, moments, samples = self._channel_moments(x)
-            if torch.compiler.is_compiling() and (self.renew is None or world_size() > 1):
-                running, renewed = _follow_outside_graph(
+            if torch.compiler.is_compiling() and (self.refresh_now is None or world_size() > 1):
+                running, refreshed = _follow_outside_graph(
                     x.detach(),
                     moments.detach(),
                     samples if isinstance(samples, Tensor) else None,
@@ -466,11 +466,11 @@ class Whitened(nn.Module):
                     self.running_whitening,
                     self._number,
                 )
-                whitening = renewed if self.decorrelates else None
+                whitening = refreshed if self.decorrelates else None
             else:
                 self._follow(x.detach(), moments.detach(), samples)
                 running, whitening = self.running_moments, self.running_whitening
-                if self.renew and self.decorrelates:  # a second call in this step would overwrite it
+                if self.refresh_now and self.decorrelates:  # a second call in this step would overwrite it
                     whitening = _snapshot(whitening)
             moments = self._steadied(moments, samples, running)
             if torch.compiler.is_compiling() and running is self.running_moments:
@@ -500,7 +500,7 @@ class Whitened(nn.Module):
         return torch.lerp(running, moments, trust)
 
     def _follow(self, x: Tensor, moments: Tensor, samples: Any) -> None:
-        """Take a batch into the running moments and, when it is its turn, renew the whitening.
+        """Take a batch into the running moments and, when it is its turn, refresh the whitening.
 
         Not a second time for activation checkpointing, whose second forward pass has to give the same; for a
         layer that is called once before the backward pass, it does.
@@ -509,7 +509,7 @@ class Whitened(nn.Module):
             return
         self._update_moments(moments, self.config.momentum)
         turn: Any
-        due = self.renew
+        due = self.refresh_now
         if due is None:
             step = self._steps_taken() - 1
             turn = step + self.refresh_offset
@@ -522,7 +522,7 @@ class Whitened(nn.Module):
 
     @torch.no_grad()
     def _update_moments(self, moments: Tensor, momentum: float | None) -> None:
-        if self.renew is None:
+        if self.refresh_now is None:
             count: Any = self._steps_taken() + 1
             self._step = count
         else:
@@ -551,7 +551,7 @@ class Whitened(nn.Module):
 
     @torch.no_grad()
     def _refresh(self, x: Tensor, moments: Tensor, samples: Any, turn: Any, momentum: float | None) -> None:
-        """Take second moments of standardised patches into ``running_cov`` and renew the whitening."""
+        """Take second moments of standardised patches into ``running_cov`` and refresh the whitening."""
         groups, blocks, block, taps = self._shape
         wanted = max(_SAMPLES_PER_FEATURE * block * taps, _FEWEST_SAMPLES) / blocks
         images = int(samples) * x.shape[1] // x[0].numel()  # over all ranks
@@ -578,13 +578,13 @@ class Whitened(nn.Module):
         counted = 1 / ((1 - step).square() / self.cov_samples + step.square() / rows)
         self.cov_samples.copy_(torch.where(finite, counted, self.cov_samples))
         whitening = shrunk_inverse_sqrt(self.running_cov, self.cov_samples)
-        if self.renew is not None:  # graphs read it where it is
+        if self.refresh_now is not None:  # graphs read it where it is
             self.running_whitening.copy_(whitening)
             return
         # A new tensor: a forward pass before this one may still need the old one for its backward pass.
         with torch.inference_mode(False):
-            renewed = torch.empty_like(self.running_cov)
-        self.running_whitening = renewed.copy_(whitening)
+            refreshed = torch.empty_like(self.running_cov)
+        self.running_whitening = refreshed.copy_(whitening)
 
 
 def _whole(number: Any) -> Any:
@@ -592,19 +592,19 @@ def _whole(number: Any) -> Any:
 
 
 def _interval(step: int, config: NetworkDeconvConfig) -> int:
-    """Fast mode: how many steps apart renewals are after so many steps."""
+    """Fast mode: how many steps apart refreshes are after so many steps."""
     return min(config.refresh_every, max(step // _STEPS_AN_INTERVAL, 1))
 
 
-class RenewalSchedule:
-    """Which steps renew the whitening of a network: all layers at once. For torch.compile and CUDA graphs.
+class RefreshSchedule:
+    """Which steps refresh the whitening of a network: all layers at once. For torch.compile and CUDA graphs.
 
     A layer that decides for itself does so in Python, outside the graphs of torch.compile, and every layer
-    is a hole in them. With a schedule there are two graphs without any, one with renewals and one without.
+    is a hole in them. With a schedule there are two graphs without any, one with refreshes and one without.
 
-        renewals = RenewalSchedule(network)
+        refreshes = RefreshSchedule(network)
         for images, targets in batches:
-            renewals.step()
+            refreshes.step()
             loss(network(images), targets).backward()
 
     Args:
@@ -619,11 +619,11 @@ class RenewalSchedule:
         self.steps = statistics.median_low(taken) if taken else 0
 
     def step(self) -> tuple[bool, ...]:
-        """Before the forward pass of every training step. Returns whether it renews, by ``refresh_every``."""
+        """Before the forward pass of every training step. Whether it refreshes, by ``refresh_every``."""
         due = {}
         for layer in self.layers:
-            layer.renew = self.steps % _interval(self.steps, layer.config) == 0
-            due[layer.config.refresh_every] = layer.renew
+            layer.refresh_now = self.steps % _interval(self.steps, layer.config) == 0
+            due[layer.config.refresh_every] = layer.refresh_now
             layer._step = None  # scheduled steps do not count in it
         self.steps += 1
         return tuple(due.values())

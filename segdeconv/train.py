@@ -57,7 +57,7 @@ from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, t
 from segdeconv.figures import read_metrics, training_curves, triptych
 from segdeconv.files import make_folder, to_json, write_text
 from segdeconv.graphs import StepGraphs
-from segdeconv.layers import RenewalSchedule
+from segdeconv.layers import RefreshSchedule
 from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import build_model, resolve, size_multiple, starts_trained
@@ -274,7 +274,7 @@ class _Run:
         self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if config.ema_decay else None
         self.parallel: Callable[..., Any] = self._parallel()
         self.compute: Callable[[Tensor, Tensor], Tensor] = self._compute
-        self.renewals: RenewalSchedule | None = None
+        self.refreshes: RefreshSchedule | None = None
         self.step = self.finished_epochs = 0
         self.best, self.seconds = -1.0, 0.0
         self.board: SummaryWriter | None = None
@@ -364,9 +364,9 @@ class _Run:
             self._begin()
         if config.compile and world_size() == 1:
             self.parallel = torch.compile(self.model)  # not for validation, whose pictures have other sizes
-            self.renewals = RenewalSchedule(self.model)
+            self.refreshes = RefreshSchedule(self.model)
         if config.cuda_graphs and self.device.type == "cuda" and world_size() == 1:
-            self.compute, self.renewals = StepGraphs(self.model, self._compute), None  # which has its own
+            self.compute, self.refreshes = StepGraphs(self.model, self._compute), None  # which has its own
         line: dict[str, Any] = {}
         if self.finished_epochs:
             line = next(reversed(read_metrics(out)), {})  # a file system may have lost them all the same
@@ -518,8 +518,8 @@ class _Run:
         seed_everything(int(np.random.SeedSequence((config.seed, self.step, rank())).generate_state(1)[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.step)
-        if self.renewals is not None:
-            self.renewals.step()
+        if self.refreshes is not None:
+            self.refreshes.step()
         loss = self.compute(images.to(self.device), targets.to(self.device))
         self.recent.append((loss, images))
         if len(self.recent) == self.patience or (self.step + 1) % self.steps_per_epoch == 0:

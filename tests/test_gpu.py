@@ -21,7 +21,7 @@ from segdeconv import train as train_module
 from segdeconv.config import ModelConfig, NetworkDeconvConfig
 from segdeconv.evaluate import evaluate_run
 from segdeconv.graphs import StepGraphs
-from segdeconv.layers import RenewalSchedule, Whitened, WhitenedConv2d, WhitenedLinear
+from segdeconv.layers import RefreshSchedule, Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.models import build_model
 from segdeconv.train import train
 
@@ -103,13 +103,13 @@ def learn(
     model: nn.Module,
     batches: list[tuple[Tensor, Tensor]],
     amp: torch.dtype | None,
-    renewals: RenewalSchedule | None = None,
+    refreshes: RefreshSchedule | None = None,
 ) -> list[Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     losses = []
     for images, labels in batches:
-        if renewals is not None:
-            renewals.step()
+        if refreshes is not None:
+            refreshes.step()
         with torch.autocast("cuda", amp, enabled=amp is not None):
             loss = F.cross_entropy(model(images).float(), labels)
         optimizer.zero_grad()
@@ -141,16 +141,16 @@ def test_a_network_learns_without_waiting_for_the_device(amp: torch.dtype | None
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_steps_are_the_same(mode: str) -> None:
-    """With a schedule of renewals, and with layers that decide for themselves."""
+    """With a schedule of refreshes, and with layers that decide for themselves."""
     for scheduled in (True, False):
         eager, _ = convert_to_network_deconv(network())
         eager.cuda()
         compiled = copy.deepcopy(eager)
         batches = [bright_quarters(16) for _ in range(50)]
         torch._dynamo.reset()
-        want = learn(eager, batches, None, RenewalSchedule(eager) if scheduled else None)
+        want = learn(eager, batches, None, RefreshSchedule(eager) if scheduled else None)
         graphs = torch.compile(compiled, fullgraph=True, mode=mode)
-        got = learn(graphs, batches, None, RenewalSchedule(compiled) if scheduled else None)  # type: ignore[arg-type]
+        got = learn(graphs, batches, None, RefreshSchedule(compiled) if scheduled else None)  # type: ignore[arg-type]
         torch.testing.assert_close(torch.stack(got[:10]), torch.stack(want[:10]), rtol=0, atol=1e-3)
         assert torch.stack(got[-10:]).mean().item() < 0.6
         for mine, theirs in zip(compiled.buffers(), eager.buffers(), strict=True):
@@ -160,7 +160,7 @@ def test_compiled_steps_are_the_same(mode: str) -> None:
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=str)
 def test_recorded_steps_are_the_same(amp: torch.dtype | None) -> None:
-    """Renewals and a batch of another size among them, and steps without graphs after them."""
+    """Refreshes and a batch of another size among them, and steps without graphs after them."""
     eager, _ = convert_to_network_deconv(network())
     eager.cuda()
     recorded = copy.deepcopy(eager)
@@ -192,10 +192,10 @@ class Plain:
     """A schedule and no graphs."""
 
     def __init__(self, model: nn.Module, compute: Callable[..., Tensor]) -> None:
-        self.compute, self.renewals = compute, RenewalSchedule(model)
+        self.compute, self.refreshes = compute, RefreshSchedule(model)
 
     def __call__(self, *batch: Tensor) -> Tensor:
-        self.renewals.step()
+        self.refreshes.step()
         return self.compute(*batch)
 
 

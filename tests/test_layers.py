@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from segdeconv import layers
 from segdeconv.config import NetworkDeconvConfig
-from segdeconv.layers import RenewalSchedule, WhitenedConv2d, WhitenedLinear
+from segdeconv.layers import RefreshSchedule, WhitenedConv2d, WhitenedLinear
 
 CONVS = {
     "3x3": dict(kernel_size=3, padding=1),
@@ -231,7 +231,7 @@ def test_small_maps_are_sampled_densely(shape: tuple, mode: str, expected: int) 
         ((1, 16, 2, 2), 2 * 2 * 1),  # never enough
     ],
 )
-def test_a_renewal_samples_the_widest_grid_that_is_enough(shape: tuple, rows: int) -> None:
+def test_a_refresh_samples_the_widest_grid_that_is_enough(shape: tuple, rows: int) -> None:
     """1152 patches, eight for each of the 144 features, and less than twice as many."""
     layer = WhitenedConv2d(16, 4, 3, padding=1)
     layer(torch.randn(shape))
@@ -437,7 +437,7 @@ def test_fast_mode_does_not_see_the_scale_of_its_input(training: bool) -> None:
     ],
 )
 def test_refresh_schedule(offset: int, refresh_every: int, expected: list[int]) -> None:
-    """The steps between two renewals grow by one every twenty steps, up to the setting; offsets move them."""
+    """The steps between two refreshes grow by one every twenty, up to the setting; offsets move them."""
     layer = WhitenedConv2d(4, 4, 1, config=NetworkDeconvConfig(refresh_every=refresh_every))
     layer.refresh_offset = offset
     refreshed = []
@@ -737,7 +737,7 @@ def test_compiled_layers_are_one_graph_and_keep_their_own_running_values(
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_schedule_makes_two_graphs(backend: str) -> None:
-    """One that renews the whitening, one that does not; the same steps as without torch.compile."""
+    """One that refreshes the whitening, one that does not; the same steps as without torch.compile."""
     eager = nn.Sequential(
         WhitenedConv2d(3, 8, 3, padding=1), nn.ReLU(), WhitenedConv2d(8, 4, 3, stride=2), nn.Flatten()
     )
@@ -753,12 +753,12 @@ def test_a_schedule_makes_two_graphs(backend: str) -> None:
 
     compiled.compile(backend=counting, fullgraph=True)
     counts = []
-    networks = [(network, RenewalSchedule(network)) for network in (eager, compiled)]
+    networks = [(network, RefreshSchedule(network)) for network in (eager, compiled)]
     for step in range(50):
         x = torch.randn(4, 3, 12, 12, dtype=torch.float64)
         outputs = []
-        for network, renewals in networks:
-            renewals.step()
+        for network, refreshes in networks:
+            refreshes.step()
             network.zero_grad()
             outputs.append(network(x))
             outputs[-1].sin().sum().backward()
@@ -794,40 +794,40 @@ def test_compiled_code_is_shared_and_every_call_counts() -> None:
 def test_a_schedule_ends() -> None:
     """With evaluation, in copies, and with other state: layers then decide for themselves again."""
     layer = WhitenedConv2d(3, 4, 3)
-    renewals = RenewalSchedule(layer)
+    refreshes = RefreshSchedule(layer)
     for _ in range(42):
-        assert renewals.step() in ((True,), (False,))
+        assert refreshes.step() in ((True,), (False,))
         layer(torch.randn(2, 3, 6, 6))
-    assert layer.renew is False
+    assert layer.refresh_now is False
     for ended in (copy.deepcopy(layer), copy.deepcopy(layer).eval().train()):
-        assert ended.renew is None
+        assert ended.refresh_now is None
         before = int(ended.num_refreshes)
         for _ in range(4):
             ended(torch.randn(2, 3, 6, 6))
         assert int(ended.num_refreshes) == before + 2
-    renewals = RenewalSchedule(nn.Sequential(layer, nn.ReLU()))
-    assert renewals.steps == 42
+    refreshes = RefreshSchedule(nn.Sequential(layer, nn.ReLU()))
+    assert refreshes.steps == 42
     for end in (
         lambda: layer.eval().train(),
         lambda: layer.load_state_dict(layer.state_dict()),
         layer.reset_running_stats,
     ):
-        renewals.step()
+        refreshes.step()
         end()
-        assert layer.renew is None
+        assert layer.refresh_now is None
 
 
 def test_a_scheduled_layer_is_called_twice() -> None:
-    """Before one backward pass, with a renewal in both calls."""
+    """Before one backward pass, with a refresh in both calls."""
     layer = WhitenedConv2d(4, 4, 3, padding=1)
-    layer.renew = True
+    layer.refresh_now = True
     layer(layer(torch.randn(2, 4, 6, 6))).sum().backward()
     assert layer.weight.grad.isfinite().all()
 
 
 def test_a_single_row_before_more_of_them_in_a_scheduled_step() -> None:
     layer = WhitenedLinear(6, 3)
-    RenewalSchedule(layer).step()
+    RefreshSchedule(layer).step()
     x = torch.randn(8, 6)
     (layer(x[:1]).sum() + layer(x).sum()).backward()
     assert layer.weight.grad.isfinite().all()

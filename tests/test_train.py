@@ -193,14 +193,14 @@ def test_init_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_compiled_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same run, with a graph for steps that renew and one for those that do not."""
+    """The same run, with a graph for steps that refresh and one for those that do not."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(layers, "_STEPS_AN_INTERVAL", 1)
-    renewing_at_every_second = "model.network_deconv.refresh_every=2"
-    want = train(tiny(renewing_at_every_second), tmp_path / "plain")
+    refreshing_at_every_second = "model.network_deconv.refresh_every=2"
+    want = train(tiny(refreshing_at_every_second), tmp_path / "plain")
     torch._dynamo.reset()
     counters["stats"].clear()
-    got = train(tiny(renewing_at_every_second, "train.compile=true"), tmp_path / "compiled")
+    got = train(tiny(refreshing_at_every_second, "train.compile=true"), tmp_path / "compiled")
     assert counters["stats"]["unique_graphs"] == 2
     assert got["loss"] == pytest.approx(want["loss"], rel=1e-3)
     assert got["miou"] == pytest.approx(want["miou"], abs=5e-3)

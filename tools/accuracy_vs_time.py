@@ -87,7 +87,7 @@ SETTINGS = {
     "linear_block_size": "features a block of linear layers",
     "eps": "eps",
     "momentum": "momentum of the running values",
-    "refresh_every": "most steps between renewals",
+    "refresh_every": "most steps between refreshes",
     "num_iters": "Newton-Schulz iterations",
     "sampling_stride": "sampling stride",
 }

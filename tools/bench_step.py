@@ -6,8 +6,8 @@
 
 A step is forward, loss, backward and optimiser, on the GPU where there is one. The arms take turns step by
 step, so that a slow minute of the machine meets all of them. A cycle is twenty steps, in which the fast mode
-renews every layer's whitening matrix once. Printed are the median cycle's time over batch norm's (lowest and
-highest cycle in brackets), floating-point operations counted a step, and peak memory: of the GPU, or of a
+refreshes every layer's whitening matrix once. Printed are the median cycle's time over batch norm's (lowest
+and highest cycle in brackets), floating-point operations counted a step, and peak memory: of the GPU, or of a
 process of its own. On a GPU also the time that it works a step and how many kernels that takes, by torch's
 profiler; what is left of the step it waits for Python.
 """
@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from segdeconv.config import ModelConfig, NetworkDeconvConfig, TrainConfig
 from segdeconv.errors import UserError, one_sentence
 from segdeconv.graphs import StepGraphs
-from segdeconv.layers import RenewalSchedule, Whitened
+from segdeconv.layers import RefreshSchedule, Whitened
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, resolve
 from segdeconv.train import make_optimizer, pick_device
@@ -63,7 +63,7 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     """One training step on random images, past the warm-up of the fast mode's schedule.
 
     Two are done already, or two cycles where there is something to compile or to record. In the first every
-    layer renews its whitening: that is where memory peaks.
+    layer refreshes its whitening: that is where memory peaks.
     """
     config = ModelConfig(network.architecture, norm="bn", options=network.options)
     if arm != "bn":
@@ -79,7 +79,7 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
 
     if network.compiled:
         model.compile(fullgraph=True)
-    renewals = RenewalSchedule(model) if network.compiled else None
+    refreshes = RefreshSchedule(model) if network.compiled else None
 
     def gradients(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -92,8 +92,8 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = gradients
 
     def step() -> None:
-        if renewals is not None:
-            renewals.step()
+        if refreshes is not None:
+            refreshes.step()
         compute(images, targets)
         optimizer.step()
 
@@ -102,9 +102,9 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
         if isinstance(layer, Whitened):
             layer.load_state_dict(layer.state_dict() | {"num_batches_tracked": torch.tensor(1000)})
     if network.graphs:
-        compute, renewals = StepGraphs(model, gradients), None  # which has a schedule of its own
+        compute, refreshes = StepGraphs(model, gradients), None  # which has a schedule of its own
     elif network.compiled:
-        renewals = RenewalSchedule(model)
+        refreshes = RefreshSchedule(model)
     for _ in range(2 * CYCLE + 1 if network.graphs or network.compiled else 1):  # makes both graphs
         step()
     return step

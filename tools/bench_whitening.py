@@ -4,7 +4,7 @@
     python tools/bench_whitening.py --figure docs/step_time.png
 
 The parts are those of the fast mode: the channel moments and their gradient, the weight product and its
-gradient, and, a twentieth of it a step, the renewal of the whitening matrix: sampling patches, their second
+gradient, and, a twentieth of it a step, the refresh of the whitening matrix: sampling patches, their second
 moments, the root. Beside them the layer's own convolution, a batch norm, and the exact mode. The figure is of
 whole layers, convolution and ReLU with batch norm or with whitening, forward and backward.
 """
@@ -69,7 +69,7 @@ class Launches(TorchDispatchMode):
 
 
 def launches(model: nn.Module, x: torch.Tensor, amp: bool) -> int:
-    """Operations of one step, forward and backward, that renews no whitening."""
+    """Operations of one step, forward and backward, that refreshes no whitening."""
     model.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_()
     with Launches() as counter:

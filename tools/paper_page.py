@@ -69,7 +69,7 @@ def table1_part(lines: list[dict[str, Any]]) -> str:
     if earlier:
         titles = [title for network, (title, _) in reproduce_table1.NETWORKS.items() if network in earlier]
         parts.append(
-            f"`nd/bn` of {', '.join(titles)} is of renewals every tenth step, twice as many as by default.\n"
+            f"`nd/bn` of {', '.join(titles)} is of refreshes every tenth step, twice as many as by default.\n"
         )
     missing = [
         title
