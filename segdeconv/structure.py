@@ -2,7 +2,8 @@
 
 The largest parts of a network that trace are traced. Where a module's own forward cannot be, its children
 are, and batch norms among its direct children are paired with the layer registered right before them: good
-enough to train from scratch, but marked as a guess, so that nobody folds on its word.
+enough to train from scratch, but marked as a guess, so that nobody folds on its word. So are those among the
+direct children of a Sequential in it.
 """
 
 from __future__ import annotations
@@ -309,6 +310,10 @@ class _Reader:
             self.calls[name_of(node)] += 1
             if isinstance(module, _BatchNorm):
                 after, proven = _layer_before(node, module, module_of)
+                # What could not be traced around a Sequential may call its modules one by one.
+                proven = proven and not (
+                    prefix and type(root) is nn.Sequential and "." not in str(node.target)
+                )
                 readers = _readers(node, module_of)
                 if prefix and after is None and readers is None:
                     self.structure.escapes.add(name_of(node))

@@ -282,6 +282,20 @@ def test_module_order_is_never_folded_on(wiring: Callable) -> None:
     assert "by module order" in reasons(report, "removed")["norm"]
 
 
+def test_what_cannot_be_traced_may_take_a_sequential_apart() -> None:
+    def taps(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        seen = []
+        for layer in m.part:
+            x = layer(x)
+            seen.append(x)
+        return torch.cat(seen)
+
+    block = Block(moody(taps))
+    block.part = nn.Sequential(block.a, block.norm, nn.Tanh(), block.b)
+    report = same_after_warm_start(block)
+    assert "by module order" in next(iter(reasons(report, "removed").values()))
+
+
 def test_every_call_of_a_norm_counts() -> None:
     twice = Block(lambda m, x: torch.cat([m.norm(m.a(x)), m.norm(m.a(2 * x))]))
     assert pair(twice) == {"norm": "a"}  # a block called twice is still a pair
