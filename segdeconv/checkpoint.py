@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from segdeconv.config import ModelConfig, Recipe, load_recipe, recipe_from_dict, recipe_to_dict
+from segdeconv.config import ModelConfig, Recipe, flat, load_recipe, recipe_from_dict, recipe_to_dict
 from segdeconv.convert import ConversionReport
 from segdeconv.entries import WEIGHTS, find_weights, is_entry, near
 from segdeconv.errors import UserError
@@ -192,15 +192,6 @@ def check_same_recipe(run: Path, recipe: Recipe) -> None:
                 f"{run}: was begun with {key} = {was}, now it is {asked}; resume it with the same recipe and "
                 "--set, or choose another --out"
             )
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as one, with keys such as ``train.lr``."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict) and value
-        out |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return out
 
 
 def find_checkpoint(run: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import sys
@@ -133,7 +134,7 @@ def train(
     from segdeconv.train import train as train_run
 
     changes = [
-        *(_network_of(init) if init else []),
+        *(_network_of(init) if init is not None else []),
         *(overrides or []),
         *([f"model.norm={norm}"] if norm else []),
     ]
@@ -217,7 +218,8 @@ def evaluate(
     )
     if any(map(any, scores["confusion"])):
         console.print(table(scores, info.task))
-        console.print(f"wrote {write_scores(folder, scores)}, with pictures beside it")
+        beside = "" if onnx else ", with pictures beside it"
+        console.print(f"wrote {write_scores(folder, scores)}{beside}")
     else:
         console.print("these pictures have no labels, so there is nothing to score")
     for path in filter(None, (save_predictions, submit)):
@@ -342,7 +344,10 @@ def export(
             if not math.isnan(result.max_diff):
                 told += f", scores by {result.max_diff:.1e} of the largest logit"
             console.print(f"input {result.shape}: {told}")
-    console.print(f"wrote {out}; next: segdeconv predict {out} IMAGE_OR_FOLDER --out predictions")
+    if info.task == "segmentation":
+        console.print(f"wrote {out}; next: segdeconv predict {out} IMAGE_OR_FOLDER --out predictions")
+    else:
+        console.print(f"wrote {out}; next: segdeconv eval {run} --onnx {out}")
 
 
 @app.command()
@@ -466,7 +471,7 @@ def serve(
 ) -> None:
     """Answer pictures over HTTP: POST /predict; a page at /; /health and /metrics.
 
-    curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg http://127.0.0.1:8000/predict?output=overlay
+    curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg -o labels.png http://127.0.0.1:8000/predict
     """
     from segdeconv.runtime import Segmenter
     from segdeconv.serve import Limits
@@ -744,6 +749,9 @@ def _triple(option: str, text: str | None) -> tuple[int, int, int] | None:
 
 def main() -> None:
     """Run the command; bad input is one sentence on standard error and exit code 2 (3: see `Refused`)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks must not end a command
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)  # what a command gave typer.Exit, otherwise None
         if code:

@@ -139,7 +139,7 @@ class DataConfig:
     count: tuple[Positive, Positive] = (320, 48)
     mean: tuple[Fraction, Fraction, Fraction] = (0.485, 0.456, 0.406)
     std: tuple[Fraction, Fraction, Fraction] = (0.229, 0.224, 0.225)
-    num_workers: Annotated[int, Field(ge=0)] = 0
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -215,7 +215,7 @@ class TrainConfig:
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     eval_every: Positive = 1
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -240,14 +240,28 @@ def recipe_from_dict(values: Any, source: str) -> Recipe:
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected a mapping with the keys name, model, data and train")
     try:
-        return _RECIPE.validate_python(values)
+        recipe = _RECIPE.validate_python(values)
     except ValidationError as error:
         raise UserError(f"{source}: {_sentence(error)}") from None
+    read = flat(recipe_to_dict(recipe))
+    for key, value in flat(values).items():  # YAML's yes and on, which pydantic takes for 1
+        if isinstance(value, bool) and type(read.get(key)) in (int, float):
+            raise UserError(f"{source}: {key} = {value}: expected a number")
+    return recipe
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain values that YAML and JSON can hold, and `recipe_from_dict` reads back to an equal recipe."""
     return _RECIPE.dump_python(recipe, mode="json")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one, with keys such as ``train.lr``."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and value
+        out |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return out
 
 
 def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -258,7 +272,7 @@ def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
     """
     path = find_recipe(path_or_name)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
     if isinstance(values, dict):

@@ -35,15 +35,23 @@ def run_demo(out: Path, overrides: list[str] | None = None) -> None:
     start = time.monotonic()
     recipe = load_recipe("demo", overrides)
     marker = out / ".segdeconv-demo"
-    if out.is_dir() and any(out.iterdir()):
-        if not marker.exists():
-            raise UserError(f"{out}: is not empty and was not made by the demo; choose another --out")
-        shutil.rmtree(out)
-    make_folder(out)
-    marker.touch()
-
-    console.rule("1. train a deconvolved U-Net on drawn street scenes")
-    train(recipe, out)
+    if out.is_dir() and any(out.iterdir()) and not marker.exists():
+        raise UserError(f"{out}: is not empty and was not made by the demo; choose another --out")
+    earlier = out.with_name(f".{out.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    if out.is_dir():
+        out.rename(earlier)
+    try:
+        make_folder(out)
+        marker.touch()
+        console.rule("1. train a deconvolved U-Net on drawn street scenes")
+        train(recipe, out)
+    except BaseException:  # Ctrl-C too: the earlier demo is worth more than a part of another
+        if earlier.exists():
+            shutil.rmtree(out)
+            earlier.rename(out)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
     console.rule("2. evaluate the best checkpoint")
     scores = evaluate_run(out)
     console.print(table(scores, "segmentation"))

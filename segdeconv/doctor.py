@@ -6,11 +6,13 @@ else there is may be broken.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
 import re
 import shutil
+import stat
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import distributions
@@ -228,18 +230,17 @@ def _major(version: str) -> int:
     return int(version.partition(".")[0])
 
 
-def gather() -> Facts:
-    """Look at this machine. Loads onnxruntime, and nothing else that is heavy."""
+def gather(caches: bool = True) -> Facts:
+    """Look at this machine, and at its ``caches``. Loads onnxruntime, and nothing else that is heavy."""
     packages = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in distributions()}
     gpu, driver_cuda = _nvidia_smi()
     onnxruntime_cuda, onnxruntime_error, library_error = _load_onnxruntime()
-    home = Path.home() / ".cache"
-    hugging = Path(os.environ.get("HF_HOME", home / "huggingface"))
-    caches = (
-        _cache("SEGDECONV_CACHE", cache_folder()),  # the zoo's weights, onnxruntime-web
-        _cache("HF_HUB_CACHE", hugging / "hub"),  # smp's and timm's encoder weights
-        _cache("TORCH_HOME", home / "torch"),  # torchvision's
-    )
+    home = Path(os.path.expanduser("~/.cache"))
+    folders = {
+        "SEGDECONV_CACHE": cache_folder(),  # the zoo's weights, onnxruntime-web
+        "HF_HUB_CACHE": Path(os.environ.get("HF_HOME") or home / "huggingface") / "hub",  # smp's and timm's
+        "TORCH_HOME": home / "torch",  # torchvision's
+    }
     return Facts(
         packages,
         gpu,
@@ -248,7 +249,7 @@ def gather() -> Facts:
         onnxruntime_cuda,
         onnxruntime_error,
         library_error,
-        caches,
+        tuple(_cache(*item) for item in folders.items()) if caches else (),
     )
 
 
@@ -301,7 +302,13 @@ def _load_onnxruntime() -> tuple[str | None, str | None, str | None]:
 
 
 def _cache(variable: str, default: Path) -> Cache:
-    path = Path(os.environ.get(variable, default))
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
+    path = Path(os.path.expanduser(os.environ.get(variable) or default))
+    # os.path's, which takes what may not be looked at for what is not there.
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
+    size = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found = os.lstat(os.path.join(folder, name))
+                size += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return Cache(variable, str(path), os.access(there, os.W_OK), size, shutil.disk_usage(there).free)

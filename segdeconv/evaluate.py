@@ -92,6 +92,11 @@ def onnx_predictor(path: str | Path, info: CheckpointInfo, model: nn.Module, dev
         found = segmenter.metadata.get(key)
         if found != value:
             raise UserError(f"{path}: was exported from another run: its {key} is {found}, the run's {value}")
+    if info.sha256 is not None and segmenter.metadata.get("weights_sha256") not in (None, info.sha256):
+        raise UserError(
+            f"{path}: was exported from other weights than this run's; evaluate it on the run that it came "
+            "from, or export this one"
+        )
     raw = segmenter.metadata.get("preprocess") == "graph"
     if raw and preparation.central_crop is not None:
         raise UserError(
@@ -377,7 +382,7 @@ def evaluate_run(
         observers: list[Observe] = []
         folder = predictions or (Path(temporary) if submission is not None else None)
         if folder is not None:
-            observers.append(_Writer(samples, make_folder(folder)))
+            observers.append(_Writer(samples, folder))
         worst = _Worst(samples, ignore_index)
         if figures is not None and samples.task == "segmentation":
             observers.append(worst)
@@ -490,6 +495,12 @@ class _Writer:
 
     def __init__(self, samples: Samples, folder: Path) -> None:
         self.samples, self.folder = samples, folder
+        data = {path.resolve() for pair in getattr(samples, "pairs", ()) for path in pair}
+        for index in range(len(samples)):
+            target = folder / _prediction_name(samples, index)
+            if target.resolve() in data:
+                raise UserError(f"{target}: is a picture or mask of the data; choose another folder")
+        make_folder(folder)
 
     def __call__(self, index: int, labels: Picture, truth: Picture) -> None:
         if isinstance(self.samples, Cityscapes):

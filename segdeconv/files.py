@@ -74,10 +74,11 @@ def sha256_of(path: Path) -> str:
 
 def cache_folder() -> Path:
     """Where downloads are kept: SEGDECONV_CACHE, or ``segdeconv`` in the user's cache folder."""
+    # os.path's, which leaves alone what it does not know: there may be no home.
     chosen = os.environ.get("SEGDECONV_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "segdeconv"
+        return Path(os.path.expanduser(chosen))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "segdeconv"
 
 
 def read_json_lines(path: Path, missing_ok: bool = False) -> list[dict[str, Any]]:
@@ -92,7 +93,7 @@ def read_json_lines(path: Path, missing_ok: bool = False) -> list[dict[str, Any]
     if missing_ok and not path.exists():
         return []
     try:
-        whole = path.read_text().rpartition("\n")[0]
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
         return [json.loads(line) for line in whole.splitlines()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from segdeconv.errors import UserError, first_line
 from segdeconv.files import write_atomically
@@ -21,6 +21,16 @@ Palette = tuple[Color, ...]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
+_ORIENTATION = 0x0112  # EXIF's tag, and what brings its values upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow would clip these to 8 bits
 
 
@@ -95,7 +105,11 @@ def to_rgb(image: Image.Image, path: Path) -> Picture:
     load_pixels(image, path)
     if image.mode in _DEEP:
         raise UserError(f"{path}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow's parsers raise all sorts of things; damaged EXIF data say nothing
+        turn = None
+    return np.asarray((image if turn is None else image.transpose(turn)).convert("RGB"))
 
 
 def resize_image(image: Picture, size: tuple[int, int] | None) -> Picture:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ class Gates:
 
     max_drop: float = 0.01
     min_speedup: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_drop", "min_speedup"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a number")
 
 
 @dataclass(frozen=True)

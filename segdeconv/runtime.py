@@ -6,9 +6,10 @@ metadata, so this file imports nothing of the training side, and no torch.
 
 from __future__ import annotations
 
+import glob
+import itertools
 import json
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
@@ -103,7 +104,7 @@ def open_session(
         return opened, "cpu", ""
     from segdeconv.doctor import gather, why_no_cuda
 
-    finding = why_no_cuda(gather(), error)
+    finding = why_no_cuda(gather(caches=False), error)
     if kind == "cuda" and not allow_cpu:
         raise UserError(
             f"--device {device}: {finding.what}; mend it with: {finding.fix} (or pass --allow-cpu)"
@@ -154,8 +155,8 @@ class Segmenter:
     ) -> None:
         options = import_onnxruntime().SessionOptions()
         if threads is not None:
-            if threads < 1:
-                raise UserError(f"--threads {threads}: expected at least 1")
+            if not 1 <= threads <= 1024:
+                raise UserError(f"--threads {threads}: expected 1 to 1024")
             options.intra_op_num_threads = threads
         self.session, self.device, self.why_cpu = open_session(path, device, allow_cpu, options)
         metadata = self.session.get_modelmeta().custom_metadata_map
@@ -218,7 +219,8 @@ class Segmenter:
             UserError: the graph is a classifier, the arrays are no pictures, or onnxruntime fails.
         """
         if self.metadata["task"] != "segmentation":
-            raise UserError(f"the graph does {self.metadata['task']}, not segmentation")
+            task = self.metadata["task"]
+            raise UserError(f"the graph does {task}, not segmentation; segdeconv eval RUN --onnx scores it")
         if isinstance(images, np.ndarray):
             return self._label(images) if images.ndim == 4 else self._label(images[None])[0]
         by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -389,9 +391,9 @@ class Segmenter:
 
 def _parts(starts: list[int], length: int) -> list[slice]:
     """What each window along an axis gives: up to the middle of what it shares with its neighbour."""
-    middles = [(first + length + second) // 2 for first, second in pairwise(starts)]
+    middles = [(first + length + second) // 2 for first, second in itertools.pairwise(starts)]
     edges = [0, *middles, starts[-1] + length]
-    return [slice(*pair) for pair in pairwise(edges)]
+    return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
 def find_images(source: str | Path) -> list[Path]:
@@ -418,15 +420,15 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
     """
     out = make_folder(Path(out))
     inputs = {path.resolve() for path in images}
-    for path in images:
+    if len(images) == 1:  # of a whole folder no two share a name
+        inputs |= {path.resolve() for path in images[0].parent.glob(f"{glob.escape(images[0].stem)}.*")}
+    targets = [(out / f"{path.stem}.png", out / f"{path.stem}_overlay.jpg") for path in images]
+    for target in itertools.chain(*targets):
+        if target.resolve() in inputs:
+            raise UserError(f"{target}: is a picture to predict, or beside it; choose another --out")
+    for path, (label_file, overlay_file) in zip(images, targets, strict=True):
         image = read_rgb(path)
         labels = segmenter(image)
-        made = {
-            out / f"{path.stem}.png": label_png(labels, segmenter.palette),
-            out / f"{path.stem}_overlay.jpg": Image.fromarray(segmenter.overlay(image, labels)),
-        }
-        for target, picture in made.items():
-            if target.resolve() in inputs:
-                raise UserError(f"{target}: is one of the pictures to predict; choose another --out")
-            save_image(picture, target)
-        yield next(iter(made))
+        save_image(label_png(labels, segmenter.palette), label_file)
+        save_image(Image.fromarray(segmenter.overlay(image, labels)), overlay_file)
+        yield label_file

@@ -85,8 +85,8 @@ class Limits:
             ("workers", 0),
             ("queue", -1),
         ):
-            if not getattr(self, name) > least:
-                raise UserError(f"--{name} {getattr(self, name)}: expected more than {least}")
+            if not least < getattr(self, name) < 1e9:
+                raise UserError(f"--{name} {getattr(self, name)}: expected more than {least}, to 1e9")
 
 
 class _Metrics:
@@ -254,7 +254,7 @@ def serve(segmenter: Segmenter, host: str, port: int, limits: Limits) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{host} port {port}: cannot listen there ({reason}); choose another --port"
+            f"{host} port {port}: cannot listen there ({reason}); choose another --port or --host"
         ) from None
     shown = f"[{host}]" if ":" in host else host
     print(

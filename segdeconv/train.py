@@ -99,7 +99,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError) as error:
         first = first_line(error)
         raise UserError(f"--device {name}: not available here ({first}); use auto or cpu") from None
     return device
@@ -457,7 +457,7 @@ class _Run:
         begin = saved = time.monotonic()
         before, first = self.seconds, self.batches.start
         for images, targets in bar:
-            self.loss_total += self._guarded_step(images, targets)
+            self.loss_total += self._guarded(self._step, images, targets)
             self.step += 1
             done = self.step - (epoch - 1) * self.steps_per_epoch
             if self.recent:
@@ -487,9 +487,10 @@ class _Run:
             "memory_mib": memory_mib(self.device),
         }
 
-    def _guarded_step(self, images: Tensor, targets: Tensor) -> Tensor:
+    def _guarded(self, call: Callable[..., Any], images: Tensor, *targets: Tensor) -> Any:
+        """What ``call`` returns for a batch; where the network cannot take it, one sentence."""
         try:
-            return self._step(images, targets)
+            return call(images, *targets)
         except torch.OutOfMemoryError:
             raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
         except (RuntimeError, ValueError) as error:
@@ -637,7 +638,7 @@ class _Run:
         images, targets = next(iter(self.loader))
         self.model.train()
         with FlopCounterMode(display=False) as counter:
-            self.model(images.to(self.device))
+            self._guarded(self.model, images.to(self.device))
         operations = counter.get_total_flops() / len(images) / 1e9
         console.print(
             f"{tuple(images.shape)} images a batch, {self.steps_per_epoch} steps an epoch, "
@@ -653,7 +654,7 @@ class _Run:
         for step in (1, 2):
             kept.clear()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                loss = self._guarded_step(images, targets)
+                loss = self._guarded(self._step, images, targets)
             console.print(f"step {step}: loss {loss.item():.4f}")
             self.step += 1
         weights = sum(p.nbytes for p in self.model.parameters())

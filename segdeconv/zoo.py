@@ -137,7 +137,7 @@ def card(name: str) -> str:
     """
     path = entry_folder(name) / "card.md"
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
@@ -490,7 +490,7 @@ def publish(to: str, names: Sequence[str] = ()) -> list[str]:
         UserError: there is no such entry, its weights are not to be had, or the place cannot be written.
     """
     names = list(names) or entry_names()
-    if not to or (not to.startswith("hf://") and re.match("[a-z]+:/", to)):
+    if not to or (not to.startswith("hf://") and re.match("[A-Za-z][A-Za-z0-9+.-]*:/", to)):
         raise UserError(f"--to {to!r}: expected a folder or hf://ORG/REPO")
     weights = {name: find_weights(name) for name in names}  # all of them, before anything is written
     if not to.startswith("hf://"):
@@ -539,7 +539,7 @@ def _inference(scores: dict[str, Any]) -> Inference:
 def _read_scores(path: Path) -> dict[str, Any]:
     """What `segdeconv eval` wrote, with a metric in it and settings that can be had again."""
     try:
-        scores = json.loads(path.read_text())
+        scores = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -110,6 +111,10 @@ def test_demo_end_to_end(tmp_path: Path, call: Call) -> None:
     assert "next, the same recipe with batch norm" in out
     for name in ("overlay.png", "curves.png", "demo.onnx", "best.safetensors", "eval.json", "eval_onnx.json"):
         assert (tmp_path / "demo" / name).is_file(), name
+    code, _, err = call("demo", "--out", tmp_path / "demo", "--set", "model.architecture=unett")
+    assert (code, "did you mean 'unet'?" in err) == (2, True)
+    assert (tmp_path / "demo" / "overlay.png").is_file()  # which is worth more than nothing
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 def test_help_and_version(call: Call) -> None:
@@ -173,6 +178,19 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
     "recipe is a list": (lambda r, t: ["train", write(t / "r.yaml", "- a")], "expected a mapping"),
     "wrong key": (lambda r, t: ["train", bad_recipe(t, train={"epoch": 3})], "did you mean 'epochs'?"),
     "wrong type": (lambda r, t: ["train", bad_recipe(t, train={"lr": "fast"})], "train.lr = 'fast'"),
+    "no number": (lambda r, t: ["train", "demo", "--set", "train.lr=on"], "train.lr = True: expected a number"),
+    "a date as seed": (lambda r, t: ["train", "demo", "--set", "train.seed=20261126120000"], "train.seed = 2026"),
+    "no run to begin with": (lambda r, t: ["train", "demo", "--init", ""], "no such run folder or checkpoint"),
+    "dry run of what cannot be": (
+        lambda r, t: ["train", "demo", "--dry-run", *changes("model.options={in_channels: 1}")], "cannot train on batches"),
+    "graph of other weights": (
+        lambda r, t: ["eval", r / "run", "--onnx", other_run(r, t, weights_sha256="0" * 64)], "from other weights"),
+    "a prediction over a picture": (lambda r, t: ["predict", r / "model.onnx", two_of_a_name(t), "--out", t], "p.png: is a picture"),
+    "threads beyond count": (
+        lambda r, t: ["predict", r / "model.onnx", picture(t), "--threads", 3 * 10**9], "expected 1 to 1024"),
+    "a gate that is no number": (
+        lambda r, t: ["export", r / "run", "--fp16", "--max-drop", "nan", "--out", t / "m.onnx"], "--max-drop nan"),
+    "publishing somewhere unknown": (lambda r, t: ["zoo", "publish", "--to", "s3://bucket/x"], "expected a folder or hf://"),
     "override without =": (lambda r, t: ["train", "demo", "--set", "train.lr"], "expected key=value"),
     "override into a value": (lambda r, t: ["train", "demo", "--set", "name.x=3"], "is a value, not a section"),
     "unknown network": (lambda r, t: ["train", "demo", *changes("model.architecture=unnet")], "no architecture"),
@@ -255,11 +273,18 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
 }  # fmt: skip
 
 
-def other_run(road: Path, folder: Path) -> Path:
+def other_run(road: Path, folder: Path, **metadata: Any) -> Path:
     graph = onnx.load(road / "model.onnx")
-    next(entry for entry in graph.metadata_props if entry.key == "mean").value = "[0.5, 0.5, 0.5]"
+    for key, value in (metadata or {"mean": [0.5] * 3}).items():
+        next(entry for entry in graph.metadata_props if entry.key == key).value = json.dumps(value)
     onnx.save(graph, folder / "other.onnx")
     return folder / "other.onnx"
+
+
+def two_of_a_name(folder: Path) -> Path:
+    """A JPEG beside a PNG that its prediction would replace."""
+    Image.open(picture(folder)).save(folder / "p.jpg")
+    return folder / "p.jpg"
 
 
 def picture(folder: Path) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 
 from segdeconv.config import DataConfig
 from segdeconv.data import EpochBatches, EvalSet, TrainSet, eval_loader, open_samples, train_loader
@@ -104,6 +104,27 @@ def test_photographs_are_turned_upright(tmp_path: Path) -> None:
     Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
     assert read_rgb(tmp_path / "a.png").shape == (30, 20, 3)
     assert read_rgb(tmp_path / "a.png")[:15].min() == 255
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_pillows(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    want = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
+    assert np.array_equal(read_rgb(tmp_path / "a.png"), want)
+
+
+def test_damaged_exif_data_say_nothing(tmp_path: Path) -> None:
+    """No TIFF header; and a good one, a quarter turn, beside a tag whose type is wrong."""
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "a.png", exif=b"Exif\0\0MM" + bytes(6))
+    width = b"\1\0\0\2\0\0\0\3" + b"64\0\0"
+    turn = b"\1\x12\0\3\0\0\0\1\0\6\0\0"
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + width + turn + bytes(4)
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "b.jpg", exif=exif)
+    assert read_rgb(tmp_path / "a.png").shape == (4, 6, 3)
+    assert read_rgb(tmp_path / "b.jpg").shape == (6, 4, 3)
 
 
 def test_other_photographs(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +162,17 @@ def test_facts_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (hub.size, hub.writable) == (1000, True)
     assert (torch.size, torch.writable) == (0, True)
     assert hub.free > 0
+
+
+def test_a_machine_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an unknown user, or one whose HOME is somebody else's."""
+    for variable in ("HF_HOME", "HF_HUB_CACHE", "TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setenv("SEGDECONV_CACHE", "")
+    monkeypatch.chdir(tmp_path)
+    assert [cache.size for cache in gather().caches] == [0, 0, 0]
+    assert gather(caches=False).caches == ()
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:

@@ -88,7 +88,7 @@ def test_predict_images(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) 
 
 def test_pictures_are_never_overwritten(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
     Image.fromarray(picture(30, 50)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"a.png: is one of the pictures to predict"):
+    with pytest.raises(UserError, match=r"a.png: is a picture to predict"):
         list(predict_images(Segmenter(exported[0]), find_images(tmp_path), tmp_path))
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture(30, 50))
 
@@ -357,7 +357,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     )
     library = "libcudnn.so.9: cannot open shared object file" if how == "left out" else None
     monkeypatch.setattr(runtime, "import_onnxruntime", lambda: module)
-    monkeypatch.setattr(doctor, "gather", lambda: replace(sound, library_error=library))
+    monkeypatch.setattr(doctor, "gather", lambda caches: replace(sound, library_error=library))
 
 
 def test_cuda_where_it_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

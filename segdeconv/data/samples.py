@@ -105,7 +105,7 @@ def folder(config: DataConfig, *parts: str) -> Path:
     path = root_of(config).joinpath(*parts)
     if not path.is_dir():
         raise UserError(
-            f"{path}: no such folder (data.root = {config.root!r}); a {config.dataset} set needs it"
+            f"{path}: no such folder (data.root = {config.root!r}); the data set {config.dataset} needs it"
         )
     return path
 
