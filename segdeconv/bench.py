@@ -134,6 +134,8 @@ def bench(
         if segmenter.size not in (None, tuple(size)):
             raise UserError(f"{name}: takes pictures of {segmenter.size} only; give --size so")
     height, width = size
+    if not (min(size) >= 1 and batch * height * width < 2**30):
+        raise UserError(f"--size {height},{width}, --batch {batch}: expected 1 to {2**30} pixels in all")
     pictures = noise(batch, height, width)
     timings = interleave({name: stages(made, pictures) for name, made in segmenters.items()}, runs, batch)
     where = first.device

@@ -30,7 +30,7 @@ from segdeconv.data import EvalSet, Samples, eval_batch_size, open_samples
 from segdeconv.data.cityscapes import Cityscapes
 from segdeconv.data.transforms import EvalTransform
 from segdeconv.distributed import sum_over_ranks
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, first_line
 from segdeconv.figures import confusion_picture, triptych
 from segdeconv.files import make_folder, to_json, write_atomically, write_text
 from segdeconv.images import Picture, check_windows, label_png, resize_image, save_image, window_starts
@@ -278,7 +278,15 @@ def score(
     top5 = new_top5(count).to(device) if not segments and count > 5 else None
     seen = 0
     for images, targets in Bar(loader, len(loader), title):
-        output, targets = predict(images.to(device)), targets.to(device)
+        try:
+            output, targets = predict(images.to(device)), targets.to(device)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, (UserError, torch.OutOfMemoryError)):
+                raise
+            raise UserError(
+                f"the network cannot take pictures of shape {tuple(images.shape)} ({first_line(error)}); "
+                "check data.size, --scales and the pictures"
+            ) from error
         if output.is_floating_point():
             output = resized(output, targets.shape[-2:]) if segments else output
             if top5 is not None:

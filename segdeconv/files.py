@@ -19,6 +19,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: the place cannot be written.
     """
+    if not path.name:
+        raise UserError(f"{path}: is a folder, not a file to write")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         write(temporary)

@@ -89,6 +89,12 @@ def placement(
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         session, _, why_cpu = open_session(path, device, allow_cpu, options)
+        for source in session.get_inputs():
+            if source.type not in TYPES or len(source.shape) != 4:
+                raise UserError(
+                    f"{path}: its input {source.name} is {source.type} {source.shape}; expected pictures, "
+                    "floats or bytes with four axes"
+                )
         try:
             session.run(None, {source.name: _black(source, size) for source in session.get_inputs()})
         except Exception as error:  # onnxruntime raises its own unrelated classes

@@ -500,7 +500,8 @@ class _Run:
                     f"torch.compile cannot compile the network ({reason}); on a CPU it needs a C++ compiler; "
                     "start a run with train.compile=false"
                 ) from error
-            if self.step > 0 or isinstance(error, UserError) or distributed.says_a_process_is_gone(error):
+            at_work = self.step > 0 and isinstance(error, RuntimeError)  # not for want of a network that fits
+            if at_work or isinstance(error, UserError) or distributed.says_a_process_is_gone(error):
                 raise
             raise UserError(
                 f"the network cannot train on batches of shape {tuple(images.shape)} "

@@ -180,7 +180,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
     "wrong type": (lambda r, t: ["train", bad_recipe(t, train={"lr": "fast"})], "train.lr = 'fast'"),
     "no number": (lambda r, t: ["train", "demo", "--set", "train.lr=on"], "train.lr = True: expected a number"),
     "a date as seed": (lambda r, t: ["train", "demo", "--set", "train.seed=20261126120000"], "train.seed = 2026"),
-    "no run to begin with": (lambda r, t: ["train", "demo", "--init", ""], "no such run folder or checkpoint"),
+    "no run to begin with": (lambda r, t: ["train", "demo", "--init", ""], ".: holds no checkpoint"),
     "dry run of what cannot be": (
         lambda r, t: ["train", "demo", "--dry-run", *changes("model.options={in_channels: 1}")], "cannot train on batches"),
     "graph of other weights": (
@@ -190,6 +190,10 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
         lambda r, t: ["predict", r / "model.onnx", picture(t), "--threads", 3 * 10**9], "expected 1 to 1024"),
     "a gate that is no number": (
         lambda r, t: ["export", r / "run", "--fp16", "--max-drop", "nan", "--out", t / "m.onnx"], "--max-drop nan"),
+    "a split that is not drawn": (lambda r, t: ["eval", r / "run", "--split", "test"], "has no split test"),
+    "a picture of no pixels": (lambda r, t: ["bench", r / "model.onnx", "--size", "-1,5"], "--size -1,5"),
+    "numbers into a folder": (
+        lambda r, t: ["bench", r / "model.onnx", "--size", "32,32", "--runs", "1", "--json", "/"], "is a folder"),
     "publishing somewhere unknown": (lambda r, t: ["zoo", "publish", "--to", "s3://bucket/x"], "expected a folder or hf://"),
     "override without =": (lambda r, t: ["train", "demo", "--set", "train.lr"], "expected key=value"),
     "override into a value": (lambda r, t: ["train", "demo", "--set", "name.x=3"], "is a value, not a section"),

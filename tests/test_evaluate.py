@@ -21,7 +21,7 @@ from torch import Tensor
 from segdeconv import evaluate
 from segdeconv.checkpoint import CheckpointInfo, save_checkpoint
 from segdeconv.config import DataConfig, Recipe, load_recipe
-from segdeconv.data import open_samples
+from segdeconv.data import eval_loader, open_samples
 from segdeconv.errors import UserError
 from segdeconv.evaluate import (
     Inference,
@@ -290,10 +290,20 @@ def test_a_run_is_scored_at_its_own_size_or_the_original(tmp_path: Path, inferen
         evaluate_run(run, predictions=tmp_path / "val" / "masks", inference=inference)
 
 
+def test_a_picture_that_the_network_cannot_take() -> None:
+    config = DataConfig("toy", size=(32, 64), count=(1, 2))
+    samples = open_samples(config, "val")
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(images, 64)
+
+    with pytest.raises(UserError, match=r"cannot take pictures of shape \(1, 3, 32, 64\)"):
+        score(predict, eval_loader(samples, config, 1, 1), samples, 255, "cpu")
+
+
 def test_the_default_is_what_training_validates(tmp_path: Path) -> None:
     """At the recipe's size, padded right and below to what the network needs."""
     from segdeconv.checkpoint import load_checkpoint
-    from segdeconv.data import eval_loader
 
     run = own_run(tmp_path)
     model, info = load_checkpoint(run)

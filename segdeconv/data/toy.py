@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from segdeconv.config import DataConfig
 from segdeconv.data.samples import Samples
+from segdeconv.errors import UserError
 from segdeconv.images import Color, Picture
 
 CLASSES: dict[str, Color] = {
@@ -49,6 +50,8 @@ class ToyStreet(Samples):
 
     def __init__(self, config: DataConfig, split: str) -> None:
         self.size = config.size or DEFAULT_SIZE
+        if split == "test":
+            raise UserError("the data set toy has no split test; its splits are train and val")
         train = split == config.train
         self.count = config.count[0 if train else 1]
         self.first = 0 if train else _FIRST_VAL_SEED
