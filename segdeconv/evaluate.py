@@ -367,11 +367,11 @@ def evaluate_run(
             "segmentation"
         )
     data = info.recipe.data.at(root)
+    if submission is not None:
+        _check_submission(submission, data.dataset, split)
     data = replace(data, val={"train": data.train, "val": data.val}.get(split, split))
     samples = open_samples(replace(data, size=None) if inference.original else data, "val")
     check_fit(info, samples)
-    if submission is not None:
-        _check_submission(submission, samples, split)
     ignore_index = ignore_index_of(samples, data)
     loader = DataLoader(
         _Pictures(samples, data),
@@ -525,8 +525,8 @@ def _prediction_name(samples: Samples, index: int) -> str:
     return f"{name}.png"
 
 
-def _check_submission(path: Path, samples: Samples, split: str) -> None:
-    if not isinstance(samples, Cityscapes):
+def _check_submission(path: Path, dataset: str, split: str) -> None:
+    if dataset != "cityscapes":
         raise UserError(
             "--submit makes a file for the Cityscapes server, and the run's data is not Cityscapes"
         )
