@@ -212,7 +212,7 @@ def _row(device: str, timing: dict[str, Any]) -> str:
     )
 
 
-def _height_and_width(text: str) -> tuple[int, int]:
+def height_and_width(text: str) -> tuple[int, int]:
     height, width = map(int, text.split(","))  # argparse says which value it is where this fails
     return height, width
 
@@ -222,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("networks", nargs="*", choices=[*NETWORKS, []], help=", ".join(NETWORKS))
     sizes = [(512, 1024), (1024, 2048)]
-    parser.add_argument("--sizes", nargs="+", type=_height_and_width, default=sizes, metavar="H,W")
+    parser.add_argument("--sizes", nargs="+", type=height_and_width, default=sizes, metavar="H,W")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=1)
