@@ -19,6 +19,7 @@ from segdeconv.export import export_onnx
 from segdeconv.figures import triptych
 from segdeconv.files import make_folder
 from segdeconv.images import save_image
+from segdeconv.models import build_model
 from segdeconv.progress import console
 from segdeconv.runtime import Segmenter
 from segdeconv.train import train
@@ -37,21 +38,17 @@ def run_demo(out: Path, overrides: list[str] | None = None) -> None:
     marker = out / ".segdeconv-demo"
     if out.is_dir() and any(out.iterdir()) and not marker.exists():
         raise UserError(f"{out}: is not empty and was not made by the demo; choose another --out")
-    earlier = out.with_name(f".{out.name}.earlier")
-    shutil.rmtree(earlier, ignore_errors=True)
-    if out.is_dir():
-        out.rename(earlier)
-    try:
-        make_folder(out)
-        marker.touch()
-        console.rule("1. train a deconvolved U-Net on drawn street scenes")
-        train(recipe, out)
-    except BaseException:  # Ctrl-C too: the earlier demo is worth more than a part of another
-        if earlier.exists():
-            shutil.rmtree(out)
-            earlier.rename(out)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
+    classes = open_samples(recipe.data, "train").classes
+    build_model(recipe.model, len(classes))  # what is wrong with the recipe leaves an earlier demo alone
+    for path in make_folder(out).iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    marker.touch()
+
+    console.rule("1. train a deconvolved U-Net on drawn street scenes")
+    train(recipe, out)
     console.rule("2. evaluate the best checkpoint")
     scores = evaluate_run(out)
     console.print(table(scores, "segmentation"))

@@ -104,7 +104,8 @@ def test_predict(road: Path, call: Call, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out" / "a.png").size == (50, 40)
 
 
-def test_demo_end_to_end(tmp_path: Path, call: Call) -> None:
+def test_demo_end_to_end(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for _ in range(2):  # a second demo replaces the first
         code, out, err = call("demo", "--out", tmp_path / "demo", *changes("train.epochs=1"))
         assert code == 0, err
@@ -115,6 +116,9 @@ def test_demo_end_to_end(tmp_path: Path, call: Call) -> None:
     assert (code, "did you mean 'unet'?" in err) == (2, True)
     assert (tmp_path / "demo" / "overlay.png").is_file()  # which is worth more than nothing
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    monkeypatch.chdir(tmp_path / "demo")
+    assert call("demo", "--out", ".", "--set", "model.architecture=unett")[0] == 2
+    assert (tmp_path / "demo" / "overlay.png").is_file()
 
 
 def test_help_and_version(call: Call) -> None:

@@ -62,7 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"checkpoint", "config", "data", "download", "entries", "evaluate", "figures", "fold", "metrics"}
     | {"models"},
     "demo": PICTURES
-    | {"checkpoint", "config", "data", "evaluate", "export", "figures", "progress", "runtime", "train"},
+    | {"checkpoint", "config", "data", "evaluate", "export", "figures", "models", "progress", "runtime"}
+    | {"train"},
 }
 
 
