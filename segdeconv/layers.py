@@ -9,9 +9,11 @@ parameters, which `to_conv` and `to_linear` return.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import statistics
+from collections import defaultdict
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -27,8 +29,10 @@ from segdeconv.whitening import (
     channels_per_block,
     channels_per_block_reference,
     fold_whitening,
+    has_autocast,
     inverse_sqrt,
     mean_and_scale,
+    no_autocast,
     patch_moments,
     patches_at,
     sample_patches,
@@ -43,26 +47,15 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@torch.compiler.assume_constant_result  # not every torch can trace the question
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
 def _low_precision(x: Tensor) -> torch.dtype | None:
     """bfloat16 where autocast computes in it, which leaves float64 alone; float16 has too little range for
     gradients divided by the scale of a channel.
     """
     device = x.device.type
-    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return None
     bfloat16 = torch.get_autocast_dtype(device) == torch.bfloat16 and x.dtype != torch.float64
     return torch.bfloat16 if bfloat16 else None
-
-
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    if _has_autocast(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _again() -> bool:
@@ -308,7 +301,7 @@ class Whitened(nn.Module):
         x = self._batched(x).to(_at_least_float32(self.weight.dtype))
         if x.numel() == 0:
             return
-        with _no_autocast(x):
+        with no_autocast(x):
             if self.config.mode == "fast":
                 _, moments, samples = self._channel_moments(x)
                 self._pool_moments(moments, self._share_of_zeros(x))
@@ -378,7 +371,7 @@ class Whitened(nn.Module):
         return mean_and_scale(moments_2C, groups, blocks, block * taps, self.config.eps)
 
     def _fold(self, whitening: Tensor | None, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        with _no_autocast(self.weight):
+        with no_autocast(self.weight):
             return fold_whitening(
                 *self._weight_and_bias(), whitening, mean, self.num_blocks, self.interleaved, scale
             )
@@ -391,7 +384,7 @@ class Whitened(nn.Module):
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean (G, K, F), covariance (G, F, F) and number of sampled rows N of one batch, over all ranks."""
-        with _no_autocast(x):
+        with no_autocast(x):
             every = self.sampling_stride(x)
             rows = self._sample(x, (every, every))
             patches = to_blocks(rows.unflatten(1, (self._shape[0], -1)), self.num_blocks, self.interleaved)
@@ -432,7 +425,7 @@ class Whitened(nn.Module):
 
     def whitening_from(self, cov_GFF: Tensor) -> Tensor:
         """The whitening matrices (G, F, F) of covariances, by this layer's settings."""
-        with _no_autocast(cov_GFF):
+        with no_autocast(cov_GFF):
             return inverse_sqrt(cov_GFF, self.config.eps, self.config.num_iters)
 
     @torch.no_grad()
@@ -454,8 +447,9 @@ class Whitened(nn.Module):
             return x, *self.folded_parameters()
         _, _, block, taps = self._shape
         products = self.weight.numel() * block * taps if self.decorrelates else 0
-        low_precision = _low_precision(x) if products >= _LOW_PRECISION_PAYS else None
-        with _no_autocast(x):
+        out = _low_precision(x)
+        low_precision = out if products >= _LOW_PRECISION_PAYS else None
+        with no_autocast(x):
             x, moments, samples = self._channel_moments(x)
             if torch.compiler.is_compiling() and (self.refresh_now is None or world_size() > 1):
                 running, refreshed = _follow_outside_graph(
@@ -470,13 +464,17 @@ class Whitened(nn.Module):
             else:
                 self._follow(x.detach(), moments.detach(), samples)
                 running, whitening = self.running_moments, self.running_whitening
-                if self.refresh_now and self.decorrelates:  # a second call in this step would overwrite it
-                    whitening = _snapshot(whitening)
             moments = self._steadied(moments, samples, running)
             if torch.compiler.is_compiling() and running is self.running_moments:
                 moments = _snapshot(moments)
             weight, bias = standardise_and_fold(
-                *self._weight_and_bias(), moments, whitening, self.num_blocks, self.config.eps, low_precision
+                *self._weight_and_bias(),
+                moments,
+                whitening,
+                self.num_blocks,
+                self.config.eps,
+                low_precision,
+                out,
             )
         return x, weight, bias
 
@@ -513,7 +511,7 @@ class Whitened(nn.Module):
         if due is None:
             step = self._steps_taken() - 1
             turn = step + self.refresh_offset
-            due = turn % _interval(step, self.config) == 0
+            due = _due(step, self.config.refresh_every, self.refresh_offset)
         else:  # a number would be part of the graph
             turn = self.num_batches_tracked - 1 + self.refresh_offset
         if self.decorrelates and due:
@@ -551,7 +549,9 @@ class Whitened(nn.Module):
 
     @torch.no_grad()
     def _refresh(self, x: Tensor, moments: Tensor, samples: Any, turn: Any, momentum: float | None) -> None:
-        """Take second moments of standardised patches into ``running_cov`` and refresh the whitening."""
+        """Take second moments of standardised patches into ``running_cov``. Refresh the whitening, unless a
+        `RefreshSchedule` does.
+        """
         groups, blocks, block, taps = self._shape
         wanted = max(_SAMPLES_PER_FEATURE * block * taps, _FEWEST_SAMPLES) / blocks
         images = int(samples) * x.shape[1] // x[0].numel()  # over all ranks
@@ -577,10 +577,9 @@ class Whitened(nn.Module):
         # The variance of a weighted mean of independent samples, as a number of equally weighted ones.
         counted = 1 / ((1 - step).square() / self.cov_samples + step.square() / rows)
         self.cov_samples.copy_(torch.where(finite, counted, self.cov_samples))
-        whitening = shrunk_inverse_sqrt(self.running_cov, self.cov_samples)
-        if self.refresh_now is not None:  # graphs read it where it is
-            self.running_whitening.copy_(whitening)
+        if self.refresh_now is not None:
             return
+        whitening = shrunk_inverse_sqrt(self.running_cov, self.cov_samples)
         # A new tensor: a forward pass before this one may still need the old one for its backward pass.
         with torch.inference_mode(False):
             refreshed = torch.empty_like(self.running_cov)
@@ -591,16 +590,19 @@ def _whole(number: Any) -> Any:
     return number.long() if isinstance(number, Tensor) else int(number)
 
 
-def _interval(step: int, config: NetworkDeconvConfig) -> int:
-    """Fast mode: how many steps apart refreshes are after so many steps."""
-    return min(config.refresh_every, max(step // _STEPS_AN_INTERVAL, 1))
+def _due(step: int, refresh_every: int, offset: int = 0) -> bool:
+    """Fast mode: whether this step, after so many, refreshes the whitening."""
+    interval = min(refresh_every, max(step // _STEPS_AN_INTERVAL, 1))
+    return (step + offset) % interval == 0
 
 
 class RefreshSchedule:
     """Which steps refresh the whitening of a network: all layers at once. For torch.compile and CUDA graphs.
 
     A layer that decides for itself does so in Python, outside the graphs of torch.compile, and every layer
-    is a hole in them. With a schedule there are two graphs without any, one with refreshes and one without.
+    is a hole in them. With a schedule there are two graphs without any, one that measures the correlation of
+    what the layers read and one that does not. The whitening matrices are made of it before the next step,
+    of all layers of one size together.
 
         refreshes = RefreshSchedule(network)
         for images, targets in batches:
@@ -613,20 +615,43 @@ class RefreshSchedule:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = (layer for layer in model.modules() if isinstance(layer, Whitened))
-        self.layers = [layer for layer in layers if layer.config.mode == "fast"]
-        taken = [layer._steps_taken() for layer in self.layers]
+        self.layers: dict[int, list[Whitened]] = defaultdict(list)
+        for layer in model.modules():
+            if isinstance(layer, Whitened) and layer.config.mode == "fast":
+                self.layers[layer.config.refresh_every].append(layer)
+        taken = [layer._steps_taken() for layer in itertools.chain(*self.layers.values())]
         self.steps = statistics.median_low(taken) if taken else 0
 
     def step(self) -> tuple[bool, ...]:
         """Before the forward pass of every training step. Whether it refreshes, by ``refresh_every``."""
-        due = {}
-        for layer in self.layers:
-            layer.refresh_now = self.steps % _interval(self.steps, layer.config) == 0
-            due[layer.config.refresh_every] = layer.refresh_now
-            layer._step = None  # scheduled steps do not count in it
+        if self.steps:
+            for every, layers in self.layers.items():
+                if _due(self.steps - 1, every):
+                    self._refresh(layers)
+        due = tuple(_due(self.steps, every) for every in self.layers)
+        for now, layers in zip(due, self.layers.values(), strict=True):
+            for layer in layers:
+                if layer.refresh_now is not now:  # modules take their time for a new value
+                    layer.refresh_now = now
+                    layer._step = None  # scheduled steps do not count in it
         self.steps += 1
-        return tuple(due.values())
+        return due
+
+    @torch.no_grad()
+    def _refresh(self, layers: list[Whitened]) -> None:
+        of_size = defaultdict(list)
+        for layer in layers:
+            if layer.decorrelates:
+                cov = layer.running_cov
+                of_size[cov.shape[-1], cov.dtype, cov.device].append(layer)
+        for same in of_size.values():
+            groups = [len(layer.running_cov) for layer in same]
+            samples = [layer.cov_samples.expand(n, 1, 1) for layer, n in zip(same, groups, strict=True)]
+            whitening = shrunk_inverse_sqrt(
+                torch.cat([layer.running_cov for layer in same]), torch.cat(samples)
+            )
+            for layer, matrices in zip(same, whitening.split(groups), strict=True):
+                layer.running_whitening.copy_(matrices)  # in place: graphs read it where it is
 
 
 _LAYERS: WeakValueDictionary[int, Whitened] = WeakValueDictionary()
@@ -684,7 +709,20 @@ def _snapshot(value: Tensor) -> Tensor:
 
 @_snapshot.register_fake
 def _(value: Tensor) -> Tensor:
+    _fuse_snapshots()
     return torch.empty_like(value)
+
+
+@functools.cache
+def _fuse_snapshots() -> None:
+    """Let Inductor make a snapshot where it makes the value, not by a kernel of its own: only the partitioner
+    has to take it for a black box. Called when a graph is traced, so that nobody else imports Inductor.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch._inductor.lowering import lowerings, register_lowering
+
+        clone = lowerings[torch.ops.aten.clone.default]
+        register_lowering(torch.ops.segdeconv.snapshot.default, type_promotion_kind=None)(clone)
 
 
 _snapshot.register_autograd(lambda _, grad: grad)
@@ -846,8 +884,6 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
         if self.padding_mode != "zeros" or (padding == "same" and max(_pair(self.stride)) > 1):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             batched, padding = F.pad(batched, self._padding_lrtb(batched), mode=mode), 0
-        if torch.compiler.is_compiling():  # which would copy it, or the map, for the backward pass
-            weight = weight.contiguous(memory_format=torch.channels_last)
         out = F.conv2d(batched, weight, bias, self.stride, padding, self.dilation, self.groups)
         return out if input.ndim == 4 else out[0]
 

@@ -20,12 +20,25 @@ Shape suffixes
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@torch.compiler.assume_constant_result  # not every torch can trace the question
+def has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """In which operations on the device of ``x`` keep the precision they are given."""
+    if has_autocast(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def channels_per_block(channels: int, block_size: int) -> int:
@@ -169,6 +182,11 @@ def _moment_rows(x: Tensor) -> Tensor:
     return x[:, :, 1::3] if x.ndim == 4 and x.shape[2] >= 32 else x
 
 
+def _with_moment_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x`` with ``rows`` in the place of its `_moment_rows`."""
+    return torch.slice_scatter(x, rows, 2, 1, None, 3)
+
+
 def _dense(rows: Tensor, x: Tensor) -> Tensor:
     """``rows`` of ``x``, copied where batch norm's kernels are slow on rows of their dtype and layout."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) if x.ndim == 4 else False
@@ -208,9 +226,9 @@ class _ChannelMoments(torch.autograd.Function):
         grad_mean, grad_var = grad_moments
         share, slope = x.shape[1] / rows.numel(), 2 * (1 - ctx.zeros)
         offset = torch.addcmul(grad_mean, grad_var, mean, value=4 * ctx.zeros - 2)
+        shape = (-1, *(1,) * (x.ndim - 2))
         # In place: the gradient was just made by the one layer that reads x, and nobody else holds it.
         if grad_x.dtype == offset.dtype:
-            shape = (-1, *(1,) * (x.ndim - 2))
             grad_rows.addcmul_(rows, grad_var.view(shape), value=slope * share)
             grad_rows.add_(offset.view(shape), alpha=share)
         else:  # tensor arithmetic in two precisions makes float32 copies, batch norm's kernel does not
@@ -265,7 +283,7 @@ def shrunk_inverse_sqrt(cov_GFF: Tensor, samples: Tensor) -> Tensor:
 
     Args:
         cov_GFF: positive semidefinite, of standardised features (diagonal about one).
-        samples: how many patches the estimate rests on, a scalar.
+        samples: how many patches the estimate rests on, a scalar or (G, 1, 1).
 
     Returns:
         ``whitening_GFF``, with a relative error of at most 2.5e-5 in spectral norm.
@@ -395,6 +413,65 @@ class _StandardiseAndFold(torch.autograd.Function):
         return grad_weight, grad_shifted.to(bias_dtype), grad_moments, None, None, None, None
 
 
+class _CompiledStandardiseAndFold(torch.autograd.Function):
+    # For compilers, which join what is written one after the other here. The weight leaves in the precision
+    # and memory layout in which the convolution reads it and keeps it for the backward pass, and its gradient
+    # comes in: all sums are over two tensors of one layout, and no other is kept.
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor,
+        moments_2C: Tensor,
+        whitening_GFF: Tensor | None,
+        blocks: int,
+        eps: float,
+        low_precision: torch.dtype | None,
+        out: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
+        mean_GKF, scale_GKF = mean_and_scale(moments_2C, groups, blocks, features, eps)
+        folded, shifted = fold_whitening(
+            weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision
+        )
+        folded = folded if out is None else folded.to(out)
+        if folded.ndim == 4:
+            folded = folded.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(folded, moments_2C, whitening_GFF)
+        ctx.dtypes = weight.dtype, bias.dtype, low_precision or mean_GKF.dtype
+        ctx.blocks, ctx.eps = blocks, eps
+        return folded, shifted
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
+        folded, moments_2C, whitening_GFF = ctx.saved_tensors
+        weight_dtype, bias_dtype, dtype = ctx.dtypes
+        groups = moments_2C.shape[1] // folded.shape[1]
+        rows = groups, len(folded) // groups
+        over = [1, *range(3, 1 + folded.ndim)]
+        # A compiler traces this with the forward pass, autocast included.
+        with no_autocast(folded):
+            mean_G1C, var_G1C = moments_2C.view(2, groups, 1, -1, *(1,) * (folded.ndim - 2))
+            scale_G1C = (var_G1C + ctx.eps).rsqrt()
+            folded_GOC, grad_GOC = (t.to(moments_2C.dtype).unflatten(0, rows) for t in (folded, grad_folded))
+            shifted_GO1 = grad_shifted.to(moments_2C.dtype).view(*rows, *(1,) * (folded.ndim - 1))
+            # b' = b - w'·μ and w' = w D s with s = (var + ε)^(-1/2), so ds/dvar = -s³/2.
+            grad_mean = (shifted_GO1 * folded_GOC).sum(over).neg()
+            grad_scale = (grad_GOC * folded_GOC).sum(over) + mean_G1C.flatten(1) * grad_mean
+            grad_var = grad_scale * scale_G1C.flatten(1).square() * -0.5
+            grad_weight = ((grad_GOC - shifted_GO1 * mean_G1C) * scale_G1C).to(dtype)
+            if whitening_GFF is not None:
+                features = whitening_GFF.shape[-1]
+                grad_weight = grad_weight.reshape(groups, -1, features) @ whitening_GFF.to(dtype).mT
+            grad_weight = grad_weight.reshape(folded.shape).to(weight_dtype)
+            # `stack` would be a kernel of its own, between what makes the rows and what reads them.
+            row = torch.arange(2, device=folded.device)[:, None]
+            grad_moments = torch.where(row == 0, grad_mean.flatten(), grad_var.flatten())
+        return grad_weight, grad_shifted.to(bias_dtype), grad_moments, None, None, None, None, None
+
+
 def standardise_and_fold(
     weight: Tensor,
     bias: Tensor,
@@ -403,6 +480,7 @@ def standardise_and_fold(
     blocks: int,
     eps: float,
     low_precision: torch.dtype | None = None,
+    out: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fold_whitening` with every channel's mean and scale s = (var + ε)^(-1/2) of ``moments_2C``.
 
@@ -410,16 +488,15 @@ def standardise_and_fold(
 
     Args:
         low_precision: bfloat16 for arithmetic and results in it, which autocast would round to anyway.
+        out: what autocast would round the weight to, for compilers.
 
     Returns:
         weight and bias for the one layer that computes with them: their gradients are taken up in place.
     """
-    if not torch.compiler.is_compiling():
-        return _StandardiseAndFold.apply(weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision)
-    # The definition: a compiler makes fewer kernels of it than of the backward pass above.
-    groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
-    mean_GKF, scale_GKF = mean_and_scale(moments_2C, groups, blocks, features, eps)
-    return fold_whitening(weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision)
+    arguments = weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision
+    if torch.compiler.is_compiling():
+        return _CompiledStandardiseAndFold.apply(*arguments, out)
+    return _StandardiseAndFold.apply(*arguments)
 
 
 def mean_and_scale(

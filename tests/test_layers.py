@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from segdeconv import layers
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.layers import RefreshSchedule, WhitenedConv2d, WhitenedLinear
+from segdeconv.whitening import shrunk_inverse_sqrt
 
 CONVS = {
     "3x3": dict(kernel_size=3, padding=1),
@@ -815,6 +816,37 @@ def test_a_schedule_ends() -> None:
         refreshes.step()
         end()
         assert layer.refresh_now is None
+
+
+def test_a_schedule_makes_all_matrices_of_a_size_together() -> None:
+    """Each as its layer would, before the next step, and again in a copy that starts in between."""
+    sizes = [(6, 4, 1, 1), (3, 4, 3, 1), (6, 4, 1, 2), (6, 8, 1, 1), (8, 8, 2, 4)]
+    network = nn.ModuleList(WhitenedConv2d(c, o, k, groups=g) for c, o, k, g in sizes).double()
+    network.append(WhitenedConv2d(4, 4, 3, groups=4).double())  # has nothing to refresh
+    refreshes = RefreshSchedule(network)
+
+    def step(network: nn.ModuleList, refreshes: RefreshSchedule, seed: int) -> bool:
+        generator = torch.Generator().manual_seed(seed)
+        refreshed = refreshes.step()[0]
+        for layer in network:
+            layer(torch.randn(2, layer.in_channels, 6, 7, dtype=torch.float64, generator=generator))
+        return refreshed
+
+    for seed in range(42):
+        before = [copy.deepcopy(layer) for layer in network]
+        refreshed = step(network, refreshes, seed)
+        for layer, old in zip(network[:-1], before, strict=False):
+            if seed:  # after every step so far, which is to change
+                want = shrunk_inverse_sqrt(old.running_cov, old.cov_samples)
+                torch.testing.assert_close(layer.running_whitening, want, rtol=0, atol=1e-13)
+        assert refreshed is (seed <= 40)
+    resumed = copy.deepcopy(network)
+    refreshes_of_resumed = RefreshSchedule(resumed)
+    for seed in range(50, 54):
+        step(network, refreshes, seed)
+        step(resumed, refreshes_of_resumed, seed)
+    for mine, theirs in zip(resumed.buffers(), network.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_a_scheduled_layer_is_called_twice() -> None:

@@ -77,14 +77,13 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     labels = (network.batch, *(network.size if resolve(config)[0].task == "segmentation" else ()))
     targets = torch.randint(CLASSES, labels, device=device)
 
-    if network.compiled:
-        model.compile(fullgraph=True)
+    forward = torch.compile(model, fullgraph=True) if network.compiled else model
     refreshes = RefreshSchedule(model) if network.compiled else None
 
     def gradients(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            output = model(images)
+            output = forward(images)
         loss = loss_of(output, targets, recipe, 255)
         loss.backward()
         return loss.detach()
@@ -122,7 +121,7 @@ def operations(step: Callable[[], object], times: int = 1) -> float:
     # torch 2.14 counts a grouped convolution's weight gradient as many times too high as there are groups.
     right = {torch.ops.aten.convolution_backward: _of_convolution_backward}
     counter = FlopCounterMode(display=False, custom_mapping=right)
-    with counter, torch.compiler.set_stance("force_eager"):
+    with counter:
         for _ in range(times):
             step()
     return counter.get_total_flops() / times
@@ -195,7 +194,7 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
         for arm in arms:
             times[arm].append(cycle[arm])
     work = {arm: gpu_work(steps[arm]) if device.type == "cuda" else None for arm in arms}
-    if network.graphs:  # whose operations nobody sees
+    if network.graphs or network.compiled:  # whose operations nobody sees
         plain = replace(network, graphs=False, compiled=False)
         steps = {arm: stepper(plain, arm, device, amp) for arm in arms}
     gflop = {arm: operations(steps[arm], CYCLE if arm == "fast" else 1) / 1e9 for arm in arms}
