@@ -78,8 +78,9 @@ _PRIOR_SAMPLES = 16
 _FULL_RATE_FEATURES = 128
 
 # Fast mode under bfloat16 autocast: so many multiplications of weight and whitening matrix take less time in
-# bfloat16. Fewer, and the small operations beside them take more (CPU with AMX).
-_LOW_PRECISION_PAYS = 2**25
+# bfloat16. Fewer, and the small operations beside them take more (CPU with AMX; on an H100 2**23 take 6 us in
+# float32 and 3 in bfloat16, and rounding the matrix 1).
+_LOW_PRECISION_PAYS, _LOW_PRECISION_PAYS_ON_CUDA = 2**25, 2**22
 
 # Fast mode: statistics move quickly at first, so the whitening matrix is refreshed at every step to begin
 # with; from the second so many steps on the interval grows by one with each, up to ``config.refresh_every``.
@@ -448,7 +449,8 @@ class Whitened(nn.Module):
         _, _, block, taps = self._shape
         products = self.weight.numel() * block * taps if self.decorrelates else 0
         out = _low_precision(x)
-        low_precision = out if products >= _LOW_PRECISION_PAYS else None
+        pays = _LOW_PRECISION_PAYS_ON_CUDA if x.is_cuda else _LOW_PRECISION_PAYS
+        low_precision = out if products >= pays else None
         with no_autocast(x):
             x, moments, samples = self._channel_moments(x)
             if torch.compiler.is_compiling() and (self.refresh_now is None or world_size() > 1):

@@ -4,12 +4,12 @@
     python tools/bench_step.py resnet18_cifar --batch 128 --arms bn fast exact
     python tools/bench_step.py unet_resnet18 --batch 8 --size 160 224
 
-A step is forward, loss, backward and optimiser, on the GPU where there is one. The arms take turns step by
-step, so that a slow minute of the machine meets all of them. A cycle is twenty steps, in which the fast mode
-refreshes every layer's whitening matrix once. Printed are the median cycle's time over batch norm's (lowest
-and highest cycle in brackets), floating-point operations counted a step, and peak memory: of the GPU, or of a
-process of its own. On a GPU also the time that it works a step and how many kernels that takes, by torch's
-profiler; what is left of the step it waits for Python.
+A step is forward, loss, backward and optimiser, on the GPU where there is one. A cycle is twenty steps, in
+which the fast mode refreshes every layer's whitening matrix once. The arms take turns step by step, on a GPU
+cycle by cycle (training does not wait for it at every step), so that a slow minute of the machine meets all.
+Printed are the median cycle's time over batch norm's (lowest and highest cycle in brackets), floating-point
+operations counted a step, and peak memory: of the GPU, or of a process of its own. On a GPU also the time
+that it works a step and how many kernels that takes, by torch's profiler; what is left of the step it waits.
 """
 
 from __future__ import annotations
@@ -127,9 +127,10 @@ def operations(step: Callable[[], object], times: int = 1) -> float:
     return counter.get_total_flops() / times
 
 
-def seconds(step: Callable[[], None], device: torch.device) -> float:
+def seconds(step: Callable[[], None], times: int, device: torch.device) -> float:
     start = time.perf_counter()
-    step()
+    for _ in range(times):
+        step()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
@@ -186,11 +187,12 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
     torch.compiler.reset()  # or code of the networks before counts as versions of this one's
     steps = {arm: stepper(network, arm, device, amp) for arm in arms}
     times: dict[str, list[float]] = {arm: [] for arm in arms}
-    for _ in range(cycles):
+    at_a_time = CYCLE if device.type == "cuda" else 1
+    for number in range(cycles):
         cycle = dict.fromkeys(arms, 0.0)
-        for turn in range(CYCLE):
+        for turn in range(number, number + CYCLE // at_a_time):
             for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
-                cycle[arm] += seconds(steps[arm], device) / CYCLE
+                cycle[arm] += seconds(steps[arm], at_a_time, device) / CYCLE
         for arm in arms:
             times[arm].append(cycle[arm])
     work = {arm: gpu_work(steps[arm]) if device.type == "cuda" else None for arm in arms}

@@ -215,9 +215,13 @@ def table(lines: list[dict[str, Any]], epochs: int) -> str:
         columns.append("/".join(seeds) if len(set(seeds)) > 1 else seeds[0])  # of every arm where they differ
         ratios = paces(runs)
         columns.append(f"{np.mean(ratios):.2f}" if ratios else "")
-        columns.append("/".join(sorted({PRECISION[x["amp"]] for arm in runs.values() for x in arm})))
+        columns.append("/".join(sorted({how(x) for arm in runs.values() for x in arm})))
         rows.append(f"| {' | '.join(columns)} |")
     return "\n".join(rows) + "\n"
+
+
+def how(line: dict[str, Any]) -> str:
+    return PRECISION[line["amp"]] + (" on a GPU" if line.get("device", "cpu") != "cpu" else "")
 
 
 def paces(runs: dict[str, list[dict[str, Any]]]) -> list[float]:
@@ -257,8 +261,8 @@ def picture(lines: list[dict[str, Any]], path: Path) -> None:
                 axis.grid(alpha=0.3)
         row[0].set_yscale("log")
         row[0].set_title(NETWORKS[network][0], loc="left")
-    for axis in axes[:, 2]:
-        axis.legend(loc="lower right", fontsize=8)
+    for _, middle, last in axes:
+        (last if last.lines else middle).legend(loc="lower right", fontsize=8)
     save_figure(figure, path)
 
 
