@@ -262,7 +262,9 @@ def picture(lines: list[dict[str, Any]], path: Path) -> None:
         row[0].set_yscale("log")
         row[0].set_title(NETWORKS[network][0], loc="left")
     for _, middle, last in axes:
-        (last if last.lines else middle).legend(loc="lower right", fontsize=8)
+        if not last.lines:  # nobody took the time
+            last.set_axis_off()
+        (last if last.lines else middle).legend(loc="best", fontsize=8)
     save_figure(figure, path)
 
 
