@@ -339,3 +339,12 @@ def test_bad_input_in_a_real_process(tmp_path: Path) -> None:
         "segdeconv zoo list shows what there is\n"
     )
     assert done.stdout == ""
+
+
+def test_what_the_terminal_cannot_encode_ends_no_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "segdeconv", "zoo", "info", "unet_resnet10t.nd_toy"],
+        capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"mIoU" in done.stdout

@@ -72,6 +72,22 @@ def test_a_graph_that_is_no_graph(tmp_path: Path) -> None:
         placement(tmp_path / "x.onnx", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("kind", "sides", "said"),
+    [
+        (TensorProto.FLOAT, ["n", "features"], r"input x is tensor\(float\) \['n', 'features'\]"),
+        (TensorProto.INT64, ["n", 3, "h", "w"], r"input x is tensor\(int64\)"),
+    ],
+)
+def test_a_graph_that_reads_no_pictures(kind: int, sides: list[Any], said: str, tmp_path: Path) -> None:
+    value = [helper.make_tensor_value_info(name, kind, sides) for name in ("x", "out")]
+    made = helper.make_graph([helper.make_node("Identity", ["x"], ["out"])], "g", value[:1], value[1:])
+    path = tmp_path / "rows.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    with pytest.raises(UserError, match=rf"rows.onnx: its {said}.*; expected pictures"):
+        placement(path, "cpu")
+
+
 @pytest.mark.parametrize(("option", "code"), [([], 0), (["--strict"], 1)])
 def test_strict(option: list[str], code: int, graph: Path, call: Call) -> None:
     stopped, out, _ = call("placement", graph, "--device", "cpu", *option)
