@@ -182,11 +182,6 @@ def _moment_rows(x: Tensor) -> Tensor:
     return x[:, :, 1::3] if x.ndim == 4 and x.shape[2] >= 32 else x
 
 
-def _with_moment_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """``x`` with ``rows`` in the place of its `_moment_rows`."""
-    return torch.slice_scatter(x, rows, 2, 1, None, 3)
-
-
 def _dense(rows: Tensor, x: Tensor) -> Tensor:
     """``rows`` of ``x``, copied where batch norm's kernels are slow on rows of their dtype and layout."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) if x.ndim == 4 else False
@@ -226,9 +221,9 @@ class _ChannelMoments(torch.autograd.Function):
         grad_mean, grad_var = grad_moments
         share, slope = x.shape[1] / rows.numel(), 2 * (1 - ctx.zeros)
         offset = torch.addcmul(grad_mean, grad_var, mean, value=4 * ctx.zeros - 2)
-        shape = (-1, *(1,) * (x.ndim - 2))
         # In place: the gradient was just made by the one layer that reads x, and nobody else holds it.
         if grad_x.dtype == offset.dtype:
+            shape = (-1, *(1,) * (x.ndim - 2))
             grad_rows.addcmul_(rows, grad_var.view(shape), value=slope * share)
             grad_rows.add_(offset.view(shape), alpha=share)
         else:  # tensor arithmetic in two precisions makes float32 copies, batch norm's kernel does not

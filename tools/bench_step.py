@@ -150,14 +150,23 @@ def gpu_work(step: Callable[[], None]) -> tuple[float, float]:
     return sum(event.time_range.elapsed_us() for event in work) / CYCLE / 1e3, len(work) / CYCLE
 
 
-def peak_mib(name: str, network: Network, arm: str, device: torch.device, amp: bool) -> float:
-    """Peak memory of the training steps, MiB; on the CPU, beyond what the imports take."""
-    if device.type == "cuda":
-        gc.collect()  # compiled networks refer to themselves
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        stepper(network, arm, device, amp)()
-        return torch.cuda.max_memory_allocated() / 2**20
+def stepper_and_peak_mib(
+    network: Network, arm: str, device: torch.device, amp: bool
+) -> tuple[Callable[[], None], float]:
+    """`stepper`, and on a GPU the peak memory of its steps: a compiled network is not made twice for that."""
+    if device.type != "cuda":
+        return stepper(network, arm, device, amp), 0.0
+    torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device))  # cuBLAS takes its memory once
+    gc.collect()  # compiled networks refer to themselves
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step = stepper(network, arm, device, amp)
+    return step, (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def peak_mib(name: str, network: Network, arm: str, amp: bool) -> float:
+    """Peak memory of the training steps on the CPU, MiB, beyond what the imports take."""
     command = [sys.executable, __file__, name, "--arms", arm, "--memory-of-this-process"]
     command += ["--batch", str(network.batch), "--size", *map(str, network.size)]
     command += ["--amp"] * amp + ["--compile"] * network.compiled  # the CPU has no CUDA graphs
@@ -185,7 +194,9 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
     height, width = network.size
     print(f"\n{name}: batch {network.batch}, {height}x{width}", flush=True)
     torch.compiler.reset()  # or code of the networks before counts as versions of this one's
-    steps = {arm: stepper(network, arm, device, amp) for arm in arms}
+    steps, peaks = {}, {}
+    for arm in arms:
+        steps[arm], peaks[arm] = stepper_and_peak_mib(network, arm, device, amp)
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     at_a_time = CYCLE if device.type == "cuda" else 1
     for number in range(cycles):
@@ -200,8 +211,9 @@ def bench(name: str, network: Network, arms: list[str], cycles: int, device: tor
         plain = replace(network, graphs=False, compiled=False)
         steps = {arm: stepper(plain, arm, device, amp) for arm in arms}
     gflop = {arm: operations(steps[arm], CYCLE if arm == "fast" else 1) / 1e9 for arm in arms}
-    steps.clear()
-    peaks = {arm: peak_mib(name, network, arm, device, amp) for arm in arms}
+    if device.type != "cuda":
+        steps.clear()
+        peaks = {arm: peak_mib(name, network, arm, amp) for arm in arms}
     base = arms[0]
     print(f"  {'':10} {'ms a step':>9} {f'over {base}':>22} {'GFLOP':>9} {'':>7} {'MiB':>7}")
     for arm in arms:
