@@ -28,9 +28,10 @@ class _Recorded:
 class StepGraphs:
     """Forward, loss and backward pass of a training step, recorded and replayed.
 
-    Of every shape there are two graphs, with refreshes of the whitening and without. The first step of each
-    runs as it would without graphs, the second is recorded. Batches of another shape run as they would too,
-    once. The gradients are the same tensors after every replay.
+    Of every shape there are two graphs, that of steps which measure correlation (see `RefreshSchedule`) and
+    that of the others. The first step of each runs as it would without graphs, the second is recorded.
+    Batches of another shape run as they would too, once. The gradients are the same tensors after every
+    replay.
 
     Args:
         model: on the GPU, past loading of its state, in one process.

@@ -117,8 +117,9 @@ class Whitened(nn.Module):
     running_moments: Tensor
     _step: int | None
     _held: float
-    #: Fast mode: whether the next step refreshes the whitening; None: by the number of steps taken. A
-    #: `RefreshSchedule` sets it; evaluation, copying, loading and resetting end it.
+    #: Fast mode: whether the next step measures correlation, of which a `RefreshSchedule` then makes the
+    #: whitening; None: the layer does both, by the number of steps taken. The schedule sets it; evaluation,
+    #: copying, loading and resetting end it.
     refresh_now: bool | None
 
     def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:
@@ -500,7 +501,7 @@ class Whitened(nn.Module):
         return torch.lerp(running, moments, trust)
 
     def _follow(self, x: Tensor, moments: Tensor, samples: Any) -> None:
-        """Take a batch into the running moments and, when it is its turn, refresh the whitening.
+        """Take a batch into the running moments and, when it is its turn, its correlation into the whitening.
 
         Not a second time for activation checkpointing, whose second forward pass has to give the same; for a
         layer that is called once before the backward pass, it does.
@@ -551,8 +552,8 @@ class Whitened(nn.Module):
 
     @torch.no_grad()
     def _refresh(self, x: Tensor, moments: Tensor, samples: Any, turn: Any, momentum: float | None) -> None:
-        """Take second moments of standardised patches into ``running_cov``. Refresh the whitening, unless a
-        `RefreshSchedule` does.
+        """Take second moments of standardised patches into ``running_cov`` and, outside of the training steps
+        of a `RefreshSchedule`, refresh the whitening.
         """
         groups, blocks, block, taps = self._shape
         wanted = max(_SAMPLES_PER_FEATURE * block * taps, _FEWEST_SAMPLES) / blocks
@@ -579,9 +580,12 @@ class Whitened(nn.Module):
         # The variance of a weighted mean of independent samples, as a number of equally weighted ones.
         counted = 1 / ((1 - step).square() / self.cov_samples + step.square() / rows)
         self.cov_samples.copy_(torch.where(finite, counted, self.cov_samples))
-        if self.refresh_now is not None:
+        if self.refresh_now is not None and momentum is not None:
             return
         whitening = shrunk_inverse_sqrt(self.running_cov, self.cov_samples)
+        if self.refresh_now is not None:  # graphs read it where it is
+            self.running_whitening.copy_(whitening)
+            return
         # A new tensor: a forward pass before this one may still need the old one for its backward pass.
         with torch.inference_mode(False):
             refreshed = torch.empty_like(self.running_cov)
@@ -604,7 +608,7 @@ class RefreshSchedule:
     A layer that decides for itself does so in Python, outside the graphs of torch.compile, and every layer
     is a hole in them. With a schedule there are two graphs without any, one that measures the correlation of
     what the layers read and one that does not. The whitening matrices are made of it before the next step,
-    of all layers of one size together.
+    of all layers of one size together; before the second step they are the identity.
 
         refreshes = RefreshSchedule(network)
         for images, targets in batches:
@@ -625,7 +629,7 @@ class RefreshSchedule:
         self.steps = statistics.median_low(taken) if taken else 0
 
     def step(self) -> tuple[bool, ...]:
-        """Before the forward pass of every training step. Whether it refreshes, by ``refresh_every``."""
+        """Before the forward pass of every training step. Whether it measures, by ``refresh_every``."""
         if self.steps:
             for every, layers in self.layers.items():
                 if _due(self.steps - 1, every):
@@ -643,16 +647,21 @@ class RefreshSchedule:
     def _refresh(self, layers: list[Whitened]) -> None:
         of_size = defaultdict(list)
         for layer in layers:
-            if layer.decorrelates:
+            if layer.decorrelates and layer.training:
                 cov = layer.running_cov
                 of_size[cov.shape[-1], cov.dtype, cov.device].append(layer)
         for same in of_size.values():
             groups = [len(layer.running_cov) for layer in same]
-            samples = [layer.cov_samples.expand(n, 1, 1) for layer, n in zip(same, groups, strict=True)]
-            whitening = shrunk_inverse_sqrt(
-                torch.cat([layer.running_cov for layer in same]), torch.cat(samples)
+            cov_GFF = torch.cat([layer.running_cov for layer in same])
+            before_GFF = torch.cat([layer.running_whitening for layer in same])
+            samples, refreshes = (
+                torch.cat([number.expand(n, 1, 1) for number, n in zip(numbers, groups, strict=True)])
+                for numbers in zip(*((x.cov_samples, x.num_refreshes) for x in same), strict=True)
             )
-            for layer, matrices in zip(same, whitening.split(groups), strict=True):
+            with no_autocast(cov_GFF):
+                whitening_GFF = shrunk_inverse_sqrt(cov_GFF, samples)
+            whitening_GFF = whitening_GFF.where(refreshes > 0, before_GFF)  # the identity until measured
+            for layer, matrices in zip(same, whitening_GFF.split(groups), strict=True):
                 layer.running_whitening.copy_(matrices)  # in place: graphs read it where it is
 
 
@@ -705,7 +714,7 @@ def _(
 # written since (pytorch/pytorch#197039), but never the result of an operation it does not know.
 @torch.library.custom_op("segdeconv::snapshot", mutates_args=())
 def _snapshot(value: Tensor) -> Tensor:
-    """What a buffer holds now, or what was made of it, for the backward pass."""
+    """What was made of a buffer's values of now, for the backward pass."""
     return value.clone()
 
 
@@ -719,8 +728,9 @@ def _(value: Tensor) -> Tensor:
 def _fuse_snapshots() -> None:
     """Let Inductor make a snapshot where it makes the value, not by a kernel of its own: only the partitioner
     has to take it for a black box. Called when a graph is traced, so that nobody else imports Inductor.
+    A torch that does it otherwise makes that kernel.
     """
-    with contextlib.suppress(ImportError, AttributeError):
+    with contextlib.suppress(ImportError, AttributeError, KeyError, TypeError):
         from torch._inductor.lowering import lowerings, register_lowering
 
         clone = lowerings[torch.ops.aten.clone.default]

@@ -849,6 +849,43 @@ def test_a_schedule_makes_all_matrices_of_a_size_together() -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_schedule_makes_no_matrix_where_nothing_was_measured(amp: bool) -> None:
+    """Of layers that were not called or were reset; nor where a layer evaluates. In float32, as ever."""
+    network = nn.ModuleList(WhitenedConv2d(6, 4, 1) for _ in range(4))
+    refreshes = RefreshSchedule(network)
+    called, left_out, reset, frozen = network
+    x = torch.randn(2, 6, 8, 8)
+    frozen.observe(x)
+    frozen.eval()
+    frozen.running_cov.mul_(0.5)  # as averaging would: not what its matrix is of
+    kept = frozen.running_whitening.clone()
+    for step in range(4):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            refreshes.step()
+            for layer in (called, reset, frozen):
+                layer(x)
+        if step == 2:
+            reset.reset_running_stats()
+    assert torch.equal(left_out.running_whitening[0], torch.eye(6))
+    assert torch.equal(frozen.running_whitening, kept)
+    cov = called.running_cov.double()
+    refreshes.step()
+    want = shrunk_inverse_sqrt(cov, called.cov_samples)
+    torch.testing.assert_close(called.running_whitening.double(), want, rtol=0, atol=2e-5)
+    reset.reset_running_stats()
+    refreshes.step()
+    assert torch.equal(reset.running_whitening[0], torch.eye(6))
+
+
+def test_observing_in_the_middle_of_a_schedule_refreshes() -> None:
+    layer = WhitenedConv2d(6, 4, 1)
+    RefreshSchedule(layer).step()
+    layer.observe(torch.randn(2, 6, 8, 8))
+    want = shrunk_inverse_sqrt(layer.running_cov, layer.cov_samples)
+    assert torch.equal(layer.running_whitening, want)
+
+
 def test_a_scheduled_layer_is_called_twice() -> None:
     """Before one backward pass, with a refresh in both calls."""
     layer = WhitenedConv2d(4, 4, 3, padding=1)
