@@ -430,9 +430,11 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
         folded, shifted = fold_whitening(
             weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision
         )
-        folded = folded if out is None else folded.to(out)
+        # Nothing that may return what it is given, here: torch 2.11 compiles that to wrong gradients.
+        if out is not None and folded.dtype != out:
+            folded = folded.to(out)
         if folded.ndim == 4:
-            folded = folded.contiguous(memory_format=torch.channels_last)
+            folded = folded.clone(memory_format=torch.channels_last)
         ctx.save_for_backward(folded, moments_2C, whitening_GFF)
         ctx.dtypes = weight.dtype, bias.dtype, low_precision or mean_GKF.dtype
         ctx.blocks, ctx.eps = blocks, eps

@@ -712,12 +712,13 @@ def test_reference_mode_samples_1x1_rows() -> None:
 
 
 @pytest.mark.parametrize(("low_precision", "tolerance"), [(False, 1e-5), (True, 2e-2)])
+@pytest.mark.parametrize(("kernel", "groups"), [(3, 1), (1, 1), (3, 4)])
 def test_compiled_layers_are_one_graph_and_keep_their_own_running_values(
-    low_precision: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    kernel: int, groups: int, low_precision: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copies share their compiled code, and must not share what it updates."""
     monkeypatch.setattr(layers, "_LOW_PRECISION_PAYS", 0)
-    first = WhitenedConv2d(4, 6, 3, padding=1)
+    first = WhitenedConv2d(4, 8, kernel, padding=kernel // 2, groups=groups)
     for layer in (first, copy.deepcopy(first)):
         eager = copy.deepcopy(layer)
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
