@@ -718,6 +718,7 @@ def test_compiled_layers_are_one_graph_and_keep_their_own_running_values(
 ) -> None:
     """Copies share their compiled code, and must not share what it updates."""
     monkeypatch.setattr(layers, "_LOW_PRECISION_PAYS", 0)
+    torch._dynamo.reset()  # versions of other tests count
     first = WhitenedConv2d(4, 8, kernel, padding=kernel // 2, groups=groups)
     for layer in (first, copy.deepcopy(first)):
         eager = copy.deepcopy(layer)
@@ -777,6 +778,7 @@ def test_a_schedule_makes_two_graphs(backend: str) -> None:
 
 def test_compiled_code_is_shared_and_every_call_counts() -> None:
     """More many than torch.compile makes versions of one function, and calls that look superfluous."""
+    torch._dynamo.reset()  # versions of other tests count
     many = [WhitenedConv2d(4, 6, 1) for _ in range(10)]
     x = torch.randn(3, 4, 8, 8)
     for layer in many:
