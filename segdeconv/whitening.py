@@ -357,6 +357,24 @@ def fold_whitening(
     return (folded, shifted) if folded.dtype == out else (folded.to(out), shifted.to(out))
 
 
+def _standardise_and_fold(
+    weight: Tensor,
+    bias: Tensor,
+    moments_2C: Tensor,
+    whitening_GFF: Tensor | None,
+    blocks: int,
+    eps: float,
+    low_precision: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The folded weight and bias, mean and scale."""
+    groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
+    mean_GKF, scale_GKF = mean_and_scale(moments_2C, groups, blocks, features, eps)
+    folded, shifted = fold_whitening(
+        weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision
+    )
+    return folded, shifted, mean_GKF, scale_GKF
+
+
 class _StandardiseAndFold(torch.autograd.Function):
     # With a backward pass of its own, in place where it can: autograd's has some thirty small operations, and
     # new memory for the intermediate values of a large weight costs more than the arithmetic.
@@ -372,10 +390,8 @@ class _StandardiseAndFold(torch.autograd.Function):
         eps: float,
         low_precision: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
-        mean_GKF, scale_GKF = mean_and_scale(moments_2C, groups, blocks, features, eps)
-        folded, shifted = fold_whitening(
-            weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision
+        folded, shifted, mean_GKF, scale_GKF = _standardise_and_fold(
+            weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision
         )
         ctx.save_for_backward(folded, mean_GKF, scale_GKF, whitening_GFF)
         ctx.dtypes = weight.dtype, bias.dtype, low_precision or mean_GKF.dtype
@@ -425,10 +441,8 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
         low_precision: torch.dtype | None,
         out: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
-        mean_GKF, scale_GKF = mean_and_scale(moments_2C, groups, blocks, features, eps)
-        folded, shifted = fold_whitening(
-            weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision
+        folded, shifted, *_ = _standardise_and_fold(
+            weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision
         )
         # Nothing that may return what it is given, here: torch 2.11 compiles that to wrong gradients.
         if out is not None and folded.dtype != out:
@@ -436,7 +450,7 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
         if folded.ndim == 4:
             folded = folded.clone(memory_format=torch.channels_last)
         ctx.save_for_backward(folded, moments_2C, whitening_GFF)
-        ctx.dtypes = weight.dtype, bias.dtype, low_precision or mean_GKF.dtype
+        ctx.dtypes = weight.dtype, bias.dtype, low_precision or moments_2C.dtype
         ctx.blocks, ctx.eps = blocks, eps
         return folded, shifted
 
