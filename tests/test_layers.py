@@ -776,6 +776,13 @@ def test_a_schedule_makes_two_graphs(backend: str) -> None:
     assert counts == [counts[0]] * 41 + [counts[0] + 1] * 9
 
 
+def test_inductor_fuses_snapshots() -> None:
+    """A torch that cannot is forgiven, so this one has to say that it can."""
+    layers._fuse_snapshots()
+    lowerings = torch._inductor.lowering.lowerings
+    assert torch.ops.segdeconv.snapshot.default in lowerings
+
+
 def test_compiled_code_is_shared_and_every_call_counts() -> None:
     """More many than torch.compile makes versions of one function, and calls that look superfluous."""
     torch._dynamo.reset()  # versions of other tests count
