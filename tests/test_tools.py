@@ -35,17 +35,6 @@ def test_the_papers_page_holds_what_was_measured(monkeypatch: pytest.MonkeyPatch
     assert fresh, "docs/paper.md is older than docs/measured or the zoo; run: python tools/paper_page.py"
 
 
-def test_the_whitening_page_holds_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    table = accuracy_vs_time.table(accuracy_vs_time.read(accuracy_vs_time.RESULTS))
-    assert len(table.splitlines()) > 2
-    fresh = table in Path("docs/whitening.md").read_text()
-    assert fresh, (
-        "docs/whitening.md is older than docs/measured; run python tools/accuracy_vs_time.py --table "
-        "--figure docs/accuracy_vs_time.png and put the table there"
-    )
-
-
 # Accuracy against time.
 
 
