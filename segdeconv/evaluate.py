@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint
 from segdeconv.config import DataConfig
-from segdeconv.data import EvalSet, Samples, eval_batch_size, open_samples
+from segdeconv.data import EvalSet, Samples, end_workers, eval_batch_size, open_samples
 from segdeconv.data.cityscapes import Cityscapes
 from segdeconv.data.transforms import EvalTransform
 from segdeconv.distributed import sum_over_ranks
@@ -277,27 +277,36 @@ def score(
     confusion = new_confusion(count, ignore_index).to(device)
     top5 = new_top5(count).to(device) if not segments and count > 5 else None
     seen = 0
-    for images, targets in Bar(loader, len(loader), title):
-        try:
-            output, targets = predict(images.to(device)), targets.to(device)
-        except (RuntimeError, ValueError) as error:
-            if isinstance(error, (UserError, torch.OutOfMemoryError)):
+    batches = iter(loader)
+    try:
+        for images, targets in Bar(batches, len(loader), title):
+            try:
+                output, targets = predict(images.to(device)), targets.to(device)
+                if output.is_floating_point():
+                    output = resized(output, targets.shape[-2:]) if segments else output
+                    if top5 is not None:
+                        top5.update(output, targets)
+                    output = output.argmax(1)
+            except UserError:
                 raise
-            raise UserError(
-                f"the network cannot take pictures of shape {tuple(images.shape)} ({first_line(error)}); "
-                "check data.size, --scales and the pictures"
-            ) from error
-        if output.is_floating_point():
-            output = resized(output, targets.shape[-2:]) if segments else output
-            if top5 is not None:
-                top5.update(output, targets)
-            output = output.argmax(1)
-        confusion.update(output, targets)
-        if observers:
-            for labels, truth in zip(_bytes(output), _bytes(targets), strict=True):
-                for observe in observers:
-                    observe(seen, labels, truth)
-                seen += 1
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"the device ran out of memory on pictures of shape {tuple(images.shape)}; evaluate in "
+                    "windows (--window), or lower data.size or train.batch_size"
+                ) from None
+            except (RuntimeError, ValueError, AssertionError) as error:
+                raise UserError(
+                    f"the network cannot take pictures of shape {tuple(images.shape)} ({first_line(error)}); "
+                    "check data.size, --scales and the pictures"
+                ) from error
+            confusion.update(output, targets)
+            if observers:
+                for labels, truth in zip(_bytes(output), _bytes(targets), strict=True):
+                    for observe in observers:
+                        observe(seen, labels, truth)
+                    seen += 1
+    finally:
+        end_workers(batches)
     counts = confusion.compute()
     if not segments:
         scores = classification_scores(counts, samples.classes)

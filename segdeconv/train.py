@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ from segdeconv.checkpoint import (
 )
 from segdeconv.config import Recipe, TrainConfig
 from segdeconv.convert import ConversionReport, calibrate
-from segdeconv.data import EvalSet, Samples, eval_loader, open_samples, train_loader
+from segdeconv.data import EvalSet, Samples, end_workers, eval_loader, open_samples, train_loader
 from segdeconv.distributed import rank, sum_over_ranks, world_size
 from segdeconv.errors import UserError, first_line
 from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
@@ -171,7 +171,10 @@ def _train(recipe: Recipe, out: Path, device: torch.device, resume: bool) -> dic
 def dry_run(recipe: Recipe, device: torch.device | str = "cpu") -> None:
     """Print what a run would be, and train two steps: parameters, operations, memory, conversion report."""
     run = _prepare(recipe, torch.device(device))
-    run.describe()
+    try:
+        run.describe()
+    finally:
+        run.end_workers()
 
 
 @contextlib.contextmanager
@@ -308,12 +311,7 @@ class _Run:
         return self.model if self.ema is None else self.ema.module
 
     def end_workers(self) -> None:
-        """End the loader's processes, which would otherwise live as long as a traceback holds this run, and
-        hang Python's exit: they ignore its SIGTERM.
-        """
-        workers = getattr(self.loader, "_iterator", None)  # there is no public way
-        if workers is not None:
-            workers._shutdown_workers()
+        end_workers(getattr(self.loader, "_iterator", None))  # they stay from epoch to epoch
 
     # What a stopped run goes on from.
 
@@ -404,8 +402,10 @@ class _Run:
         """Statistics for trained weights, and a first state: a folder that cannot be written says so now."""
         self._check_room()
         if self.report is not None and starts_trained(self.recipe.model):
-            images = (images.to(self.device) for images, _ in islice(self.loader, _CALIBRATION_BATCHES))
-            calibrate(self.model, images)
+            batches = islice(self.loader, _CALIBRATION_BATCHES)
+            first, _ = next(batches)
+            images = (images.to(self.device) for images in chain([first], (later for later, _ in batches)))
+            self._guarded(lambda _: calibrate(self.model, images), first)
         if rank() == 0:
             if self.report is not None:
                 write_text(self.out / "conversion.txt", f"{self.report}\n")
@@ -493,7 +493,7 @@ class _Run:
             return call(images, *targets)
         except torch.OutOfMemoryError:
             raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
             if self.recipe.train.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 reason = first_line(getattr(error, "inner_exception", error))
                 raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import make_set, write
+from test_data import make_set, own, write
 from torch import Tensor
 
 from segdeconv import evaluate
@@ -290,15 +291,36 @@ def test_a_run_is_scored_at_its_own_size_or_the_original(tmp_path: Path, inferen
         evaluate_run(run, predictions=tmp_path / "val" / "masks", inference=inference)
 
 
-def test_a_picture_that_the_network_cannot_take() -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("too small"), r"cannot take pictures of shape \(1, 3, 32, 64\) \(too small\)"),
+        (AssertionError("not 224"), r"cannot take pictures of shape \(1, 3, 32, 64\) \(not 224\)"),
+        (torch.OutOfMemoryError(), r"out of memory on pictures of shape \(1, 3, 32, 64\)"),
+    ],
+    ids=repr,
+)
+def test_a_picture_that_the_network_cannot_take(error: Exception, said: str) -> None:
     config = DataConfig("toy", size=(32, 64), count=(1, 2))
     samples = open_samples(config, "val")
 
     def predict(images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.avg_pool2d(images, 64)
+        raise error
 
-    with pytest.raises(UserError, match=r"cannot take pictures of shape \(1, 3, 32, 64\)"):
+    with pytest.raises(UserError, match=said):
         score(predict, eval_loader(samples, config, 1, 1), samples, 255, "cpu")
+
+
+def test_no_process_stays_behind_a_damaged_picture(tmp_path: Path) -> None:
+    """The traceback holds the loader, whose processes would hang Python's exit."""
+    make_set(tmp_path, 1, "val")
+    write(tmp_path / "val/masks/0.png", np.full((20, 30), 7, np.uint8))
+    config = own(tmp_path, num_workers=1)
+    samples = open_samples(config, "val")
+    with pytest.raises(UserError, match="holds label 7") as raised:
+        score(lambda images: images, eval_loader(samples, config, 1, 1), samples, 255, "cpu")
+    assert raised.traceback
+    assert not multiprocessing.active_children()
 
 
 def test_the_default_is_what_training_validates(tmp_path: Path) -> None:

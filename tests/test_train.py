@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import multiprocessing
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from segdeconv.errors import UserError
 from segdeconv.evaluate import evaluate_run, table, write_scores
 from segdeconv.layers import Whitened
 from segdeconv.progress import Bar
-from segdeconv.train import _Run, first_bad_layer, lr_factor, make_optimizer, pick_device, train
+from segdeconv.train import _Run, dry_run, first_bad_layer, lr_factor, make_optimizer, pick_device, train
 
 TINY = [
     "model.encoder=lcnet_050",
@@ -175,6 +176,11 @@ def test_a_deconvolved_run_goes_on_with_other_data(tmp_path: Path) -> None:
 def test_a_network_that_cannot_take_the_batches_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot train on batches of shape \(4, 3, 32, 64\)"):
         train(tiny("model.options={in_channels: 4}"), tmp_path / "run")
+
+
+def test_a_dry_run_leaves_no_process_behind() -> None:
+    dry_run(tiny("data.num_workers=1"))
+    assert not multiprocessing.active_children()
 
 
 def test_averaged_weights_have_the_counters_of_the_network(tmp_path: Path) -> None:

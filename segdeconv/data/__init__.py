@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -212,6 +213,14 @@ def _leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C, and many schedulers, signal every process of a run; it stops its loaders when it is ready."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers(batches: Any) -> None:
+    """End the processes of a loader's iterator. They ignore SIGTERM, so they would hang Python's exit where a
+    traceback holds the iterator.
+    """
+    if hasattr(batches, "_shutdown_workers"):  # there is no public way
+        batches._shutdown_workers()
 
 
 def eval_batch_size(samples: Samples, config: DataConfig, batch_size: int) -> int:
