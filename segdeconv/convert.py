@@ -424,6 +424,14 @@ def _is_layer_norm(module: nn.Module) -> bool:
     return "LayerNorm" in type(module).__name__ or "RmsNorm" in type(module).__name__
 
 
+def _untraced(structure: Structure) -> str:
+    """Why no more may be known of a network, if it is that."""
+    if not structure.untraced:
+        return ""
+    module, reason = structure.untraced[0]
+    return f" as far as the network can be traced ({module}: {reason})"
+
+
 def _plan_batch_norm(
     name: str,
     module: Any,
@@ -439,7 +447,8 @@ def _plan_batch_norm(
     if layer is None and not readers:
         raise UserError(
             f"batch norm {name!r} neither follows a convolution or linear layer of its own nor feeds only "
-            "such layers, so the network would change silently; to keep it, pass a filter that says no to it"
+            f"such layers{_untraced(structure)}, so the network would change silently; to keep it, name it "
+            "in model.keep (in Python: pass a filter that says no to it)"
         )
     if layer is not None and layer in kept:
         return "kept", f"follows {layer}, which is kept: {kept[layer]}"
@@ -450,7 +459,7 @@ def _plan_batch_norm(
     if module.running_mean is None:
         raise UserError(
             f"batch norm {name!r} keeps no running values, so it has no function to keep; convert without "
-            "warm_start, or pass a filter that says no to it"
+            "warm_start, or name it in model.keep (in Python: pass a filter that says no to it)"
         )
     if layer is not None and name not in structure.guessed:
         return "removed", f"followed {layer}"

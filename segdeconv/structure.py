@@ -169,10 +169,9 @@ class _Tracer(fx.Tracer):
         return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # Whitened layers are Conv2d and Linear too.
-        return isinstance(m, (*NORMS, *WEIGHTED, *NEVER_WHITENED)) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        # Whitened layers are Conv2d and Linear too. Pools of timm's compute with the input's size.
+        leaves = (*NORMS, *WEIGHTED, *NEVER_WHITENED, nn.AvgPool2d, nn.MaxPool2d)
+        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         # smp's Linknet asks whether a skip connection has channels; tensors of networks have.

@@ -49,6 +49,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "unet mit_b0 (layer norm)": _smp("unet", "mit_b0"),
     "unet se_resnet50": _smp("unet", "se_resnet50"),
     "unet tu-mobilenetv3_small_050": _smp("unet", "tu-mobilenetv3_small_050"),
+    "deeplabv3plus tu-resnet10t (pools padded by image size)": _smp("deeplabv3plus", "tu-resnet10t"),
     # classifiers
     "timm resnetv2_50 (pre-activation)": _timm("resnetv2_50"),
     "timm tf_efficientnet_b0 (same padding)": _timm("tf_efficientnet_b0"),
