@@ -161,7 +161,7 @@ def default_size(segmenter: Segmenter) -> tuple[int, int]:
 def machine(device: str) -> dict[str, Any]:
     """The device, its name, and the number of cores this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = _cpu_name() if device == "cpu" else _nvidia_smi("name", device)
+    name = _cpu_name() if device == "cpu" else _nvidia_smi("name", device) or "an unknown GPU"
     return {"device": device, "device_name": name, "cores": cores}
 
 
@@ -219,12 +219,20 @@ def _memory_of_this_process(path: str, device: str, threads: str, *shape: str) -
 
 
 def _gpu_used(device: str) -> float | None:
-    return None if device == "cpu" else float(_nvidia_smi("memory.used", device).split()[0])
+    used = None if device == "cpu" else _nvidia_smi("memory.used", device)
+    return None if used is None else float(used.split()[0])
 
 
-def _nvidia_smi(query: str, device: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", device.partition(":")[2]]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def _nvidia_smi(query: str, device: str) -> str | None:
+    """None where it cannot be asked."""
+    number = device.partition(":")[2]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # of which nvidia-smi knows nothing
+    try:
+        place = visible.split(",")[int(number)].strip() if visible else number
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", place]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, IndexError, subprocess.SubprocessError):
+        return None
 
 
 def _cpu_name() -> str:

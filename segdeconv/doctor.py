@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -219,9 +220,11 @@ def _disk(facts: Facts) -> list[Finding]:
             found.append(Finding(what, f"export {cache.variable}=/a/folder/you/own"))
         elif cache.free < _LOW_DISK:
             what = f"only {cache.free / 2**30:.1f} GB are free at {cache.path}"
-            fix = "pip cache purge"
             if cache.size:
-                fix += f"; rm -r {cache.path} frees {cache.size / 2**30:.1f} GB of downloads"
+                what += f", which holds {cache.size / 2**30:.1f} GB of downloads"
+            fix = "pip cache purge"
+            if cache.size and cache.variable == "SEGDECONV_CACHE":  # others' downloads are not ours to remove
+                fix += f" && rm -r {shlex.quote(os.path.join(cache.path, 'zoo'))}"
             found.append(Finding(what, fix))
     return found
 

@@ -7,8 +7,25 @@ import numpy as np
 import pytest
 from test_runtime import handmade
 
-from segdeconv.bench import Timing, bench, interleave, table
+from segdeconv.bench import Timing, bench, interleave, machine, table
 from segdeconv.errors import UserError
+
+
+@pytest.mark.parametrize(("visible", "asked"), [(None, "1"), ("3, GPU-5f", "GPU-5f"), ("3", None)])
+def test_the_gpu_is_the_one_that_cuda_counts(
+    visible: str | None, asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvidia-smi has never heard of CUDA_VISIBLE_DEVICES."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "GPU number $4"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine("cuda:1")["device_name"] == (f"GPU number {asked}" if asked else "an unknown GPU")
+    program.unlink()
+    assert machine("cuda:1")["device_name"] == "an unknown GPU"
 
 
 def test_arms_take_turns_and_percentiles_are_right() -> None:

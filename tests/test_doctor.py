@@ -115,8 +115,13 @@ CASES = {
     ),
     "full disk": (
         replace(CPU_MACHINE, caches=(FULL_DISK,)),
-        "only 1.0 GB are free",
-        "rm -r /c/torch frees 3.0 GB",
+        "only 1.0 GB are free at /c/torch, which holds 3.0 GB of downloads",
+        "pip cache purge",
+    ),
+    "full disk under the zoo": (
+        replace(CPU_MACHINE, caches=(replace(FULL_DISK, variable="SEGDECONV_CACHE", path="/my data"),)),
+        "only 1.0 GB are free at /my data",
+        "pip cache purge && rm -r '/my data/zoo'",
     ),
     "foreign cache": (replace(CPU_MACHINE, caches=(LOCKED,)), "cannot be written", "export TORCH_HOME="),
 }
