@@ -223,6 +223,13 @@ class Segmenter:
             raise UserError(f"the graph does {task}, not segmentation; segdeconv eval RUN --onnx scores it")
         if isinstance(images, np.ndarray):
             return self._label(images) if images.ndim == 4 else self._label(images[None])[0]
+        pictures = images if isinstance(images, Sequence) else [images]
+        other = next((type(image).__name__ for image in pictures if not isinstance(image, np.ndarray)), None)
+        if other is not None:
+            raise UserError(
+                f"expected RGB (H, W, 3) uint8, not {other}; of a Pillow image "
+                "np.asarray(image.convert('RGB')) makes that"
+            )
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             by_shape.setdefault(image.shape, []).append(index)
@@ -372,13 +379,14 @@ class Segmenter:
         """Run a black picture twice, so that the first real one does not wait for allocation and tuning.
 
         Args:
-            size: height and width the pictures will have; by default the one the network was trained at.
+            size: height and width the pictures will have; by default what the graph or the recipe fixes, or a
+                window.
             batch: pictures a call.
 
         Raises:
             UserError: no size is given and the graph knows none.
         """
-        size = size or self.metadata["resize"] or self._window
+        size = size or self.size or self.metadata["resize"] or self._window
         if size is None:
             raise UserError("warm_up needs the pictures' height and width, the graph takes any")
         for _ in range(2):

@@ -290,10 +290,19 @@ def test_warm_up_and_overlay(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs the pictures' height and width"):
         segmenter.warm_up()
     Segmenter(handmade(tmp_path / "sized.onnx", resize=[20, 30])).warm_up()
+    Segmenter(handmade(tmp_path / "fixed.onnx", sides=(1, 3, 32, 48), resize=[20, 30])).warm_up()
     image = picture(20, 30)
     assert np.array_equal(segmenter.overlay(image), overlay(image, segmenter(image), PALETTE))
     blank = np.full((20, 30), 255, np.uint8)
     assert np.array_equal(segmenter.overlay(image, blank), image)
+
+
+def test_what_is_no_array_of_a_picture(tmp_path: Path) -> None:
+    segmenter = Segmenter(handmade(tmp_path / "m.onnx"))
+    image = Image.fromarray(picture(20, 30))
+    for given in (image, [image], [picture(20, 30), image]):
+        with pytest.raises(UserError, match=r"not Image; of a Pillow image np\.asarray"):
+            segmenter(given)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
