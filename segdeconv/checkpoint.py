@@ -33,6 +33,7 @@ FORMAT = "segdeconv/1"
 STATE_FORMAT = "segdeconv-state/1"
 _STATE, _PREVIOUS = "state.safetensors", "state.previous.safetensors"
 _LARGE = 4096  # numbers in a tensor that is worth halving
+_MOMENTS = ("running_moments", "running_mean", "running_var")
 # Keys that may change between stop and resume: they do not change what is computed.
 FREE_KEYS = ("data.root", "data.num_workers", "data.download", "train.checkpoint_minutes")
 
@@ -97,7 +98,7 @@ def store_checkpoint(source: Path, target: Path, half: bool) -> None:
         large = {
             name: value
             for name, value in tensors.items()
-            if value.numel() >= _LARGE and not name.endswith("running_moments")
+            if value.numel() >= _LARGE and not name.endswith(_MOMENTS)
         }
         halved = {name: value.half() for name, value in large.items() if value.is_floating_point()}
         tensors |= {name: value for name, value in halved.items() if value.isfinite().all()}

@@ -7,8 +7,8 @@ entry is, and how its weights are fetched, is in entries.py and download.py.
 from __future__ import annotations
 
 import json
+import math
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from segdeconv import bench
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, read_info, store_checkpoint
 from segdeconv.config import DataConfig, Recipe, recipe_to_dict
 from segdeconv.data import EvalSet, open_samples
@@ -309,7 +310,8 @@ def machine(device: torch.device | str) -> str:
     """This machine, in words."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    here = bench.machine("cpu")
+    return f"{here['cores']} CPU cores ({here['device_name']})"
 
 
 def _network(recipe: Recipe) -> tuple[str, str | None]:
@@ -372,8 +374,11 @@ def _card(
         "seed": str(recipe.train.seed),
     }
     by_class = scores["iou" if entry.task == "segmentation" else "recall"]
-    classes = [f"{index} {cls}" + (f" ({by_class[cls]:.3f})" if by_class.get(cls) is not None else "")
-               for index, cls in enumerate(info.classes)]  # fmt: skip
+    by_class = {cls: value for cls, value in by_class.items() if not math.isnan(value)}  # those that occur
+    classes = [
+        f"{index} {cls}" + (f" ({by_class[cls]:.3f})" if cls in by_class else "")
+        for index, cls in enumerate(info.classes)
+    ]
     per_class = "IoU" if entry.task == "segmentation" else "recall"
     network = "-".join(filter(None, (entry.architecture, entry.encoder)))
     return "\n".join(
@@ -416,8 +421,7 @@ def _failures(
     classes: Sequence[str], by_class: dict[str, float], scores: dict[str, Any], per_class: str
 ) -> list[str]:
     """The weakest classes and the most frequent confusions, in words."""
-    known = {cls: value for cls, value in by_class.items() if value is not None and value == value}
-    weakest = sorted(known, key=lambda cls: known[cls])[:_FAILURES]
+    weakest = sorted(by_class, key=lambda cls: by_class[cls])[:_FAILURES]
     counts = np.array(scores["confusion"], np.float64)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     np.fill_diagonal(shares, 0)
@@ -425,7 +429,7 @@ def _failures(
     pairs = [np.unravel_index(index, shares.shape) for index in worst]
     taken = [f"{classes[t]} for {classes[p]} ({shares[t, p]:.0%})" for t, p in pairs if shares[t, p] > 0]
     return [
-        f"Lowest {per_class}: {', '.join(f'{cls} {known[cls]:.3f}' for cls in weakest)}.",
+        f"Lowest {per_class}: {', '.join(f'{cls} {by_class[cls]:.3f}' for cls in weakest)}.",
         *([f"Most often mistaken, in percent of the true class: {', '.join(taken)}."] if taken else []),
     ]
 

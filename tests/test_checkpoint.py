@@ -22,10 +22,12 @@ from segdeconv.checkpoint import (
     read_info,
     save_checkpoint,
     start_from,
+    store_checkpoint,
 )
 from segdeconv.config import ModelConfig, NetworkDeconvConfig, Recipe, load_recipe
 from segdeconv.errors import UserError
 from segdeconv.files import sha256_of, to_json, write_atomically
+from segdeconv.layers import WhitenedConv2d
 from segdeconv.models import build_model
 
 RECIPE = load_recipe("demo", ["model.encoder=lcnet_050", "model.network_deconv.block_size=4"])
@@ -197,6 +199,20 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match="not a safetensors file"):
         load_checkpoint(path)
     assert not (tmp_path / "hostile-was-run").exists()
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_means_and_variances_are_not_halved(mode: str, tmp_path: Path) -> None:
+    layer = WhitenedConv2d(2048, 8, 3, config=NetworkDeconvConfig(mode=mode))  # type: ignore[arg-type]
+    kept = layer.running_moments if mode == "fast" else layer.running_mean
+    assert kept.numel() >= 4096
+    kept.fill_(1000.3)
+    info = CheckpointInfo(RECIPE, "segmentation", CLASSES, ((1, 2, 3),) * 3, 4, {})
+    save_checkpoint(tmp_path / "whole", layer, info)
+    store_checkpoint(tmp_path / "whole", tmp_path / "half", half=True)
+    stored = load_file(tmp_path / "half")
+    assert torch.equal(stored["running_moments" if mode == "fast" else "running_mean"], kept)
+    assert stored["weight"].dtype == torch.float16
 
 
 def test_nothing_half_written(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -35,6 +36,7 @@ from segdeconv.models import build_model
 from segdeconv.train import train
 from segdeconv.zoo import (
     Origin,
+    _card,
     add,
     card,
     count_gflops,
@@ -222,6 +224,16 @@ def test_a_name_is_good_wherever_a_run_is(zoo: Path, runs: Path) -> None:
     recipe = tiny(f"model.init={TWIN}")
     begun, _ = build_model(recipe.model, len(info.classes))  # the twin's weights, converted
     assert sum(p.numel() for p in begun.parameters()) == read_entry(NAME).parameters
+
+
+def test_a_card_names_a_class_that_does_not_occur(zoo: Path, runs: Path) -> None:
+    scores = evaluate_run(runs / "nd")
+    scores["iou"] |= {"person": math.nan}
+    info = read_info(runs / "nd" / "best.safetensors")
+    text = _card(read_entry(NAME), info, scores, scores, 60.0, Origin("drawn", "a loom"), "overlay.jpg")
+    assert "nan" not in text
+    assert re.search(r"\d person\b(?! \()", text)
+    assert re.search(r"\d road \(0\.\d{3}\)", text)
 
 
 def test_a_run_folder_goes_before_an_entry_of_its_name(zoo: Path, runs: Path, tmp_path: Path) -> None:
