@@ -221,6 +221,8 @@ def test_unknown_set_and_missing_keys(tmp_path: Path) -> None:
         open_samples(DataConfig("image_mask", root=str(tmp_path)), "train")
     with pytest.raises(UserError, match="toy brings its own classes"):
         open_samples(DataConfig("toy", classes=("a",)), "train")
+    with pytest.raises(UserError, match="toy brings its own colours"):
+        open_samples(DataConfig("toy", palette=((1, 2, 3),)), "train")
     with pytest.raises(UserError, match=r"data.ignore_index = 7 is the number of class 'car'"):
         open_samples(DataConfig("toy", ignore_index=7), "train")
 

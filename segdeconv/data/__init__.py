@@ -49,6 +49,12 @@ def find_samples(config: DataConfig, split: str) -> Samples:
     samples = DATASETS[config.dataset](config, {"train": config.train, "val": config.val}[split])
     if config.classes is not None and samples.classes != config.classes:
         raise UserError(f"data.classes: {config.dataset} brings its own classes; remove the key")
+    if config.palette is not None and samples.palette != config.palette:
+        raise UserError(f"data.palette: {config.dataset} brings its own colours; remove the key")
+    if len(samples.palette) != len(samples.classes):
+        raise UserError(
+            f"data.palette: {len(samples.palette)} colours for {len(samples.classes)} classes; give one each"
+        )
     if samples.task == "segmentation":
         if config.shorter_side is not None:
             raise UserError(
