@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import typer
 
 from segdeconv import __version__
-from segdeconv.errors import Refused, UserError
+from segdeconv.errors import Refused, UserError, sentence_of
 
 if TYPE_CHECKING:
     from segdeconv.config import Recipe
@@ -711,7 +711,7 @@ def _run_name(recipe: str, loaded: Recipe) -> str:
 
 def _network_of(run: str) -> list[str]:
     """The changes that give a recipe the network of a run or entry, and make it begin with the weights."""
-    import json
+    import yaml
 
     from segdeconv.checkpoint import find_checkpoint, read_info
     from segdeconv.config import recipe_to_dict
@@ -719,7 +719,11 @@ def _network_of(run: str) -> list[str]:
     model = recipe_to_dict(read_info(find_checkpoint(run)).recipe)["model"] | {"init": run}
     # A batch-norm network may become a deconvolved one of any kind.
     kept = ("norm", "keep", "network_deconv") if model["norm"] == "bn" else ("norm",)
-    return [f"model.{key}={json.dumps(value)}" for key, value in model.items() if key not in kept]
+    return [
+        f"model.{key}={yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)}"
+        for key, value in model.items()
+        if key not in kept
+    ]
 
 
 def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
@@ -757,7 +761,7 @@ def main() -> None:
         if code:
             sys.exit(code)
     except UserError as error:
-        _fail(str(error), code=3 if isinstance(error, Refused) else 2)
+        _fail(sentence_of(error), code=3 if isinstance(error, Refused) else 2)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -781,7 +785,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int = 2) -> None:
-    # An error in a loader process arrives as a whole traceback, its own sentence last.
-    sentence = message.strip().splitlines()[-1].removeprefix("segdeconv.errors.UserError: ")
-    print(f"segdeconv: error: {sentence}", file=sys.stderr)
+    print(f"segdeconv: error: {message}", file=sys.stderr)
     sys.exit(code)

@@ -25,11 +25,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def sentence_of(error: UserError) -> str:
+    """Its sentence: from a loader's process an error arrives as a whole traceback, the sentence last."""
+    return str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+
+
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
     """Around a program: a `UserError` becomes a line on standard error and exit code 2."""
     try:
         yield
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {sentence_of(error)}", file=sys.stderr)
         sys.exit(2)

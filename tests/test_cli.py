@@ -45,6 +45,18 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_network_to_begin_with_has_any_name(road: Path, call: Call, tmp_path: Path) -> None:
+    """YAML, in which it is handed on, has ways of its own to write what is not in its first plane."""
+    begun = tmp_path / "run😀: ~"
+    begun.symlink_to(road / "run")
+    options = {"--init": str(begun), "--out": str(tmp_path / "next")}
+    code, _, error = call("train", "demo", *sum(options.items(), ()), *changes("train.epochs=1"))
+    assert (code, error) == (0, "")
+    recipes = (yaml.safe_load((run / "recipe.yaml").read_text()) for run in (begun, tmp_path / "next"))
+    old, new = (recipe["model"] for recipe in recipes)
+    assert new == old | {"init": str(begun)}
+
+
 def test_eval_of_pytorch_and_onnx_agree(road: Path, call: Call) -> None:
     code, out, _ = call("eval", road / "run")
     assert code == 0
