@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from segdeconv.checkpoint import FREE_KEYS, flat
-from segdeconv.config import load_recipe, recipe_to_dict
+from segdeconv.checkpoint import FREE_KEYS
+from segdeconv.config import flat, load_recipe, recipe_to_dict
 from segdeconv.errors import UserError
 from segdeconv.figures import Point, curve, read_metrics, spread, training_curves
 from segdeconv.files import make_folder, to_json, write_text

@@ -48,6 +48,9 @@ class NetworkDeconvConfig:
         num_iters: exact and reference mode: coupled Newton-Schulz iterations.
         sampling_stride: exact and reference mode: statistics use every n-th position, in units of the
             convolution's stride.
+
+    Raises:
+        pydantic.ValidationError: a ValueError that names the setting and what was expected.
     """
 
     mode: Literal["fast", "exact", "reference"] = "fast"

@@ -68,10 +68,15 @@ def launched_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def own_gpu() -> torch.device:
+    """The GPU of this process, by its number among those that torchrun started on this machine."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def start(device: torch.device) -> torch.device:
     """Join the process group that torchrun describes in the environment; returns this process's device."""
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = own_gpu()
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

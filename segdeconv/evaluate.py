@@ -559,9 +559,9 @@ def scores_folder(run: str | Path) -> Path:
     return make_folder(Path("runs") / path)
 
 
-def write_scores(run: str | Path, scores: dict[str, Any]) -> Path:
-    """Leave scores beside the checkpoint, in ``eval.json`` or ``eval_onnx.json``."""
-    path = scores_folder(run) / ("eval.json" if scores["engine"] == "pytorch" else "eval_onnx.json")
+def write_scores(folder: Path, scores: dict[str, Any]) -> Path:
+    """Leave scores in ``eval.json`` or ``eval_onnx.json``."""
+    path = folder / ("eval.json" if scores["engine"] == "pytorch" else "eval_onnx.json")
     write_text(path, to_json(scores, indent=1))
     return path
 

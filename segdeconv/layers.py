@@ -339,6 +339,7 @@ class Whitened(nn.Module):
         every = self._grid(x, at_least, len(x))
         first = every[0] // 2, every[1] // 2  # the corner is mostly padding
         rows = self._sample(x, every, first).unflatten(1, (self._shape[0], -1))
+        rows = rows[:: max(len(rows) // max(at_least, 1), 1)]  # a linear layer's are on no grid
         return to_blocks(rows, self.num_blocks, self.interleaved)
 
     @torch.no_grad()
@@ -482,7 +483,7 @@ class Whitened(nn.Module):
         return x, weight, bias
 
     def _channel_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """``x``, its moments and how many values a channel they rest on, over all ranks."""
+        """``x``, its moments and how many values a channel has, over all ranks."""
         zeros, samples = self._share_of_zeros(x), x.numel() // x.shape[1]
         if world_size() == 1:
             return *channel_moments(x, zeros), samples

@@ -98,7 +98,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()
+        # Not on the first GPU for all: each process would take memory of it.
+        torch.empty(1, device=distributed.own_gpu() if name == "cuda" else device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError) as error:
         first = first_line(error)
         raise UserError(f"--device {name}: not available here ({first}); use auto or cpu") from None

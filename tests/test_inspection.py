@@ -63,7 +63,8 @@ def test_whitened_rows_of_a_linear_layer() -> None:
     x = torch.randn(5, 7, 6, dtype=torch.float64)
     layer(x)
     layer.eval()
-    out = layer.whitened(layer.patches(x, 1)).flatten(1) @ layer.weight.T + layer.bias
+    assert layer.patches(x, 10).shape[0] == 12  # every third
+    out = layer.whitened(layer.patches(x, 35)).flatten(1) @ layer.weight.T + layer.bias
     torch.testing.assert_close(out.view(5, 7, 4), layer(x), rtol=0, atol=1e-12)
 
 
