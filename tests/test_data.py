@@ -15,7 +15,7 @@ from segdeconv.data import EpochBatches, EvalSet, TrainSet, eval_loader, open_sa
 from segdeconv.data.samples import even_palette
 from segdeconv.data.transforms import BatchTransform
 from segdeconv.errors import UserError
-from segdeconv.images import central_crop, read_rgb
+from segdeconv.images import central_crop, list_images, read_rgb
 
 
 def write(path: Path, array: np.ndarray) -> Path:
@@ -125,6 +125,23 @@ def test_damaged_exif_data_say_nothing(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "b.jpg", exif=exif)
     assert read_rgb(tmp_path / "a.png").shape == (4, 6, 3)
     assert read_rgb(tmp_path / "b.jpg").shape == (6, 4, 3)
+
+
+def test_a_file_that_confuses_its_reader(tmp_path: Path) -> None:
+    """A TIFF whose StripOffsets (273) are text: Pillow raises a TypeError of its own."""
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.tif")
+    file = bytearray((tmp_path / "a.tif").read_bytes())
+    field = file.index(struct.pack("<HHI", 273, 4, 1))
+    file[field + 2] = 2
+    (tmp_path / "a.tif").write_bytes(file)
+    with pytest.raises(UserError, match=r"a.tif: a damaged picture \('str' object"):
+        read_rgb(tmp_path / "a.tif")
+
+
+def test_a_folder_is_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "b.png").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert list_images(tmp_path) == ([tmp_path / "a.png"], [])
 
 
 def test_other_photographs(tmp_path: Path) -> None:
