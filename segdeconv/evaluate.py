@@ -552,11 +552,14 @@ def _zip(path: Path, files: list[Path]) -> None:
 
 
 def scores_folder(run: str | Path) -> Path:
-    """Where the scores of a run folder or checkpoint are left; for a zoo entry it is ``runs/NAME``."""
+    """Where the scores of a run folder or checkpoint are left; for a zoo entry, whose folder is published,
+    it is ``runs/NAME``.
+    """
     path = Path(run)
-    if path.exists():
-        return path if path.is_dir() else path.parent
-    return make_folder(Path("runs") / path)
+    path = path.parent if path.is_file() else path
+    if path.is_dir() and not (path / "entry.json").is_file():
+        return path
+    return make_folder(Path("runs") / path.name)
 
 
 def write_scores(folder: Path, scores: dict[str, Any]) -> Path:

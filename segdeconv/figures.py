@@ -190,6 +190,7 @@ def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names may hold dollar signs
     from matplotlib import pyplot
 
     return pyplot

@@ -34,6 +34,7 @@ try:
     from fastapi import FastAPI, HTTPException, Request, Response
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import FileResponse, JSONResponse
+    from fastapi.routing import APIRoute
     from prometheus_client import (
         CollectorRegistry,
         Counter,
@@ -234,6 +235,9 @@ def make_app(segmenter: Segmenter, limits: Limits) -> FastAPI:
 
     for route, name in PAGE.items():
         app.get(f"/{route}", include_in_schema=False)(_file(WEB / name))
+    for got in list(app.routes):  # probes and balancers ask for heads, which FastAPI's get refuses
+        if isinstance(got, APIRoute) and got.methods == {"GET"}:
+            app.head(got.path, include_in_schema=False)(got.endpoint)
     return app
 
 
@@ -247,6 +251,8 @@ def serve(segmenter: Segmenter, host: str, port: int, limits: Limits) -> None:
         raise UserError(f"the graph does {segmenter.metadata['task']}; the server needs a segmentation graph")
     if len(segmenter.classes) > 256:
         raise UserError(f"the graph has {len(segmenter.classes)} classes; label PNGs hold at most 256")
+    if not host:  # which would be every address of the machine
+        raise UserError("--host '': expected an address, such as 127.0.0.1, or 0.0.0.0 for all of them")
     try:
         listener = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
@@ -320,7 +326,7 @@ def _decode(body: bytes, limits: Limits) -> Picture:
         image = Image.open(io.BytesIO(body), formats=_FORMATS)
     except Image.DecompressionBombError:
         raise HTTPException(413, "the picture has too many pixels; Pillow does not open it") from None
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # Pillow's parsers raise all sorts of things
         raise HTTPException(415, f"the body is no picture; expected {', '.join(_FORMATS)}") from None
     if image.width * image.height > limits.megapixels * 1e6 or max(image.size) > _MAX_SIDE:
         raise HTTPException(

@@ -59,7 +59,18 @@ ALLOWED: dict[str, set[str]] = {
     | {"bench", "checkpoint", "config", "data", "evaluate", "export", "interface", "metrics", "models"}
     | {"progress", "runtime"},
     "zoo": PICTURES
-    | {"checkpoint", "config", "data", "download", "entries", "evaluate", "figures", "fold", "metrics"}
+    | {
+        "bench",
+        "checkpoint",
+        "config",
+        "data",
+        "download",
+        "entries",
+        "evaluate",
+        "figures",
+        "fold",
+        "metrics",
+    }
     | {"models"},
     "demo": PICTURES
     | {"checkpoint", "config", "data", "evaluate", "export", "figures", "models", "progress", "runtime"}

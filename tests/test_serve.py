@@ -136,6 +136,13 @@ def test_other_wrong_requests(port: int) -> None:
     assert ask(port, "/nothing", method="GET")[0].status == 404
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/model.json", "/page.js"])
+def test_heads(path: str, port: int) -> None:
+    response, body = ask(port, path, method="HEAD")
+    assert (response.status, body) == (200, b"")
+    assert response.headers["Content-Type"] == ask(port, path, method="GET")[0].headers["Content-Type"]
+
+
 def test_other_origins_are_not_let_in(port: int) -> None:
     headers = {"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"}
     response, _ = ask(port, "/predict", method="OPTIONS", headers=headers)
@@ -250,6 +257,8 @@ def test_what_cannot_be_served(port: int) -> None:
         UserError, match=rf"127.0.0.1 port {port}: cannot listen there \(Address already in use"
     ):
         serve(Fake(), "127.0.0.1", port, Limits())
+    with pytest.raises(UserError, match="--host '': expected an address"):
+        serve(Fake(), "", 0, Limits())
     classifier = Fake()
     classifier.metadata["task"] = "classification"
     with pytest.raises(UserError, match="the server needs a segmentation graph"):

@@ -259,6 +259,9 @@ def test_the_commands(zoo: Path, call: Call, tmp_path: Path) -> None:
     assert f"miou {measured(NAME)['miou']:.4f} here" in out
     assert call("eval", NAME, "--device", "cpu")[0] == 0
     assert json.loads((tmp_path / "runs" / NAME / "eval.json").read_text())["miou"] == measured(NAME)["miou"]
+    before = sorted((zoo / NAME).iterdir())
+    assert call("eval", zoo / NAME, "--device", "cpu")[0] == 0
+    assert sorted((zoo / NAME).iterdir()) == before  # photographs and masks are not to be published
     code, out, _ = call("train", NAME, "--dry-run", "--device", "cpu")
     assert code == 0
     assert "step 2: loss" in out
