@@ -124,6 +124,8 @@ def convert_to_network_deconv(
         if reason:
             kept[name] = reason
 
+    norms = [name for name, module in modules.items() if isinstance(module, _BatchNorm)]
+    _refuse_lonely([name for name in norms if name not in kept], structure)
     for name, module in modules.items():
         if isinstance(module, (*WEIGHTED, *NEVER_WHITENED)):
             entry = ("kept", kept[name]) if name in kept else ("swapped", "")  # see below
@@ -424,12 +426,26 @@ def _is_layer_norm(module: nn.Module) -> bool:
     return "LayerNorm" in type(module).__name__ or "RmsNorm" in type(module).__name__
 
 
-def _untraced(structure: Structure) -> str:
-    """Why no more may be known of a network, if it is that."""
-    if not structure.untraced:
-        return ""
-    module, reason = structure.untraced[0]
-    return f" as far as the network can be traced ({module}: {reason})"
+def _refuse_lonely(norms: list[str], structure: Structure) -> None:
+    """Raise UserError for batch norms without a layer that could take their place."""
+    lonely = [
+        name for name in norms if name not in structure.norm_after and not structure.norm_before.get(name)
+    ]
+    if not lonely:
+        return
+    names, traced = ", ".join(map(repr, lonely)), ""
+    if structure.untraced:
+        module, reason = structure.untraced[0]
+        traced = f" as far as the network can be traced ({module}: {reason})"
+    if len(lonely) == 1:
+        what, own, feed, keep = f"batch norm {names} neither follows", "its", "feeds", "it"
+    else:
+        what, own, feed, keep = f"batch norms {names} neither follow", "their", "feed", "them"
+    raise UserError(
+        f"{what} a convolution or linear layer of {own} own nor {feed} only such layers{traced}, so the "
+        f"network would change silently; to keep {keep}, name {keep} in model.keep (in Python: pass a filter "
+        f"that says no to {keep})"
+    )
 
 
 def _plan_batch_norm(
@@ -444,12 +460,6 @@ def _plan_batch_norm(
         return "kept", kept[name]
     layer = structure.norm_after.get(name)
     readers = structure.norm_before.get(name, [])
-    if layer is None and not readers:
-        raise UserError(
-            f"batch norm {name!r} neither follows a convolution or linear layer of its own nor feeds only "
-            f"such layers{_untraced(structure)}, so the network would change silently; to keep it, name it "
-            "in model.keep (in Python: pass a filter that says no to it)"
-        )
     if layer is not None and layer in kept:
         return "kept", f"follows {layer}, which is kept: {kept[layer]}"
     if any(reader in kept for reader in readers):

@@ -57,6 +57,7 @@ _FUNCTIONS_BETWEEN = _POINTWISE | {
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "interpolate", "pad",
     "cat", "split", "chunk", "permute", "transpose", "add", "iadd", "add_", "sub", "mul", "getitem",
 }  # fmt: skip
+_FACTORS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _SHAPE_ONLY = ("size", "dim", "numel")
 
 
@@ -459,7 +460,8 @@ def _is_pooled(node: fx.Node, module_of: _ModuleOf) -> bool:
             dims = dims if isinstance(dims, (tuple, list)) else (dims,)
             return all(isinstance(d, int) for d in dims) and sorted(d % 4 for d in dims) == [2, 3]
         pointwise = (
-            isinstance(module, (*WEIGHTED, *NORMS, *_UNCHANGED, nn.Flatten))
+            _is_silu(source)
+            or isinstance(module, (*WEIGHTED, *NORMS, *_UNCHANGED, nn.Flatten))
             or (module is not None and _is_activation(module))
             or _function(source) in _POINTWISE
         )
@@ -477,7 +479,16 @@ def _gates(node: fx.Node) -> bool:
         if user in seen:
             continue
         seen.add(user)
-        if user.target in (operator.mul, operator.imul, torch.mul, "mul", "mul_"):
+        if user.target in _FACTORS and not _is_silu(user):
             return True
         queue.extend(user.users)
     return False
+
+
+def _is_silu(node: fx.Node) -> bool:
+    """Whether a node is x·sigmoid(x), as some encoders of smp write it out."""
+    if node.target not in _FACTORS or len(node.all_input_nodes) != 2:
+        return False
+    one, other = node.all_input_nodes
+    pairs = ((one, other), (other, one))
+    return any(_function(gate) == "sigmoid" and _input(gate) is x for x, gate in pairs)

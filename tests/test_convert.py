@@ -435,13 +435,25 @@ def test_shared_heads_without_a_trace() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.conv(x)) if x.sum() < 1e9 else x
 
-    with pytest.raises(UserError, match="neither follows"):
+    with pytest.raises(UserError, match=r"'0\.norm', '1\.norm' neither follow .* control flow\), so"):
         convert_to_network_deconv(nn.ModuleList([Head(), Head()]))
 
 
-@pytest.mark.parametrize("activation", ["gelu", "hardswish", "leaky_relu", "silu", "relu", "tanh"])
+WRITTEN_OUT = {
+    "x.mul_(x.sigmoid())": lambda x: x.mul_(x.sigmoid()),
+    "sigmoid(x) * x": lambda x: torch.sigmoid(x) * x,
+}
+
+
+@pytest.mark.parametrize(
+    "activation", ["gelu", "hardswish", "leaky_relu", "silu", "relu", "tanh", *WRITTEN_OUT]
+)
 def test_squeeze_and_excite_is_seen_whatever_its_activation(activation: str) -> None:
-    function = getattr(torch.nn.functional, activation, None) or getattr(torch, activation)
+    function = (
+        WRITTEN_OUT.get(activation)
+        or getattr(torch.nn.functional, activation, None)
+        or getattr(torch, activation)
+    )
 
     def wiring(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return m.norm(x) * torch.sigmoid(m.b(function(m.a(x.mean((2, 3), keepdim=True)))))
