@@ -99,8 +99,13 @@ def read_structure(model: nn.Module) -> Structure:
     evaluation, in which what is folded has to be the same. A copy is traced, if there can be one, because
     tracing runs the forward pass, with whatever it leaves in the network.
     """
-    with contextlib.suppress(Exception):  # of whatever the network holds besides modules
-        model = copy.deepcopy(model, _shared(model))
+    parameters = {id(parameter): parameter for parameter in model.parameters()}
+    hooks = (v for m in model.modules() for k, v in vars(m).items() if k.startswith(HOOKS))
+    shared = parameters | {id(value): value for value in hooks if value is not None}
+    for memory in (parameters, shared):  # hooks keep what they see, but may belong to what cannot be copied
+        with contextlib.suppress(Exception):  # of whatever the network holds besides modules
+            model = copy.deepcopy(model, memory)
+            break
     modes = {module: module.training for module in model.modules()}
     try:
         with _without_shape_checks(model):
@@ -120,12 +125,6 @@ def read_structure(model: nn.Module) -> Structure:
         if norm in evaluation.uses and in_evaluation.norm_after.get(norm) != layer
     }
     return structure
-
-
-def _shared(model: nn.Module) -> dict[int, Any]:
-    """A memory with which `copy.deepcopy` shares Parameters and hooks, instead of copying them."""
-    hooks = (v for m in model.modules() for k, v in vars(m).items() if k.startswith(HOOKS))
-    return {id(value): value for value in (*model.parameters(), *hooks) if value is not None}
 
 
 def qualified_class(module: nn.Module) -> str:

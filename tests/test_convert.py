@@ -324,6 +324,25 @@ def test_what_a_forward_leaves_in_the_network_is_not_the_tracers() -> None:
     assert plain(x).shape == block(x).shape
 
 
+def test_what_hooks_keep_is_not_the_tracers() -> None:
+    """timm's encoders with features of inner layers collect them so."""
+
+    class Collecting(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.Conv2d(4, 2, 1))
+            self.seen: list[torch.Tensor] = []
+            self[0].register_forward_hook(functools.partial(self.collect, "first"))
+
+        def collect(self, name: str, module: nn.Module, args: Any, out: torch.Tensor) -> None:
+            self.seen.append(out)
+
+    model, _ = convert_to_network_deconv(Collecting())
+    assert not model.seen
+    fold_network_deconv(model)
+    model(torch.randn(2, 3, 4, 4))
+    assert len(model.seen) == 1
+
+
 def test_only_what_holds_in_evaluation_is_folded() -> None:
     def embedding(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
         y = m.a(x)
