@@ -315,7 +315,7 @@ def export(
     --fp16 and --int8 report accuracy before and after and the speed ratio. Exit code 3: the graph was made,
     measured, and not worth writing.
     """
-    from segdeconv.checkpoint import load_checkpoint
+    from segdeconv.checkpoint import find_checkpoint, load_checkpoint, read_info
     from segdeconv.export import export_onnx
     from segdeconv.interface import Interface
     from segdeconv.progress import console
@@ -344,7 +344,7 @@ def export(
             if not math.isnan(result.max_diff):
                 told += f", scores by {result.max_diff:.1e} of the largest logit"
             console.print(f"input {result.shape}: {told}")
-    if info.task == "segmentation":
+    if read_info(find_checkpoint(run)).task == "segmentation":
         console.print(f"wrote {out}; next: segdeconv predict {out} IMAGE_OR_FOLDER --out predictions")
     else:
         console.print(f"wrote {out}; next: segdeconv eval {run} --onnx {out}")

@@ -160,6 +160,8 @@ def export_smaller(
         write_graph(finish(core, info, interface, preparation), files["fp32"])
         write_graph(asked, files[precision])
         speedup, where = _speedup(files["fp32"], files[precision], info, interface, device)
+    if math.isnan(before):
+        raise UserError(f"{path}: not written, as no label of the validation split counts to measure it by")
     if not before - after <= gates.max_drop:
         raise Refused(
             f"{path}: not written, {precision} brings {metric} from {before:.4f} to {after:.4f}, a drop of "

@@ -119,6 +119,15 @@ def test_what_is_not_worth_it_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_worth_it_is_written(run: Path, tmp_path: Path, call: Call) -> None:
+    out = tmp_path / "m.onnx"
+    gates = ("--max-drop", "1", "--min-speedup", "0")
+    code, said, error = call("export", run, "--fp16", "--out", out, "--device", "cpu", *gates)
+    assert (code, error) == (0, "")
+    assert f"wrote {out}; next: segdeconv predict {out}" in said
+    assert out.exists()
+
+
 def test_both_gates_hold_in_python(run: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="not written"):
         export_smaller(run, tmp_path / "m.onnx", "fp16", gates=Gates(max_drop=-1))
