@@ -79,6 +79,16 @@ def test_auxiliary_outputs_and_smoothed_labels() -> None:
     torch.testing.assert_close(loss_of(logits, targets, smooth, IGNORED), expected)
 
 
+@pytest.mark.parametrize("ohem", [None, 0.3])
+def test_a_label_of_weight_0_counts_nothing_smoothed_or_not(ohem: float | None) -> None:
+    logits, targets = batch()
+    config = TrainConfig(class_weights=WEIGHTS, label_smoothing=0.1, ohem=ohem)
+    found = loss_of(logits, targets, config, IGNORED)
+    want = loss_of(logits, targets.where(targets != 2, IGNORED), config, IGNORED)
+    assert found == want > 0
+    assert loss_of(logits, torch.full_like(targets, 2), config, IGNORED) == 0
+
+
 def test_nothing_labelled_has_no_gradient() -> None:
     logits, targets = batch(1.0)
     loss_of(logits.requires_grad_(), targets, TrainConfig(), IGNORED).backward()
