@@ -106,7 +106,7 @@ class DataConfig:
             are.
         crop: height and width of training crops; None trains on whole pictures.
         pad: pixels added on every side before the training crop.
-        scale: range of the random scale factor in training.
+        scale: range of the random scale factor in training, from 0.1 on.
         resized_crop: let a training crop be a window of 8 to 100 % of the picture's area and an aspect ratio
             of 3/4 to 4/3, resized to ``crop`` (arXiv 1409.4842).
         shorter_side: evaluate classifiers on the central ``crop`` of pictures whose shorter side is resized
@@ -128,7 +128,7 @@ class DataConfig:
     size: Size | None = None
     crop: Size | None = None
     pad: Annotated[int, Field(ge=0)] = 0
-    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 1.0)
+    scale: tuple[Annotated[float, Field(ge=0.1)], Annotated[float, Field(ge=0.1)]] = (1.0, 1.0)
     resized_crop: bool = False
     shorter_side: Positive | None = None
     hflip: bool = True

@@ -238,6 +238,9 @@ def test_unknown_set_and_missing_keys(tmp_path: Path) -> None:
         open_samples(DataConfig("image_mask", root=str(tmp_path)), "train")
     with pytest.raises(UserError, match="toy brings its own classes"):
         open_samples(DataConfig("toy", classes=("a",)), "train")
+    make_set(tmp_path)
+    with pytest.raises(UserError, match=r"data.classes: thing alone leaves nothing to tell apart"):
+        open_samples(own(tmp_path, classes=("thing",)), "train")
     with pytest.raises(UserError, match="toy brings its own colours"):
         open_samples(DataConfig("toy", palette=((1, 2, 3),)), "train")
     with pytest.raises(UserError, match=r"data.ignore_index = 7 is the number of class 'car'"):
@@ -431,6 +434,7 @@ def test_central_crops_are_torchvisions(tmp_path: Path, size: tuple[int, int]) -
     assert np.array_equal(central_crop(picture, 36, (32, 28)), np.asarray(steps(Image.fromarray(picture))))
     for i in range(2):
         write(tmp_path / "train" / "a" / f"{i}.png", picture[i:])  # of different sizes, yet one batch
+        write(tmp_path / "train" / "b" / f"{i}.png", picture)
     config = DataConfig("image_folder", root=str(tmp_path), crop=(32, 28), shorter_side=36, hflip=False)
     (batch, _), *_ = eval_loader(open_samples(config, "train"), config, 2, 1)
     want = normalised(np.asarray(steps(Image.fromarray(picture))), config)

@@ -12,7 +12,7 @@ from test_data import break_pair, make_set, own, write
 
 from segdeconv.config import DataConfig
 from segdeconv.data import open_samples
-from segdeconv.data.check import check
+from segdeconv.data.check import as_keys, check
 
 
 def two_splits(root: Path, count: int = 8) -> None:
@@ -76,6 +76,18 @@ def test_worker_processes_find_the_same(tmp_path: Path) -> None:
     assert alone.problems == shared.problems
     assert alone.class_weights == shared.class_weights
     assert (alone.mean, alone.std) == (shared.mean, shared.std)
+
+
+def test_data_without_a_label(tmp_path: Path) -> None:
+    two_splits(tmp_path)
+    for i in range(2):
+        write(tmp_path / "val" / "masks" / f"{i}.png", np.full((20, 30), 255, np.uint8))
+    report = check(own(tmp_path))
+    assert report.problems == ("val: no pixel of any mask is labelled, all are 255, ignored",)
+    for split in ("train", "val"):
+        for path in (tmp_path / split / "images").iterdir():
+            path.write_text("no picture")
+    assert as_keys(check(own(tmp_path))) == ""
 
 
 def test_binary_masks_are_suspected(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ def find_samples(config: DataConfig, split: str) -> Samples:
     samples = DATASETS[config.dataset](config, {"train": config.train, "val": config.val}[split])
     if config.classes is not None and samples.classes != config.classes:
         raise UserError(f"data.classes: {config.dataset} brings its own classes; remove the key")
+    if len(samples.classes) < 2:
+        raise UserError(
+            f"data.classes: {''.join(samples.classes)} alone leaves nothing to tell apart; give two or more"
+        )
     if config.palette is not None and samples.palette != config.palette:
         raise UserError(f"data.palette: {config.dataset} brings its own colours; remove the key")
     if len(samples.palette) != len(samples.classes):

@@ -159,6 +159,8 @@ def _check_split(samples: Samples, name: str, config: DataConfig) -> SplitReport
         beside += (counted > 0) * counted.sum()
         if samples.task == "segmentation" and count == 2 and counted[1] == 0 and sample.labels[255]:
             binary.append(samples.name(index))
+    if pictures and not labels.any():
+        problems.append(f"{name}: no pixel of any mask is labelled, all are {config.ignore_index}, ignored")
     warnings = []
     if binary:
         warnings.append(
@@ -187,10 +189,11 @@ def table(report: Report) -> Table:
 
 
 def as_keys(report: Report) -> str:
-    """Mean, deviation and weights as a recipe's keys."""
-    rows = {
-        "data.mean": [round(v, 4) for v in report.mean],
-        "data.std": [round(v, 4) for v in report.std],
-        "train.class_weights": [float(f"{v:.3g}") for v in report.class_weights],
-    }
+    """Mean, deviation and weights as a recipe's keys, as far as it takes them."""
+    rows = {}
+    if min(report.std) > 0:
+        rows["data.mean"] = [round(v, 4) for v in report.mean]
+        rows["data.std"] = [round(v, 4) for v in report.std]
+    if any(report.class_weights):
+        rows["train.class_weights"] = [float(f"{v:.3g}") for v in report.class_weights]
     return "\n".join(f"{key}: {value}" for key, value in rows.items())
