@@ -140,17 +140,22 @@ def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: there is none.
     """
-    problems = []
+    problems: list[str] = []
     for path in (run / _STATE, run / _PREVIOUS):
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
             if metadata.get("format") != STATE_FORMAT:
                 raise ValueError(f"its format is not {STATE_FORMAT}")
-            return load_file(path), json.loads(metadata["values"])
+            state = load_file(path), json.loads(metadata["values"])
+            if problems:
+                console.print(f"{problems[0]}; going on from the state before, {path.name}")
+            return state
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             problems.append(f"{path}: {error}")
-    raise UserError(f"no state to resume from: {'; '.join(problems)}")
+    raise UserError(
+        f"{run}: no state to resume from ({'; '.join(problems)}); choose another --out, or remove the folder"
+    )
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -184,7 +189,10 @@ def named(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check_same_recipe(run: Path, recipe: Recipe) -> None:
     """Raise UserError unless a run was begun with this recipe, but for keys that do not change the result."""
-    begun = flat(recipe_to_dict(load_recipe(run / "recipe.yaml")))
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: its recipe.yaml is gone, so the run cannot go on; choose another --out")
+    begun = flat(recipe_to_dict(load_recipe(path)))
     now = flat(recipe_to_dict(recipe))
     for key in sorted((begun.keys() | now.keys()) - set(FREE_KEYS)):
         was, asked = (repr(values[key]) if key in values else "not set" for values in (begun, now))

@@ -68,7 +68,10 @@ def _entries(folders: Sequence[Path]) -> tuple[str, list[Entry]]:
         logged = {key for line in read_metrics(folder) for key, value in line.items() if value is not None}
         found = [metric for metric in MAIN_METRIC.values() if metric in logged]
         if not found:
-            raise UserError(f"{folder}: has no score yet; wait for its first evaluation")
+            raise UserError(
+                f"{folder}: has no score; wait for its first evaluation, or see with segdeconv data check "
+                "whether any pixel of its validation masks is labelled"
+            )
         metrics.setdefault(found[0], folder)
         if len(metrics) > 1:
             told = " and ".join(f"{run} has {metric}" for metric, run in metrics.items())

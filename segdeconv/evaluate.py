@@ -106,6 +106,11 @@ def onnx_predictor(path: str | Path, info: CheckpointInfo, model: nn.Module, dev
     std, mean = (torch.tensor(parts)[:, None, None] for parts in (preparation.std, preparation.mean))
 
     def predict(images: Tensor) -> Tensor:
+        if segmenter.size not in (None, tuple(images.shape[-2:])):
+            raise UserError(
+                f"{path}: takes pictures of {segmenter.size} only, these are {tuple(images.shape[-2:])}; "
+                "export it without --static, or for this size"
+            )
         if raw:
             pictures = (255 * (images * std + mean)).round().byte().permute(0, 2, 3, 1)
             batch = pictures.contiguous().numpy()

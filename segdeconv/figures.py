@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from segdeconv.errors import UserError
 from segdeconv.files import read_json_lines, write_atomically
 from segdeconv.images import Palette, Picture, overlay
 
@@ -108,7 +109,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    return read_json_lines(run / "metrics.jsonl")
+    path = run / "metrics.jsonl"
+    lines = read_json_lines(path)
+    if not all(isinstance(line.get("epoch"), int) for line in lines):
+        raise UserError(f"{path}: is damaged (a line without its epoch)")
+    return lines
 
 
 @dataclass(frozen=True)

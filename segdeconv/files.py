@@ -96,11 +96,15 @@ def read_json_lines(path: Path, missing_ok: bool = False) -> list[dict[str, Any]
         return []
     try:
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-        return [json.loads(line) for line in whole.splitlines()]
+        values = [json.loads(line) for line in whole.splitlines()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path}: is damaged ({error})") from None
+    odd = next((number for number, value in enumerate(values, 1) if not isinstance(value, dict)), None)
+    if odd is not None:
+        raise UserError(f"{path}: is damaged (line {odd} is no object)")
+    return values
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:

@@ -186,8 +186,9 @@ def _only_process(out: Path) -> Iterator[None]:
         return
     try:
         with filelock.FileLock(out / ".lock", blocking=False):
-            for stale in out.glob(".*.tmp*"):  # what a killed process was writing
-                stale.unlink()
+            for pattern in (".*.tmp*", ".tmp*"):  # what a killed process was writing, or safetensors for it
+                for stale in out.glob(pattern):
+                    stale.unlink()
             yield
     except filelock.Timeout:
         raise UserError(
@@ -383,9 +384,10 @@ class _Run:
                     scores = self._score(epoch)
                     line |= {key: value for key, value in scores.items() if key != "confusion"}
                 shown = f", {metric} {scores[metric]:.4f}" if scores else ""
+                if not math.isnan(line["images_per_second"]):
+                    shown += f", {line['images_per_second']:.1f} images/s, loader {line['loader_share']:.0%}"
                 console.print(
                     f"epoch {epoch}/{config.epochs}: loss {line['loss']:.4f}{shown}, "
-                    f"{line['images_per_second']:.1f} images/s, loader {line['loader_share']:.0%}, "
                     f"{self.seconds:.0f} s of training"
                 )
                 score_now = scores.get(metric, -1.0)
@@ -474,8 +476,8 @@ class _Run:
             if time.monotonic() - saved >= 60 * config.checkpoint_minutes and done < self.steps_per_epoch:
                 self.save_state(self.out)
                 saved = time.monotonic()
-        took = max(time.monotonic() - begin, 1e-9)
-        self.seconds = before + took
+        took = time.monotonic() - begin if first < self.steps_per_epoch else math.nan  # all were made before
+        self.seconds = before + (0 if math.isnan(took) else took)
         self.batches.start = 0
         return {
             "epoch": epoch,

@@ -86,7 +86,7 @@ def test_bad_runs(tmp_path: Path) -> None:
         compare_runs([good, tmp_path / "nothing"], out)
     with pytest.raises(UserError, match="good: is given twice"):
         compare_runs([good, tmp_path / "good" / ".." / "good"], out)
-    with pytest.raises(UserError, match="has no score yet"):
+    with pytest.raises(UserError, match="young: has no score; wait for"):
         compare_runs([good, make_run(tmp_path / "young", scores=[None])], out)
     with pytest.raises(UserError, match=r"good has miou and .*cifar has top1"):
         compare_runs([good, make_run(tmp_path / "cifar", metric="top1")], out)
@@ -103,9 +103,10 @@ def test_a_line_cut_short_does_not_count(tmp_path: Path) -> None:
     whole = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(whole + whole[:30])
     assert [line["epoch"] for line in read_metrics(run)] == [1, 2]
-    (run / "metrics.jsonl").write_text(whole[:30] + "\n" + whole)
-    with pytest.raises(UserError, match=r"metrics.jsonl: is damaged"):
-        read_metrics(run)
+    for damaged, said in ((whole[:30], ""), ("[1]", "line 1 is no object"), ("{}", "without its epoch")):
+        (run / "metrics.jsonl").write_text(f"{damaged}\n{whole}")
+        with pytest.raises(UserError, match=rf"metrics.jsonl: is damaged \(.*{said}"):
+            read_metrics(run)
 
 
 @pytest.mark.parametrize("count", [2, 19, 100])

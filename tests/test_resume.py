@@ -140,17 +140,31 @@ def test_kill_9_at_any_moment(wanted: int, workers: int, tmp_path: Path) -> None
             process.join()
             kills += 1
         assert_same_run(out, tmp_path / "whole")
-        assert not list(out.glob(".*.tmp*"))
+        assert not list(out.glob(".*tmp*"))
 
 
-def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path) -> None:
+def test_what_a_killed_process_was_writing_goes(tmp_path: Path) -> None:
+    """safetensors has temporary names of its own."""
+    train(tiny("train.epochs=1"), tmp_path)
+    left = [tmp_path / ".tmpNkOvDq", tmp_path / ".state.safetensors.tmp123"]
+    for path in left:
+        path.write_text("half")
+    train(tiny("train.epochs=1"), tmp_path, resume=True)
+    assert not any(path.exists() for path in left)
+
+
+def test_a_damaged_state_falls_back_to_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for step in (1, 2):
         save_state(tmp_path, {"a": torch.full((3,), float(step))}, {"step": step})
     assert load_state(tmp_path)[1] == {"step": 2}
     newest = tmp_path / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-5])
+    capsys.readouterr()
     tensors, values = load_state(tmp_path)
     assert values == {"step": 1}
+    assert "going on from the state before, state.previous.safetensors" in capsys.readouterr().out
     assert tensors["a"].tolist() == [1, 1, 1]
     (tmp_path / "state.previous.safetensors").unlink()
     with pytest.raises(UserError, match=r"no state to resume from.*state.safetensors"):

@@ -23,6 +23,8 @@ from segdeconv.checkpoint import load_checkpoint
 from segdeconv.config import Recipe, TrainConfig, load_recipe
 from segdeconv.errors import UserError
 from segdeconv.evaluate import evaluate_run, table, write_scores
+from segdeconv.export import export_onnx
+from segdeconv.interface import Interface
 from segdeconv.layers import Whitened
 from segdeconv.progress import Bar
 from segdeconv.train import _Run, dry_run, first_bad_layer, lr_factor, make_optimizer, pick_device, train
@@ -82,6 +84,13 @@ def test_the_progress_shows_how_it_goes(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(notes) == 3
     for note in notes:
         assert re.fullmatch(r"loss \d\.\d{4}, lr 0\.\d+, \d+\.\d images/s, \d+ MiB", note)
+
+
+def test_a_graph_of_another_fixed_size(run: Path, tmp_path: Path) -> None:
+    model, info = load_checkpoint(run)
+    export_onnx(model, info, tmp_path / "m.onnx", Interface(static=(1, 64, 64)))
+    with pytest.raises(UserError, match=r"m.onnx: takes pictures of \(64, 64\) only, these are \(32, 64\)"):
+        evaluate_run(run, onnx=tmp_path / "m.onnx")
 
 
 def test_a_seed_gives_the_same_run(run: Path, tmp_path: Path) -> None:
