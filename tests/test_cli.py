@@ -223,7 +223,8 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
     "picture without mask": (lambda r, t: ["train", own_images(t, "no mask")], "has no mask"),
     "mask of another size": (lambda r, t: ["train", own_images(t, "size")], "but its picture is"),
     "label outside the classes": (lambda r, t: ["train", own_images(t, "wrong label")], "holds label 7"),
-    "wrong class count": (lambda r, t: ["train", own_images(t, classes=["only"])], "holds label 1, but the labels here are 0, 255"),
+    "one class": (lambda r, t: ["train", own_images(t, classes=["only"])], "data.classes: only alone leaves nothing"),
+    "a label beyond the classes": (lambda r, t: ["train", own_images(t, "wrong label")], "holds label 7, but the labels here are 0 to 1, 255"),
     "corrupt picture": (lambda r, t: ["train", own_images(t, "truncated")], "a damaged picture"),
     "batch above the data": (lambda r, t: ["train", "demo", *changes("train.batch_size=99")], "only 12 pictures"),
     "classifier on masks": (
