@@ -771,7 +771,7 @@ def main() -> None:
             raise
         _fail(f"this command needs {error.name}: pip install 'segdeconv[train]'")
     except OSError as error:
-        _fail(f"{error.filename or 'writing'}: {error.strerror or error}")
+        _fail(f"{error.filename or 'writing'}: {error.strerror or sentence_of(error)}")
     except Exception as error:
         if not hasattr(error, "format_message"):  # the usage errors of the click that typer carries
             raise

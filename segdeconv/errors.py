@@ -25,8 +25,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def sentence_of(error: UserError) -> str:
-    """Its sentence: from a loader's process an error arrives as a whole traceback, the sentence last."""
+def sentence_of(error: Exception) -> str:
+    """An error's sentence: from a loader's process it arrives as a whole traceback, the sentence last."""
     return str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
 
 

@@ -92,8 +92,9 @@ def confusion_picture(confusion: Any, classes: tuple[str, ...], path: Path) -> N
     shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="predicted", ylabel="true (rows in percent)")
     if named:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        names = [_literal(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90)
+        axes.set_yticks(range(len(classes)), names)
         for (row, column), value in np.ndenumerate(percent):
             if value >= 0.5:  # what rounds to 0 would only be noise
                 color = "white" if value > 55 else "black"
@@ -167,7 +168,9 @@ def training_curves(runs: dict[str, list[Path]], path: Path, metric: str) -> Non
         for axis, column in zip(row, columns, strict=True):
             for label, points in by_label.items():
                 x = [getattr(point, column) for point in points]
-                (drawn,) = axis.plot(x, [p.mean for p in points], marker=".", markersize=4, label=label)
+                (drawn,) = axis.plot(
+                    x, [p.mean for p in points], marker=".", markersize=4, label=_literal(label)
+                )
                 if len(lines[label]) > 1:
                     style = {"color": drawn.get_color(), "linewidth": 0}
                     axis.fill_between(
@@ -190,12 +193,16 @@ def save_figure(figure: Any, path: Path) -> None:
     pyplot().close(figure)
 
 
+def _literal(name: str) -> str:
+    """A name for matplotlib, which takes what stands between dollar signs for a formula."""
+    return name.replace("$", r"\$")
+
+
 def pyplot() -> Any:
     """matplotlib.pyplot, drawing into memory."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # names may hold dollar signs
     from matplotlib import pyplot
 
     return pyplot

@@ -405,9 +405,9 @@ class _Run:
         """Statistics for trained weights, and a first state: a folder that cannot be written says so now."""
         self._check_room()
         if self.report is not None and starts_trained(self.recipe.model):
-            batches = islice(self.loader, _CALIBRATION_BATCHES)
-            first, _ = next(batches)
-            images = (images.to(self.device) for images in chain([first], (later for later, _ in batches)))
+            batches = (images for images, _ in islice(self.loader, _CALIBRATION_BATCHES))
+            first = next(batches)
+            images = (batch.to(self.device) for batch in chain([first], batches))
             self._guarded(lambda _: calibrate(self.model, images), first)
         if rank() == 0:
             if self.report is not None:
@@ -476,8 +476,9 @@ class _Run:
             if time.monotonic() - saved >= 60 * config.checkpoint_minutes and done < self.steps_per_epoch:
                 self.save_state(self.out)
                 saved = time.monotonic()
-        took = time.monotonic() - begin if first < self.steps_per_epoch else math.nan  # all were made before
-        self.seconds = before + (0 if math.isnan(took) else took)
+        took = max(time.monotonic() - begin, 1e-9)
+        made = self.steps_per_epoch - first  # none, if the run was resumed before a validation
+        self.seconds = before + took
         self.batches.start = 0
         return {
             "epoch": epoch,
@@ -485,8 +486,8 @@ class _Run:
             "loss": self.loss_total.item() / self.steps_per_epoch,
             "lr": self._lr(self.step - 1),  # of a run that resumed here, the optimiser has made no step yet
             "seconds": self.seconds,
-            "images_per_second": (self.steps_per_epoch - first) * config.batch_size / took,
-            "loader_share": source.seconds / took,
+            "images_per_second": made * config.batch_size / took if made else math.nan,
+            "loader_share": source.seconds / took if made else math.nan,
             "memory_mib": memory_mib(self.device),
         }
 

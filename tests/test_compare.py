@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from segdeconv.compare import compare_runs, legend, table
 from segdeconv.config import load_recipe, recipe_to_dict
 from segdeconv.errors import UserError
-from segdeconv.figures import confusion_picture, read_metrics, triptych
+from segdeconv.figures import confusion_picture, read_metrics, training_curves, triptych
 
 
 def make_run(
@@ -96,6 +97,26 @@ def test_bad_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be read \(No such file"):
         compare_runs([good], out)
     assert not out.exists()
+
+
+def test_dollar_signs_are_drawn_and_log_scales_stay_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands between them is a formula to matplotlib, which labels its log scales so."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("segdeconv.figures.save_figure", lambda figure, path: drawn.append(figure))
+    training_curves({"a$_{$b $x$": [make_run(tmp_path / "a$_{$b $x$")]}, tmp_path / "c.png", "miou")
+    confusion_picture([[1, 2], [3, 4]], ("$_{$", "$5"), tmp_path / "c.png")
+    (label,) = drawn[0].legends[0].get_texts()
+    texts = [label, *drawn[1].axes[0].get_xticklabels(), *drawn[1].axes[0].get_yticklabels()]
+    shown = [text._preprocess_math(text.get_text()) for text in texts]
+    assert shown == [(name, False) for name in ("a$_{$b $x$", "$_{$", "$5", "$_{$", "$5")]
+    axis = drawn[0].axes[0]
+    axis.set_yscale("log")
+    drawn[0].canvas.draw()
+    ticks = [text for text in axis.get_yticklabels() if text.get_text()]
+    assert ticks
+    assert all(text._preprocess_math(text.get_text())[1] for text in ticks)
 
 
 def test_a_line_cut_short_does_not_count(tmp_path: Path) -> None:
