@@ -46,17 +46,15 @@ def _cross_entropy(logits: Tensor, targets: Tensor, config: TrainConfig, ignore_
         weights,
         ignore_index=ignore_index,
         label_smoothing=config.label_smoothing,
-        reduction="sum" if config.ohem is None else "none",
+        reduction="none",
     )
-    # Summed and divided by hand: the mean over a batch without a single labelled pixel would be NaN.
+    labelled = targets != ignore_index
+    counts = labelled.float() if weights is None else weights[targets.where(labelled, 0)] * labelled
     if config.ohem is not None:
-        share = _hardest(losses.detach(), (targets != ignore_index).sum(), config.ohem)
-        total, count = (losses * share).sum(), share.sum()
-    else:
-        labelled = targets != ignore_index
-        count = labelled.sum() if weights is None else (weights[targets.where(labelled, 0)] * labelled).sum()
-        total = losses
-    total, count = sum_over_ranks(torch.stack((total, count.to(total.dtype))))
+        hardest = _hardest(losses.detach(), labelled.sum(), config.ohem)
+        losses, counts = losses * hardest, counts * hardest
+    # Summed and divided by hand: the mean over a batch without a single labelled pixel would be NaN.
+    total, count = sum_over_ranks(torch.stack((losses.sum(), counts.sum())))
     return total / count.clamp(min=1 if weights is None else 1e-6)
 
 

@@ -40,11 +40,10 @@ def slow_loss(logits: Tensor, targets: Tensor, config: TrainConfig) -> float:
         both[target] += p[target]
         predicted += p
         true[target] += 1
-    if config.ohem is None:
-        loss = sum(losses) / max(sum(counts), 1e-6)
-    else:
-        kept = sorted(losses)[::-1][: math.ceil(config.ohem * len(losses))]
-        loss = sum(kept) / max(len(kept), 1)
+    if config.ohem is not None:
+        kept = np.argsort(losses)[::-1][: math.ceil(config.ohem * len(losses))]
+        losses, counts = [losses[i] for i in kept], [counts[i] for i in kept]
+    loss = sum(losses) / max(sum(counts), 1e-6)
     there = [1 - 2 * both[c] / (predicted[c] + true[c]) for c in range(4) if true[c]]
     return loss + config.dice_weight * sum(there) / max(len(there), 1)
 
