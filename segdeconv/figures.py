@@ -88,7 +88,8 @@ def confusion_picture(confusion: Any, classes: tuple[str, ...], path: Path) -> N
     percent = 100 * np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
     named = len(classes) <= _NAMED_CLASSES
     side = 2.6 + 0.42 * len(classes) if named else 10
-    figure, axes = pyplot().subplots(figsize=(side, side), layout="constrained")
+    figure = new_figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
     shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="predicted", ylabel="true (rows in percent)")
     if named:
@@ -163,7 +164,8 @@ def training_curves(runs: dict[str, list[Path]], path: Path, metric: str) -> Non
     lines = {label: [read_metrics(folder) for folder in folders] for label, folders in runs.items()}
     curves = {key: {label: curve(group, key) for label, group in lines.items()} for key in ("loss", metric)}
     columns = ("step", "epoch", "minutes")
-    figure, axes = pyplot().subplots(2, 3, figsize=(13.2, 6.6), layout="constrained", sharey="row")
+    figure = new_figure(figsize=(13.2, 6.6), layout="constrained")
+    axes = figure.subplots(2, 3, sharey="row")
     for row, (key, by_label) in zip(axes, curves.items(), strict=True):
         for axis, column in zip(row, columns, strict=True):
             for label, points in by_label.items():
@@ -187,22 +189,18 @@ def training_curves(runs: dict[str, list[Path]], path: Path, metric: str) -> Non
     save_figure(figure, path)
 
 
+def new_figure(**options: Any) -> Any:
+    """An empty ``matplotlib.figure.Figure``: pyplot would keep it, and ask which window system to draw in."""
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure of `pyplot` atomically, and close it."""
+    """Write a figure atomically."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    pyplot().close(figure)
 
 
 def _literal(name: str) -> str:
     """A name for matplotlib, which takes what stands between dollar signs for a formula."""
     return name.replace("$", r"\$")
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot, drawing into memory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from segdeconv.checkpoint import load_checkpoint
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.data import EvalSet, open_samples
-from segdeconv.figures import pyplot, save_figure
+from segdeconv.figures import new_figure, save_figure
 from segdeconv.files import make_folder, to_json, write_text
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.models import size_multiple
@@ -336,7 +336,7 @@ def _draw_filters(
     image: Tensor, sets: dict[str, list[np.ndarray]], fits: dict[str, list[Fit]],
     mean: Sequence[float], std: Sequence[float], path: Path,
 ) -> None:  # fmt: skip
-    figure = pyplot().figure(figsize=(13, 3.2 + 5.2 * len(sets)), layout="constrained")
+    figure = new_figure(figsize=(13, 3.2 + 5.2 * len(sets)), layout="constrained")
     top, *below = figure.subfigures(1 + len(sets), 1, height_ratios=[3.2] + [5.2] * len(sets))
     picture = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     axes = top.subplots(1, 1 + len(sets))
@@ -379,7 +379,7 @@ def _draw_filters(
 
 def _draw_spectrum(layers: list[LayerView], path: Path) -> None:
     first = layers[0]
-    figure = pyplot().figure(figsize=(15, 8.5), layout="constrained")
+    figure = new_figure(figsize=(15, 8.5), layout="constrained")
     above, below = figure.subfigures(2, 1)
     above.suptitle(f"Patches that the first layer reads ({first.name})", fontsize=13)
     spectrum, *matrices = above.subplots(1, 3)
@@ -402,7 +402,8 @@ def _draw_spectrum(layers: list[LayerView], path: Path) -> None:
 
 
 def _draw_sparsity(layers: list[LayerView], path: Path) -> None:
-    figure, axes = pyplot().subplots(2, 3, figsize=(15, 8), layout="constrained")
+    figure = new_figure(figsize=(15, 8), layout="constrained")
+    axes = figure.subplots(2, 3)
     edges = np.linspace(-8, 8, 129)
     middle = (edges[1:] + edges[:-1]) / 2
     for axis, layer in zip(axes[0], (layers[0], layers[len(layers) // 2], layers[-1]), strict=True):

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.errors import one_sentence
-from segdeconv.figures import pyplot, save_figure
+from segdeconv.figures import new_figure, save_figure
 from segdeconv.files import make_folder
 from segdeconv.layers import WhitenedConv2d
 from segdeconv.train import pick_device
@@ -164,7 +164,8 @@ def ratio(width: int, side: int, batch: int, device: torch.device) -> float:
 
 def figure(path: Path, batch: int, device: torch.device) -> None:
     sides = (8, 16, 32, 64)
-    fig, ax = pyplot().subplots(figsize=(6, 4))
+    fig = new_figure(figsize=(6, 4))
+    ax = fig.subplots()
     for width in (32, 64, 128, 256):
         ratios = [ratio(width, side, batch, device) for side in sides]
         print(f"width {width}: " + ", ".join(f"{s}x{s} {r:.2f}" for s, r in zip(sides, ratios, strict=True)))

@@ -31,7 +31,7 @@ from segdeconv import convert_to_network_deconv
 from segdeconv.config import DataConfig, NetworkDeconvConfig
 from segdeconv.data import open_samples
 from segdeconv.errors import one_sentence
-from segdeconv.figures import pyplot, save_figure, spread
+from segdeconv.figures import new_figure, save_figure, spread
 from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.layers import WhitenedLinear
 from segdeconv.train import seed_everything
@@ -171,7 +171,8 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def picture(lines: list[dict[str, Any]], path: Path) -> None:
-    figure, axes = pyplot().subplots(1, len(TASKS), figsize=(4 * len(TASKS), 3.6), layout="constrained")
+    figure = new_figure(figsize=(4 * len(TASKS), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(TASKS))
     for axis, (task, (title, _, _)) in zip(axes, TASKS.items(), strict=True):
         for i, (arm, name) in enumerate(ARMS.items()):
             runs = best(lines, task, arm)

@@ -40,7 +40,7 @@ from segdeconv.config import Recipe, load_recipe
 from segdeconv.data import Samples, eval_loader, open_samples, train_loader
 from segdeconv.errors import UserError, one_sentence
 from segdeconv.evaluate import AMP, score, torch_predictor
-from segdeconv.figures import pyplot, save_figure, spread
+from segdeconv.figures import new_figure, save_figure, spread
 from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model
@@ -242,9 +242,8 @@ def shown(values: list[float]) -> str:
 
 def picture(lines: list[dict[str, Any]], path: Path) -> None:
     networks = [n for n in NETWORKS if any(line["network"] == n for line in lines)]
-    figure, axes = pyplot().subplots(
-        len(networks), 3, figsize=(11, 2.6 * len(networks)), squeeze=False, layout="constrained"
-    )
+    figure = new_figure(figsize=(11, 2.6 * len(networks)), layout="constrained")
+    axes = figure.subplots(len(networks), 3, squeeze=False)
     columns = (("step", 0, 2), ("step", 0, 3), ("seconds of training on one core", 1, 3))
     for row, network in zip(axes, networks, strict=True):
         for arm, runs in by_arm(lines, network).items():
