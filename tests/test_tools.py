@@ -96,6 +96,19 @@ def test_arms_are_described() -> None:
         assert described(arm)
 
 
+@pytest.mark.parametrize("arm", [*accuracy_vs_time.OF_FAST, *accuracy_vs_time.OF_EXACT, "fast:block_size=4"])
+def test_every_arm_trains(arm: str) -> None:
+    torch.manual_seed(0)
+    model = accuracy_vs_time.convert(accuracy_vs_time.six_conv(3, width=8), arm)
+    before = [value.clone() for value in model.state_dict().values()]
+    with accuracy_vs_time.ablation(arm), torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(4, 3, 16, 16)).float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    after = model.state_dict().values()
+    assert sum(not torch.equal(*pair) for pair in zip(before, after, strict=True)) > 10
+    assert model.eval()(torch.randn(2, 3, 16, 16)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     "arm", ["slow", "bn:eps=1", "fast:eps", "fast:eps=-1", "fast:epsilon=1", "fast:eps=x"]
 )

@@ -48,7 +48,7 @@ from segdeconv.config import NetworkDeconvConfig, load_recipe
 from segdeconv.data import eval_loader, open_samples, train_loader
 from segdeconv.errors import UserError, one_sentence
 from segdeconv.evaluate import ignore_index_of, score, torch_predictor
-from segdeconv.figures import pyplot, save_figure, spread
+from segdeconv.figures import new_figure, save_figure, spread
 from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, size_multiple
@@ -200,9 +200,10 @@ def ablation(arm: str) -> Any:
         blocks: int,
         eps: float,
         low_precision: torch.dtype | None,
+        out: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         if whitening is None:
-            return standardise_and_fold(weight, bias, moments, None, blocks, eps, low_precision)
+            return standardise_and_fold(weight, bias, moments, None, blocks, eps, low_precision, out)
         mean, scale = mean_and_scale(moments, len(whitening) // blocks, blocks, whitening.shape[-1], eps)
         return fold_own(weight, bias, whitening, mean, scale)
 
@@ -427,7 +428,8 @@ def figure(lines: list[dict[str, Any]], path: Path) -> None:
     if not tasks:
         raise UserError(f"--figure {path}: there is no whole run of bn of two epochs or more to draw beside")
     chosen = {key: runs for key, runs in chosen.items() if key[:2] in tasks}
-    fig, axes = pyplot().subplots(len(tasks), 2, figsize=(9, 3 * len(tasks)), squeeze=False)
+    fig = new_figure(figsize=(9, 3 * len(tasks)))
+    axes = fig.subplots(len(tasks), 2, squeeze=False)
     colours = {"bn": "tab:grey", "exact": "tab:orange", "fast": "tab:blue"}
     for (task, epochs, arm), runs in chosen.items():
         for column, label in ((0, "training steps"), (1, "training time, s (one core)")):
