@@ -26,7 +26,7 @@ from segdeconv.convert import ConversionReport
 from segdeconv.entries import WEIGHTS, find_weights, is_entry, near
 from segdeconv.errors import UserError
 from segdeconv.files import make_folder, sha256_of, to_json, write_atomically, write_text
-from segdeconv.models import build_model
+from segdeconv.models import as_configured, build_model
 from segdeconv.progress import console
 
 FORMAT = "segdeconv/1"
@@ -283,6 +283,36 @@ def build_for(
     if {name for name in names if name.endswith(".weight")} <= built[0].state_dict().keys():
         return built
     return build_model(config, classes, pretrained=False, warm_start=True)
+
+
+def build_started(config: ModelConfig, classes: int) -> tuple[nn.Module, ConversionReport | None]:
+    """The network a recipe trains: `build_model`'s, with the weights that ``config.init`` names, if any.
+
+    Raises:
+        UserError: as `build_model` does; or ``config.init`` is not there, is damaged, or its network cannot
+            become this one.
+    """
+    if config.init is None:
+        return build_model(config, classes)
+    path = find_checkpoint(config.init)
+    trained = read_info(path).recipe.model
+    if trained.norm == "bn":
+        twin, _ = build_model(replace(config, norm="bn"), classes, pretrained=False)
+        start_from(twin, config.init, classes)
+        return as_configured(twin, config, warm_start=True)
+    if config.norm == "bn":
+        raise UserError(
+            f"model.init = {config.init}: holds network deconvolution, which batch norm cannot start "
+            "from; give the run of its batch-norm twin, or --norm nd"
+        )
+    if trained.network_deconv.eps != config.network_deconv.eps:  # which fits, but scales what it reads
+        raise UserError(
+            f"model.init = {config.init}: was trained with model.network_deconv.eps = "
+            f"{trained.network_deconv.eps:g}, not {config.network_deconv.eps:g}; give the same"
+        )
+    model, report = build_for(read_state(path), config, classes)
+    start_from(model, config.init, classes)
+    return model, report
 
 
 def start_from(model: nn.Module, run: str | Path, classes: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from segdeconv.checkpoint import load_checkpoint
+from segdeconv.checkpoint import build_started, load_checkpoint
 from segdeconv.config import load_recipe
 from segdeconv.data import open_samples
 from segdeconv.errors import UserError
@@ -19,7 +19,6 @@ from segdeconv.export import export_onnx
 from segdeconv.figures import triptych
 from segdeconv.files import make_folder
 from segdeconv.images import save_image
-from segdeconv.models import build_model
 from segdeconv.progress import console
 from segdeconv.runtime import Segmenter
 from segdeconv.train import train
@@ -39,7 +38,7 @@ def run_demo(out: Path, overrides: list[str] | None = None) -> None:
     if out.is_dir() and any(out.iterdir()) and not marker.exists():
         raise UserError(f"{out}: is not empty and was not made by the demo; choose another --out")
     classes = open_samples(recipe.data, "train").classes
-    build_model(recipe.model, len(classes))  # what is wrong with the recipe leaves an earlier demo alone
+    build_started(recipe.model, len(classes))  # what is wrong with the recipe leaves an earlier demo alone
     for path in make_folder(out).iterdir():
         if path.is_dir():
             shutil.rmtree(path)

@@ -3,8 +3,10 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import stat
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from segdeconv import models
 from segdeconv.checkpoint import (
     CheckpointInfo,
     build_for,
+    build_started,
     check_same_recipe,
     create_run_folder,
     find_checkpoint,
@@ -38,7 +42,7 @@ TWIN = replace(RECIPE, model=replace(RECIPE.model, norm="bn"))
 
 
 def save(path: Path, recipe: Recipe) -> tuple[Path, torch.nn.Module]:
-    model, _ = build_model(recipe.model, 3)
+    model, _ = build_started(recipe.model, 3)
     with torch.no_grad():
         model(torch.randn(2, 3, 64, 64))
     info = CheckpointInfo(recipe, "segmentation", CLASSES, ((1, 2, 3),) * 3, 4, {"miou": 0.5})
@@ -135,7 +139,7 @@ def test_a_wide_head_that_begins_anew_is_held_back(tmp_path: Path) -> None:
 
 def test_a_deconvolved_network_is_started_from(saved: tuple[Path, torch.nn.Module]) -> None:
     path, model = saved
-    begun, _ = build_model(replace(RECIPE.model, init=str(path)), 5)
+    begun, _ = build_started(replace(RECIPE.model, init=str(path)), 5)
     head = "segmentation_head.0."
     for name, value in model.state_dict().items():
         mine = begun.state_dict()[name]
@@ -144,13 +148,30 @@ def test_a_deconvolved_network_is_started_from(saved: tuple[Path, torch.nn.Modul
         else:
             assert torch.equal(mine, value), name
     with pytest.raises(UserError, match=r"holds network deconvolution, .* or --norm nd"):
-        build_model(replace(TWIN.model, init=str(path)), 3)
+        build_started(replace(TWIN.model, init=str(path)), 3)
     other = replace(RECIPE.model, init=str(path), network_deconv=NetworkDeconvConfig(block_size=2))
     with pytest.raises(UserError, match=r"model\.network_deconv and model\.keep must be the same"):
-        build_model(other, 3)
+        build_started(other, 3)
     other = replace(RECIPE.model, init=str(path), network_deconv=NetworkDeconvConfig(block_size=4, eps=0.01))
     with pytest.raises(UserError, match=r"eps = 1e-05, not 0\.01"):
-        build_model(other, 3)
+        build_started(other, 3)
+
+
+@pytest.mark.parametrize(("trained", "norm"), [("bn", "bn"), ("bn", "nd"), ("nd", "nd")])
+def test_weights_that_init_takes_the_place_of_are_not_fetched(
+    trained: str, norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = save(tmp_path / "trained.safetensors", RECIPE if trained == "nd" else TWIN)
+    asked, call = [], models._call
+
+    def spy(architecture: Any, encoder: str, classes: int, options: dict[str, Any], name: str) -> Any:
+        asked.append(options.get("encoder_weights"))
+        return call(architecture, encoder, classes, options, name)
+
+    monkeypatch.setattr(models, "_call", spy)
+    options = RECIPE.model.options | {"encoder_weights": "imagenet"}
+    build_started(replace(RECIPE.model, norm=norm, init=str(path), options=options), 3)
+    assert asked == [None]
 
 
 def test_what_torchvision_changes_where_weights_are_asked_for_is_rebuilt(
@@ -161,7 +182,7 @@ def test_what_torchvision_changes_where_weights_are_asked_for_is_rebuilt(
         torchvision.models.GoogLeNet_Weights, "get_state_dict", lambda *_, **__: trained.state_dict()
     )
     config = ModelConfig("googlenet", norm="bn", options={"weights": "DEFAULT"})
-    begun, _ = build_model(config, 1000)
+    begun, _ = build_started(config, 1000)
     rebuilt, _ = build_for(begun.state_dict(), config, 1000)
     rebuilt.load_state_dict(begun.state_dict())
     x = torch.rand(1, 3, 64, 64)
@@ -227,6 +248,18 @@ def test_nothing_half_written(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    for nowhere in (path / "in a file", tmp_path / ("long" * 100)):
+        with pytest.raises(UserError, match="cannot be written"):
+            write_atomically(nowhere, lambda temporary: temporary.write_text("whole"))
+
+
+def test_files_are_as_the_umask_has_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "file", lambda temporary: temporary.touch(0o600))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
 
 
 def test_json_has_no_nan() -> None:

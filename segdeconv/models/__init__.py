@@ -70,12 +70,12 @@ def starts_trained(config: ModelConfig) -> bool:
 def build_model(
     config: ModelConfig, num_classes: int, pretrained: bool = True, warm_start: bool | None = None
 ) -> tuple[nn.Module, ConversionReport | None]:
-    """Build the network a recipe describes, converted when ``config.norm`` is 'nd'.
+    """Build the network a recipe describes, converted when ``config.norm`` is 'nd'. ``config.init`` does not
+    count here; see `segdeconv.checkpoint.build_started`.
 
     Args:
         num_classes: outputs of the head.
-        pretrained: False ignores options that ask for downloaded weights and ``config.init``; used before a
-            checkpoint is loaded.
+        pretrained: False ignores options that ask for downloaded weights; used before a checkpoint is loaded.
         warm_start: whether the conversion keeps the network's function; by default where it starts trained.
 
     Returns:
@@ -83,7 +83,7 @@ def build_model(
 
     Raises:
         UserError: unknown architecture, encoder or option; ``config.keep`` matches no layer, or nothing is
-            left to whiten; ``config.init`` is not there, is damaged, or its network cannot become this one.
+            left to whiten.
     """
     architecture, encoder = resolve(config)
     options = dict(config.options)
@@ -92,29 +92,17 @@ def build_model(
         asked = {key: value for key, value in options.items() if key not in _PRETRAINED_OPTIONS}
         options = implied | asked
     model = _call(architecture, encoder, num_classes, options, config.architecture)
-    if pretrained and config.init is not None:
-        from segdeconv.checkpoint import build_for, find_checkpoint, read_info, read_state, start_from
+    return as_configured(model, config, starts_trained(config) if warm_start is None else warm_start)
 
-        path = find_checkpoint(config.init)
-        trained = read_info(path).recipe.model
-        start = trained.norm
-        if start == "nd" and config.norm == "bn":
-            raise UserError(
-                f"model.init = {config.init}: holds network deconvolution, which batch norm cannot start "
-                "from; give the run of its batch-norm twin, or --norm nd"
-            )
-        if start == "nd":
-            if (
-                trained.network_deconv.eps != config.network_deconv.eps
-            ):  # which fits, but scales what it reads
-                raise UserError(
-                    f"model.init = {config.init}: was trained with model.network_deconv.eps = "
-                    f"{trained.network_deconv.eps:g}, not {config.network_deconv.eps:g}; give the same"
-                )
-            model, report = build_for(read_state(path), config, num_classes)
-            start_from(model, config.init, num_classes)
-            return model, report
-        start_from(model, config.init, num_classes)
+
+def as_configured(
+    model: nn.Module, config: ModelConfig, warm_start: bool
+) -> tuple[nn.Module, ConversionReport | None]:
+    """A batch-norm network of ``config``, converted when its norm is 'nd', and what the conversion did.
+
+    Raises:
+        UserError: ``config.keep`` matches no layer, or nothing is left to whiten.
+    """
     if config.norm == "bn":
         return model, None
 
@@ -126,8 +114,6 @@ def build_model(
     def wanted(module: nn.Module, name: str) -> bool:
         return not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.keep)
 
-    if warm_start is None:
-        warm_start = starts_trained(config)
     return convert_to_network_deconv(model, config.network_deconv, wanted, warm_start)
 
 
