@@ -62,6 +62,16 @@ class NetworkDeconvConfig:
     num_iters: Positive = 5
     sampling_stride: Positive = 3
 
+    @model_validator(mode="after")
+    def _check(self) -> NetworkDeconvConfig:
+        without_effect = ("num_iters", "sampling_stride") if self.mode == "fast" else ("refresh_every",)
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in without_effect:
+            if getattr(self, name) != usual[name]:
+                modes = "exact and reference mode" if self.mode == "fast" else "fast mode"
+                raise ValueError(f"{name} = {getattr(self, name)} is for {modes}, not for mode {self.mode!r}")
+        return self
+
     @property
     def conv_block_size(self) -> int:
         return self.block_size or (32 if self.mode == "fast" else 64)

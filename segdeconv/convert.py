@@ -112,9 +112,15 @@ def convert_to_network_deconv(
 
     Raises:
         UserError: a batch norm has no convolution or linear layer next to it, so that removing or keeping it
-            would silently change the network; or there is nothing to convert. The network is unchanged.
+            would silently change the network; there is nothing to convert; or the network was made under
+            torch.inference_mode. The network is unchanged.
     """
     config = config or NetworkDeconvConfig()
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UserError(
+            f"{type(model).__name__} was made under torch.inference_mode, so that it cannot be changed or "
+            "trained; make it outside, or under torch.no_grad"
+        )
     modules: dict[str, Any] = dict(model.named_modules())
     structure = read_structure(model)
     report = ConversionReport(untraced=structure.untraced)

@@ -38,6 +38,7 @@ from segdeconv import distributed
 from segdeconv.checkpoint import (
     CheckpointInfo,
     build_for,
+    build_started,
     check_same_recipe,
     create_run_folder,
     has_state,
@@ -60,7 +61,7 @@ from segdeconv.graphs import StepGraphs
 from segdeconv.layers import RefreshSchedule
 from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
-from segdeconv.models import build_model, resolve, size_multiple, starts_trained
+from segdeconv.models import resolve, size_multiple, starts_trained
 from segdeconv.progress import Bar, console
 
 _CALIBRATION_BATCHES = 16
@@ -242,7 +243,7 @@ def _prepare(recipe: Recipe, device: torch.device, resumed: Path | None = None) 
         raise UserError("train.dice_weight and train.ohem are for segmentation; remove them")
     seed_everything(config.seed)
     if resumed is None:
-        model, report = build_model(recipe.model, len(samples.classes))
+        model, report = build_started(recipe.model, len(samples.classes))
     else:
         names = named("model", load_state(resumed)[0])
         model, report = build_for(names, recipe.model, len(samples.classes))
@@ -274,6 +275,8 @@ class _Run:
         self.steps_per_epoch = len(self.loader)
         self.optimizer = make_optimizer(model, config)
         self.amp = AMP[config.amp]
+        self.compiles = config.compile and world_size() == 1
+        self.records = config.cuda_graphs and world_size() == 1 and device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         average = get_ema_multi_avg_fn(config.ema_decay or 0.0)
         self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if config.ema_decay else None
@@ -362,10 +365,10 @@ class _Run:
             )
         else:
             self._begin()
-        if config.compile and world_size() == 1:
+        if self.compiles:
             self.parallel = torch.compile(self.model)  # not for validation, whose pictures have other sizes
             self.refreshes = RefreshSchedule(self.model)
-        if config.cuda_graphs and self.device.type == "cuda" and world_size() == 1:
+        if self.records:
             self.compute, self.refreshes = StepGraphs(self.model, self._compute), None  # which has its own
         line: dict[str, Any] = {}
         if self.finished_epochs:
@@ -446,6 +449,11 @@ class _Run:
             f"norm {self.recipe.model.norm}, {len(self.samples)} training and "
             f"{len(self.held_out)} validation pictures, on {self.device}{ranks}"
         )
+
+        if self.compiles < self.recipe.train.compile:
+            console.print("note: train.compile has no effect here: it is for one process")
+        if self.records < self.recipe.train.cuda_graphs:
+            console.print("note: train.cuda_graphs has no effect here: it is for a GPU, and one process")
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         """Train the rest of an epoch; returns its line for metrics.jsonl."""

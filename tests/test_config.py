@@ -74,6 +74,8 @@ def test_overrides() -> None:
         ("data", {"resized_crop": True}, "resized_crop needs crop"),
         ("data", {"resized_crop": True, "crop": [8, 8], "pad": 1}, "neither scale nor pad"),
         ("data", {"shorter_side": 8}, "shorter_side needs crop, and no size"),
+        ("model", {"network_deconv": {"num_iters": 4}}, "num_iters = 4 is for exact and reference mode"),
+        ("model", {"network_deconv": {"mode": "exact", "refresh_every": 9}}, "refresh_every = 9 is for fast"),
         ("data", {"shorter_side": 8, "crop": [4, 9]}, "shorter_side = 8 is less than crop"),
     ],
 )
