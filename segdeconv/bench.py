@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segdeconv.errors import UserError
-from segdeconv.runtime import Segmenter, import_onnxruntime
+from segdeconv.runtime import Segmenter, import_onnxruntime, usable_cores
 
 Stages = tuple[float, float, float]  # seconds: preparing the pictures, the graph, its output to labels
 
@@ -139,7 +139,7 @@ def bench(
     pictures = noise(batch, height, width)
     timings = interleave({name: stages(made, pictures) for name, made in segmenters.items()}, runs, batch)
     where = first.device
-    del segmenters, first
+    del segmenters, segmenter, first  # their memory is not to count
     memory = [peak_mib(path, where, threads, (batch, height, width)) for path in paths]
     return {
         **machine(where),
@@ -160,9 +160,8 @@ def default_size(segmenter: Segmenter) -> tuple[int, int]:
 
 def machine(device: str) -> dict[str, Any]:
     """The device, its name, and the number of cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = _cpu_name() if device == "cpu" else _nvidia_smi("name", device) or "an unknown GPU"
-    return {"device": device, "device_name": name, "cores": cores}
+    return {"device": device, "device_name": name, "cores": usable_cores()}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -473,7 +473,7 @@ def serve(
 
     curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg -o labels.png http://127.0.0.1:8000/predict
     """
-    from segdeconv.runtime import Segmenter
+    from segdeconv.runtime import Segmenter, usable_cores
     from segdeconv.serve import Limits
     from segdeconv.serve import serve as serve_model
 
@@ -483,7 +483,7 @@ def serve(
             graph,
             device,
             allow_cpu=allow_cpu,
-            threads=max(1, (os.cpu_count() or 1) // workers) if threads is None else threads,
+            threads=max(1, usable_cores() // workers) if threads is None else threads,
             window=_pair("--window", window),
         )
     print(_where(segmenter.device, segmenter.why_cpu))

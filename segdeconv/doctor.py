@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
-from segdeconv.files import cache_folder
+from segdeconv.files import cache_folder, user_cache_folder
 
 _OPENCV = (
     "opencv-contrib-python",
@@ -238,7 +238,7 @@ def gather(caches: bool = True) -> Facts:
     packages = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in distributions()}
     gpu, driver_cuda = _nvidia_smi()
     onnxruntime_cuda, onnxruntime_error, library_error = _load_onnxruntime()
-    home = Path(os.path.expanduser("~/.cache"))
+    home = user_cache_folder()
     folders = {
         "SEGDECONV_CACHE": cache_folder(),  # the zoo's weights, onnxruntime-web
         "HF_HUB_CACHE": Path(os.environ.get("HF_HOME") or home / "huggingface") / "hub",  # smp's and timm's

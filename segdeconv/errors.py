@@ -27,7 +27,10 @@ def first_line(error: BaseException) -> str:
 
 def sentence_of(error: Exception) -> str:
     """An error's sentence: from a loader's process it arrives as a whole traceback, the sentence last."""
-    return str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+    message = str(error).strip()
+    if message.startswith("Caught "):
+        return message.splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+    return " ".join(message.split())
 
 
 @contextlib.contextmanager

@@ -281,7 +281,7 @@ def score(
     segments, count = samples.task == "segmentation", len(samples.classes)
     confusion = new_confusion(count, ignore_index).to(device)
     top5 = new_top5(count).to(device) if not segments and count > 5 else None
-    seen = 0
+    seen, fitting = 0, set()
     batches = iter(loader)
     try:
         for images, targets in Bar(batches, len(loader), title):
@@ -300,10 +300,13 @@ def score(
                     "windows (--window), or lower data.size or train.batch_size"
                 ) from None
             except (RuntimeError, ValueError, AssertionError) as error:
+                if images.shape[1:] in fitting:  # so it is something else
+                    raise
                 raise UserError(
                     f"the network cannot take pictures of shape {tuple(images.shape)} ({first_line(error)}); "
                     "check data.size, --scales and the pictures"
                 ) from error
+            fitting.add(images.shape[1:])
             confusion.update(output, targets)
             if observers:
                 for labels, truth in zip(_bytes(output), _bytes(targets), strict=True):

@@ -185,7 +185,7 @@ def finish(
     """
     if core.ByteSize() > _LARGEST:
         raise UserError("not written, the graph has 2 GB or more, which one ONNX file cannot hold")
-    foreign = {node.op_type for node in core.graph.node if node.domain not in ("", "ai.onnx")}
+    foreign = sorted({node.op_type for node in core.graph.node if node.domain not in ("", "ai.onnx")})
     if foreign:
         raise UserError(f"not written, the graph needs operators beyond ONNX's own: {', '.join(foreign)}")
     graph = around(core, interface, preparation, info.task, len(info.classes))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise UserError(f"{path}: is a folder, not a file to write")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors leaves files to their owner alone
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        mask = os.umask(0)  # the only way to read it
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # safetensors leaves files to their owner alone
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,9 +81,12 @@ def cache_folder() -> Path:
     """Where downloads are kept: SEGDECONV_CACHE, or ``segdeconv`` in the user's cache folder."""
     # os.path's, which leaves alone what it does not know: there may be no home.
     chosen = os.environ.get("SEGDECONV_CACHE")
-    if chosen:
-        return Path(os.path.expanduser(chosen))
-    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "segdeconv"
+    return Path(os.path.expanduser(chosen)) if chosen else user_cache_folder() / "segdeconv"
+
+
+def user_cache_folder() -> Path:
+    """Where programs keep what they can fetch again: XDG_CACHE_HOME, or ``.cache`` at home."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
 
 
 def read_json_lines(path: Path, missing_ok: bool = False) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -53,6 +54,11 @@ def import_onnxruntime() -> Any:
             "onnxruntime is not installed; pip install 'segdeconv[runtime]' (or '[gpu]')"
         ) from None
     return onnxruntime
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_session(
@@ -242,7 +248,9 @@ class Segmenter:
     def _label(self, images: Picture) -> Labels:
         """Class numbers (n, H, W) of RGB (n, H, W, 3)."""
         if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape or images.dtype != np.uint8:
-            raise UserError(f"expected RGB (H, W, 3) uint8, not {images.shape[1:]} {images.dtype}")
+            raise UserError(
+                f"expected RGB (n, H, W, 3) uint8 with n, H, W > 0, not {images.shape} {images.dtype}"
+            )
         height, width = images.shape[1:3]
         if self._resize is not None:
             images = np.stack([resize_image(image, self._resize) for image in images])
@@ -424,7 +432,8 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
     Yields the label file of each picture when it is written.
 
     Raises:
-        UserError: a picture cannot be read or would be overwritten, or ``out`` cannot be written.
+        UserError: a picture would be overwritten, or ``out`` cannot be written; or, when all others are done,
+            pictures could not be read.
     """
     out = make_folder(Path(out))
     inputs = {path.resolve() for path in images}
@@ -434,9 +443,18 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
     for target in itertools.chain(*targets):
         if target.resolve() in inputs:
             raise UserError(f"{target}: is a picture to predict, or beside it; choose another --out")
+    unread = []
     for path, (label_file, overlay_file) in zip(images, targets, strict=True):
-        image = read_rgb(path)
+        try:
+            image = read_rgb(path)
+        except UserError as error:
+            unread.append(str(error))
+            continue
         labels = segmenter(image)
         save_image(label_png(labels, segmenter.palette), label_file)
         save_image(Image.fromarray(segmenter.overlay(image, labels)), overlay_file)
         yield label_file
+    if unread:
+        of_all = f"{len(unread)} of {len(images)} pictures could not be read: " if len(images) > 1 else ""
+        more = f"; and {len(unread) - 5} more" if len(unread) > 5 else ""
+        raise UserError(f"{of_all}{'; '.join(unread[:5])}{more}")

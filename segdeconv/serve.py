@@ -79,15 +79,11 @@ class Limits:
     timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("megabytes", 0),
-            ("megapixels", 0),
-            ("timeout", 0),
-            ("workers", 0),
-            ("queue", -1),
-        ):
-            if not least < getattr(self, name) < 1e9:
-                raise UserError(f"--{name} {getattr(self, name)}: expected more than {least}, to 1e9")
+        for name in ("megabytes", "megapixels", "workers", "timeout"):
+            if not 0 < getattr(self, name) < 1e9:
+                raise UserError(f"--{name} {getattr(self, name)}: expected more than 0, to 1e9")
+        if not 0 <= self.queue < 1e9:
+            raise UserError(f"--queue {self.queue}: expected 0 or more, to 1e9")
 
 
 class _Metrics:

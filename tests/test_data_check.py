@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from conftest import Call
 from test_cityscapes import ALL_IDS, add_frame
@@ -67,6 +68,17 @@ def test_numbers_are_those_of_the_pictures(tmp_path: Path) -> None:
     pixels = np.concatenate([samples.load(i)[0].reshape(-1, 3) for i in range(3)]) / 255
     np.testing.assert_allclose(report.mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(report.std, pixels.std(0), rtol=1e-12)
+
+
+def test_a_channel_of_one_level_has_no_deviation(tmp_path: Path) -> None:
+    image = np.stack([np.full((9, 10), 0), np.full((9, 10), 200), np.arange(90).reshape(9, 10)], 2)
+    for split in ("train", "val"):
+        write(tmp_path / split / "images" / "a.png", image.astype(np.uint8))
+        write(tmp_path / split / "masks" / "a.png", np.zeros((9, 10), np.uint8))
+    report = check(own(tmp_path, classes=("a", "b")))
+    assert report.std[0] == 0
+    assert report.std[1] == pytest.approx(0, abs=1e-7)
+    assert "data.std" not in as_keys(report)
 
 
 def test_worker_processes_find_the_same(tmp_path: Path) -> None:

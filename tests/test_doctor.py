@@ -169,6 +169,14 @@ def test_facts_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert hub.free > 0
 
 
+def test_caches_are_where_the_libraries_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HF_HOME", "HF_HUB_CACHE", "TORCH_HOME", "SEGDECONV_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = [Path(cache.path).relative_to(tmp_path) for cache in gather().caches]
+    assert [str(folder) for folder in folders] == ["segdeconv", "huggingface/hub", "torch"]
+
+
 def test_a_machine_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of an unknown user, or one whose HOME is somebody else's."""
     for variable in ("HF_HOME", "HF_HUB_CACHE", "TORCH_HOME", "XDG_CACHE_HOME"):

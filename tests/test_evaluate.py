@@ -311,6 +311,21 @@ def test_a_picture_that_the_network_cannot_take(error: Exception, said: str) -> 
         score(predict, eval_loader(samples, config, 1, 1), samples, 255, "cpu")
 
 
+def test_what_fails_after_pictures_of_that_shape_is_no_bad_input() -> None:
+    config = DataConfig("toy", size=(32, 64), count=(1, 2))
+    samples = open_samples(config, "val")
+    calls = []
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        calls.append(images)
+        if len(calls) == 2:
+            raise RuntimeError("device-side assert")
+        return torch.zeros(1, len(samples.classes), 32, 64)
+
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        score(predict, eval_loader(samples, config, 1, 1), samples, 255, "cpu")
+
+
 def test_no_process_stays_behind_a_damaged_picture(tmp_path: Path) -> None:
     """The traceback holds the loader, whose processes would hang Python's exit."""
     make_set(tmp_path, 1, "val")

@@ -86,6 +86,17 @@ def test_predict_images(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) 
     assert np.array_equal(np.asarray(labels), segmenter(picture(30, 50)))
 
 
+def test_a_picture_that_cannot_be_read_stops_no_other(
+    tmp_path: Path, exported: tuple[Path, torch.nn.Module]
+) -> None:
+    for name in ("a.png", "c.png"):
+        Image.fromarray(picture(30, 50)).save(tmp_path / name)
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"^1 of 3 pictures could not be read: .*b\.jpg"):
+        list(predict_images(Segmenter(exported[0]), find_images(tmp_path), tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a.png", "c.png"}
+
+
 def test_pictures_are_never_overwritten(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
     Image.fromarray(picture(30, 50)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a.png: is a picture to predict"):

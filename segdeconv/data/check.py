@@ -92,7 +92,7 @@ class Report:
     @property
     def std(self) -> tuple[float, ...]:
         """Of the training pictures, RGB in units of 0 to 1."""
-        return tuple(np.sqrt(self._moment(2) - self._moment(1) ** 2).tolist())
+        return tuple(np.sqrt(np.maximum(self._moment(2) - self._moment(1) ** 2, 0)).tolist())
 
     def _moment(self, power: int) -> NDArray[np.float64]:
         levels = self.splits[0].levels
@@ -191,7 +191,7 @@ def table(report: Report) -> Table:
 def as_keys(report: Report) -> str:
     """Mean, deviation and weights as a recipe's keys, as far as it takes them."""
     rows = {}
-    if min(report.std) > 0:
+    if min(report.std) > 1e-6:  # rounding alone, of one level, makes 1e-8
         rows["data.mean"] = [round(v, 4) for v in report.mean]
         rows["data.std"] = [round(v, 4) for v in report.std]
     if any(report.class_weights):
