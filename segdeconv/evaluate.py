@@ -22,18 +22,17 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint
 from segdeconv.config import DataConfig
-from segdeconv.data import EvalSet, Samples, end_workers, eval_batch_size, open_samples
+from segdeconv.data import EvalSet, Samples, end_workers, eval_loader, open_samples
 from segdeconv.data.cityscapes import Cityscapes
-from segdeconv.data.transforms import EvalTransform
 from segdeconv.distributed import sum_over_ranks
 from segdeconv.errors import UserError, first_line
 from segdeconv.figures import confusion_picture, triptych
 from segdeconv.files import make_folder, to_json, write_atomically, write_text
-from segdeconv.images import Picture, check_windows, label_png, resize_image, save_image, window_starts
+from segdeconv.images import Picture, check_windows, label_png, save_image, window_starts
 from segdeconv.metrics import (
     MAIN_METRIC,
     category_scores,
@@ -243,22 +242,6 @@ class Inference:
         return predict if self.scales == (1.0,) else multi_scale(predict, self.scales)
 
 
-class _Pictures(Dataset[tuple[Tensor, Tensor]]):
-    """Pictures at the recipe's size, normalised, with targets at the size the samples give them."""
-
-    def __init__(self, samples: Samples, data: DataConfig) -> None:
-        self.samples, self.size = samples, data.size
-        self.transform = EvalTransform(data, multiple=1)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        picture, target = self.samples.load(index)
-        image, _ = self.transform(resize_image(picture, self.size), 0)
-        return image, torch.from_numpy(np.array(target, np.int64))
-
-
 def ignore_index_of(samples: Samples, data: DataConfig) -> int:
     """The target that does not count; for classification one that never occurs."""
     return data.ignore_index if samples.task == "segmentation" else -100
@@ -390,12 +373,9 @@ def evaluate_run(
     samples = open_samples(replace(data, size=None) if inference.original else data, "val")
     check_fit(info, samples)
     ignore_index = ignore_index_of(samples, data)
-    loader = DataLoader(
-        _Pictures(samples, data),
-        eval_batch_size(samples, data, info.recipe.train.batch_size),
-        num_workers=data.num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
+    batch_size = info.recipe.train.batch_size
+    # Where labels keep their own size, pictures come at the recipe's all the same.
+    loader = eval_loader(samples, data, batch_size, multiple=1, resize=data.size, keep=False)
     amp = info.recipe.train.amp if inference.amp == "recipe" else inference.amp
     if onnx is None:
         predict = padded(torch_predictor(model, AMP[amp]), size_multiple(model))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
-from segdeconv.config import DataConfig
+from segdeconv.config import DataConfig, Size
 from segdeconv.data.camvid import CamVid
 from segdeconv.data.cityscapes import Cityscapes
 from segdeconv.data.image_folder import ImageFolder
@@ -21,7 +21,7 @@ from segdeconv.data.torchvision_sets import TORCHVISION, TorchvisionSet
 from segdeconv.data.toy import ToyStreet
 from segdeconv.data.transforms import BatchTransform, EvalTransform, TrainTransform
 from segdeconv.errors import UserError
-from segdeconv.images import Picture
+from segdeconv.images import Picture, resize_image
 
 DATASETS: dict[str, Callable[[DataConfig, str], Samples]] = {
     "toy": ToyStreet,
@@ -140,18 +140,31 @@ class TrainSet(Dataset[tuple[Tensor, Tensor]]):
 
 
 class EvalSet(Dataset[tuple[Tensor, Tensor]]):
-    """Samples as they are, normalised."""
+    """Samples as they are, normalised.
 
-    def __init__(self, samples: Samples, config: DataConfig, multiple: int) -> None:
-        self.cached = _Cached(samples, enabled=config.num_workers == 0)
-        self.count = len(samples)
+    Args:
+        resize: height and width for the pictures, not for targets.
+        keep: decoded samples, for the next time they are asked for.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        config: DataConfig,
+        multiple: int,
+        resize: Size | None = None,
+        keep: bool = True,
+    ) -> None:
+        self.cached = _Cached(samples, enabled=keep and config.num_workers == 0)
+        self.count, self.resize = len(samples), resize
         self.transform = EvalTransform(config, multiple)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.transform(*self.cached.load(index))
+        image, target = self.cached.load(index)
+        return self.transform(resize_image(image, self.resize), target)
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -233,20 +246,23 @@ def end_workers(batches: Any) -> None:
         batches._shutdown_workers()
 
 
-def eval_batch_size(samples: Samples, config: DataConfig, batch_size: int) -> int:
-    """How many pictures to evaluate at a time, ``batch_size``, or 1 where they keep sizes of their own."""
-    return batch_size if samples.same_size or config.shorter_side is not None else 1
-
-
 def eval_loader(
-    samples: Samples, config: DataConfig, batch_size: int, multiple: int, rank: int = 0, world: int = 1
+    samples: Samples,
+    config: DataConfig,
+    batch_size: int,
+    multiple: int,
+    rank: int = 0,
+    world: int = 1,
+    resize: Size | None = None,
+    keep: bool = True,
 ) -> DataLoader:
     """Every sample once, in order; one at a time where pictures keep sizes of their own. Of several processes
-    each gets its share.
+    each gets its share. ``resize`` and ``keep`` are as `EvalSet` takes them.
     """
+    one_size = samples.same_size or config.shorter_side is not None
     return DataLoader(
-        Subset(EvalSet(samples, config, multiple), range(rank, len(samples), world)),
-        eval_batch_size(samples, config, batch_size),
+        Subset(EvalSet(samples, config, multiple, resize, keep), range(rank, len(samples), world)),
+        batch_size if one_size else 1,
         num_workers=config.num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),

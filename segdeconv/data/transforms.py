@@ -111,7 +111,8 @@ class EvalTransform:
 
     def __init__(self, config: DataConfig, multiple: int) -> None:
         self.config = config
-        self.steps = A.Compose(_finish(config, multiple))
+        # Data sets have compared sizes; scored at their own, labels keep them while pictures are resized.
+        self.steps = A.Compose(_finish(config, multiple), is_check_shapes=False)
 
     def __call__(self, image: np.ndarray, target: np.ndarray | int) -> tuple[Tensor, Tensor]:
         if self.config.shorter_side is not None and self.config.crop is not None:
