@@ -34,6 +34,7 @@ from segdeconv.structure import (
     is_plain_norm,
     qualified_class,
     read_structure,
+    set_to_evaluation,
 )
 
 Filter = Callable[[nn.Module, str], bool]
@@ -79,7 +80,8 @@ class ConversionReport:
 
     def _untraced_lines(self) -> list[str]:
         return [
-            f"  untraced {name or '(the network)'}: {reason}; its own layers are paired by module order"
+            f"  untraced {name or '(the network)'}: {reason}; its own layers are paired by module order, and "
+            "those whose weight its forward pass reads itself have to be kept by name"
             for name, reason in self.untraced
         ]
 
@@ -159,9 +161,15 @@ def convert_to_network_deconv(
             if layer.name in structure.norm_after and layer.name not in structure.guessed:
                 fold_batch_norm(modules[structure.norm_after[layer.name]], module)
             else:
-                swaps[module] = nn.Sequential(_as_affine(module), swaps[module])
+                swaps[module] = nn.Sequential(_as_affine(module), swaps[module]).train(module.training)
         elif layer.name in structure.norm_after:
             _normalise_filters(modules[structure.norm_after[layer.name]])
+    # Frozen batch norms are in evaluation, in a network that trains: so is the layer that takes their place.
+    modes: dict[str, bool] = {}
+    for layer in report.layers:
+        if layer.action == "removed":
+            after, before = structure.norm_after.get(layer.name), structure.norm_before.get(layer.name, [])
+            modes |= dict.fromkeys(before if after is None else [after], modules[layer.name].training)
     normalised = {
         structure.norm_after.get(layer.name) for layer in report.layers if layer.action == "removed"
     }
@@ -176,10 +184,12 @@ def convert_to_network_deconv(
                 whitened.hold_back(keep_function=warm_start)
         else:
             whitened = WhitenedConv2d.from_conv(module, config)
+        whitened.train(modes.get(layer.name, module.training))
         whitened.refresh_offset = offset
         report.layers[offset] = replace(layer, reason=_what_it_does(whitened))
         padded = qualified_class(module) == STATIC_PADDING
         swaps[module] = nn.Sequential(module.static_padding, whitened) if padded else whitened
+        swaps[module].train(whitened.training)
     for name in structure.in_place:
         modules[name].inplace = False
     return replace_modules(model, swaps), report
@@ -236,7 +246,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         return hook
 
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    set_to_evaluation(model)
     handles = [
         layer.register_forward_pre_hook(observe(name), with_kwargs=True) for name, layer in layers.items()
     ]
@@ -405,7 +415,7 @@ def _reason_to_keep(
             return "its output is overwritten while its input is read elsewhere"
         if name in structure.escapes:
             return "what reads it could not be traced"
-        return None
+        return "its parameters are read by the forward pass itself" if name in structure.weight_read else None
     if not is_plain_layer(module):
         return f"{type(module).__name__} has a forward of its own"
     if not isinstance(module.weight, nn.Parameter):

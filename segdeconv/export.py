@@ -34,6 +34,7 @@ from segdeconv.interface import Interface, Preparation, around
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import main_output, size_multiple
 from segdeconv.runtime import import_onnxruntime
+from segdeconv.structure import detached_copy, set_to_evaluation
 
 TOLERANCE = 1e-4  # of the largest logit; more only where float32 itself is less exact, see compare
 
@@ -84,7 +85,8 @@ def export_onnx(
     """
     path, interface = check_place(path), interface or Interface()
     preparation = preparation_of(info, model)
-    model = copy.deepcopy(model).cpu().eval()
+    model = detached_copy(model).cpu()
+    set_to_evaluation(model)
     core = network_graph(model, interface, preparation)
     graph = finish(core, info, interface, preparation)
     results = compare_all(graph, model, info, interface, preparation)

@@ -7,7 +7,6 @@ deploys the same way. Nothing is approximated, and nothing is exported here: see
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,14 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from segdeconv.convert import fold_batch_norm, leftover, replace_modules
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
-from segdeconv.structure import NEVER_WHITENED, is_plain_layer, is_plain_norm, read_structure
+from segdeconv.structure import (
+    NEVER_WHITENED,
+    detached_copy,
+    is_plain_layer,
+    is_plain_norm,
+    read_structure,
+    set_to_evaluation,
+)
 
 
 def fold_network_deconv(model: nn.Module) -> nn.Module:
@@ -26,7 +32,8 @@ def fold_network_deconv(model: nn.Module) -> nn.Module:
     Whitened layers become Conv2d and Linear. A batch norm that provably follows a plain layer of its own is
     folded into it, leaving its activation; others stay, as plain operations.
     """
-    model = copy.deepcopy(model).eval()
+    model = detached_copy(model)
+    set_to_evaluation(model)
     plain: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, Whitened):
@@ -44,11 +51,12 @@ def fold_network_deconv(model: nn.Module) -> nn.Module:
         norm, layer = modules[norm_name], modules[layer_name]
         foldable = is_plain_layer(layer) or type(layer) in NEVER_WHITENED
         if foldable and is_plain_norm(norm) and norm.running_mean is not None:
-            proven = norm_name not in structure.guessed and layer_name not in structure.weight_read
+            read = {norm_name, layer_name} & structure.weight_read
+            proven = norm_name not in structure.guessed and not read
             if not proven or not isinstance(layer.weight, nn.Parameter):
                 continue
             fold_batch_norm(layer, norm)
-            gone[norm] = leftover(norm)
+            gone[norm] = leftover(norm).eval()
     return replace_modules(model, gone)
 
 

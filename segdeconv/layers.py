@@ -47,14 +47,18 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast is on, and brings ``x`` to its precision."""
+    device = x.device.type
+    enabled = has_autocast(device) and torch.is_autocast_enabled(device)
+    return enabled and x.is_floating_point() and x.dtype != torch.float64
+
+
 def _low_precision(x: Tensor) -> torch.dtype | None:
     """bfloat16 where autocast computes in it, which leaves float64 alone; float16 has too little range for
     gradients divided by the scale of a channel.
     """
-    device = x.device.type
-    if not has_autocast(device) or not torch.is_autocast_enabled(device):
-        return None
-    bfloat16 = torch.get_autocast_dtype(device) == torch.bfloat16 and x.dtype != torch.float64
+    bfloat16 = _autocasts(x) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
     return torch.bfloat16 if bfloat16 else None
 
 
@@ -115,7 +119,7 @@ class Whitened(nn.Module):
     gain: Any  # a Tensor in linear layers in fast mode, else None
     num_batches_tracked: Tensor
     running_moments: Tensor
-    _step: int | None
+    _step: tuple[Tensor, int] | None
     _held: float
     #: Fast mode: whether the next step measures correlation, of which a `RefreshSchedule` then makes the
     #: whitening; None: the layer does both, by the number of steps taken. The schedule sets it; evaluation,
@@ -201,8 +205,8 @@ class Whitened(nn.Module):
         self.register_buffer("running_whitening", identity)
         self.register_buffer("num_batches_tracked", counter)
         # The fast mode's own copy of num_batches_tracked: reading a tensor would wait for the device. It is
-        # taken anew where the buffers may have been written: by DistributedDataParallel from another rank,
-        # or by averaging of weights.
+        # of one tensor, for `torch.func.functional_call` brings others, and taken anew where the buffers may
+        # have been written: by DistributedDataParallel from another rank, or by averaging of weights.
         self._step = self.refresh_now = None
 
     def reset_parameters(self) -> None:
@@ -270,6 +274,7 @@ class Whitened(nn.Module):
         is ``x``, made part of the gradient of its own statistics in fast mode.
 
         Raises:
+            ValueError: in training, an input of another type than the weight, which autocast does not mend.
             RuntimeError: where a training step would silently go wrong: a replica of DataParallel, or an
                 empty batch while other processes have one.
         """
@@ -279,6 +284,11 @@ class Whitened(nn.Module):
             raise RuntimeError(
                 "network deconvolution does not train under torch.nn.DataParallel, whose replicas lose what "
                 "they measure; use torch.nn.parallel.DistributedDataParallel"
+            )
+        if x.dtype != self.weight.dtype and not _autocasts(x):  # before it spoils running values
+            raise ValueError(
+                f"an input of {x.dtype} for a layer of {self.weight.dtype}; convert one of them, as with "
+                f"x.to({self.weight.dtype})"
             )
         if x.numel() == 0:
             if world_size() > 1:  # the others would wait for this process's statistics
@@ -526,7 +536,7 @@ class Whitened(nn.Module):
     def _update_moments(self, moments: Tensor, momentum: float | None) -> None:
         if self.refresh_now is None:
             count: Any = self._steps_taken() + 1
-            self._step = count
+            self._step = self.num_batches_tracked, count
         else:
             count = self.num_batches_tracked.to(moments.dtype) + 1
         self.num_batches_tracked.add_(1)  # finite or not: the schedule counts steps
@@ -547,9 +557,9 @@ class Whitened(nn.Module):
         torch.maximum(var + apart, zeros * mean.square(), out=var)  # less only if batches differ in `zeros`
 
     def _steps_taken(self) -> int:
-        if self._step is None:
+        if self._step is None or self._step[0] is not self.num_batches_tracked:
             return 0 if self.num_batches_tracked.is_meta else int(self.num_batches_tracked)
-        return self._step
+        return self._step[1]
 
     @torch.no_grad()
     def _refresh(self, x: Tensor, moments: Tensor, samples: Any, turn: Any, momentum: float | None) -> None:
@@ -759,7 +769,8 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
     ``dilation`` may be changed after construction, as on the torch layer.
 
     Raises, when called:
-        ValueError: the input has other channels, or is smaller than the kernel.
+        ValueError: the input has other channels, is smaller than the kernel, or, in training, of another type
+            than the weight.
         RuntimeError: see `Whitened.whiten`.
 
     Source: arXiv 1905.11926, algorithm 1 and section 3.3.
@@ -907,7 +918,7 @@ class WhitenedLinear(Whitened, nn.Linear):
     Takes and returns what Linear does: (..., C) to (..., O); every row is a sample.
 
     Raises, when called:
-        ValueError: the input has other features.
+        ValueError: the input has other features, or, in training, another type than the weight.
         RuntimeError: see `Whitened.whiten`.
 
     Source: arXiv 1905.11926, algorithm 1 and section 3.3.

@@ -68,14 +68,15 @@ class Structure:
     Attributes:
         norm_after: batch norm -> the layer (convolution or linear) whose output alone it reads.
         guessed: those of ``norm_after`` that rest on module order or on an unknown layout, not on proof, do
-            not hold in evaluation, or have hooks in between that may change what they read.
+            not hold in evaluation, have hooks in between that may change what they read, or are one of
+            several norms to choose from.
         norm_before: batch norm -> the layers that alone read what it puts out.
         in_place: activation modules that write into what a ``norm_before`` batch norm puts out, or may do so
             with a ``guessed`` one. Without the norm they would write into its input, which others may read.
         escapes: batch norms whose output leaves the part of the network that could be traced.
         shared_in_place: batch norms whose output a function overwrites while others read their input.
         sees_1x1: layers whose input is a globally pooled map, classifier heads excepted.
-        weight_read: layers whose weight the forward pass reads itself, as tied networks do.
+        weight_read: layers and batch norms whose weight the forward pass reads itself, as tied networks do.
         unused: layers and batch norms that no traced forward calls.
         untraced: modules whose own forward could not be traced, with the reason.
     """
@@ -107,24 +108,54 @@ def read_structure(model: nn.Module) -> Structure:
             model = copy.deepcopy(model, memory)
             break
     modes = {module: module.training for module in model.modules()}
+    training, evaluation = _Reader(model), _Reader(model)
     try:
-        with _without_shape_checks(model):
+        with _without_shape_checks(model), torch.random.fork_rng(devices=[]):
             model.train()
-            structure = _Reader(model).read()
-            model.eval()
-            evaluation = _Reader(model)
+            structure = training.read()
+            set_to_evaluation(model)
             in_evaluation = evaluation.read()
     finally:
         for module, mode in modes.items():
             module.training = mode
     structure.unused &= in_evaluation.unused
     structure.weight_read |= in_evaluation.weight_read
+    structure.sees_1x1 |= in_evaluation.sees_1x1
+    structure.in_place |= in_evaluation.in_place
+    # What a training pass left out: by chance (stochastic depth), or always.
+    taken = set(structure.norm_after.values())
+    for norm in evaluation.uses.keys() - training.uses.keys() - structure.norm_after.keys():
+        layer = in_evaluation.norm_after.get(norm)
+        if layer is not None and layer not in taken:
+            structure.norm_after[norm] = layer
+        if norm in in_evaluation.norm_before:
+            structure.norm_before[norm] = in_evaluation.norm_before[norm]
+        structure.guessed |= in_evaluation.guessed & {norm}
+        structure.escapes |= in_evaluation.escapes & {norm}
+        structure.shared_in_place |= in_evaluation.shared_in_place & {norm}
     structure.guessed |= {
         norm
         for norm, layer in structure.norm_after.items()
         if norm in evaluation.uses and in_evaluation.norm_after.get(norm) != layer
     }
     return structure
+
+
+def set_to_evaluation(model: nn.Module) -> None:
+    """``model.eval()`` for all its modules, of which networks with a frozen part leave some as they are."""
+    for module in model.modules():
+        module.train(False)
+
+
+def detached_copy(model: nn.Module) -> nn.Module:
+    """A deep copy. Tensors that a forward pass left in modules, as computed weights are, lose their graph."""
+    left = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, left)
 
 
 def qualified_class(module: nn.Module) -> str:
@@ -217,10 +248,13 @@ class _Reader:
         first = {module: name for name, module in model.named_modules()}
         self.canonical = {name: first[m] for name, m in model.named_modules(remove_duplicate=False)}
         self.modules: dict[str, Any] = dict(model.named_modules())
-        self.layers_of: dict[int, list[str]] = collections.defaultdict(list)  # by their weights' identities
+        self.layers_of: dict[int, list[str]] = collections.defaultdict(
+            list
+        )  # by their parameters' identities
         for name, module in self.modules.items():
-            if isinstance(module, WEIGHTED):
-                self.layers_of[id(module._parameters.get("weight"))].append(name)
+            if isinstance(module, (*WEIGHTED, _BatchNorm)):
+                for parameter in module.parameters(recurse=False):
+                    self.layers_of[id(parameter)].append(name)
         self.structure = Structure()
         self.calls: collections.Counter[str] = collections.Counter()
         self.uses: dict[str, list[_Use]] = collections.defaultdict(list)
@@ -236,8 +270,9 @@ class _Reader:
             layer = layers.pop() if len(layers) == 1 else None
             if layer is not None and self.calls[layer] == self.calls[norm]:
                 structure.norm_after[norm] = layer
-                if not all(use.proven for use in uses):
+                if not all(use.proven for use in uses) or self._has_alternatives(norm):
                     structure.guessed.add(norm)
+                    structure.in_place.update(name for use in uses for name in use.in_place)
             elif all(use.readers for use in uses):
                 structure.norm_before[norm] = list(
                     dict.fromkeys(r for use in uses for r in use.readers or [])
@@ -254,6 +289,16 @@ class _Reader:
             if claims[layer] > 1:  # one layer, several norms: none of them is its own
                 del structure.norm_after[norm]
         return structure
+
+    def _has_alternatives(self, norm: str) -> bool:
+        """Whether it is one of a list of norms, others of which the forward pass does not call by default."""
+        container = norm.rpartition(".")[0]
+        if type(self.modules[container]) not in (nn.ModuleList, nn.ModuleDict):
+            return False
+        return any(
+            isinstance(other, _BatchNorm) and not self.calls[f"{container}.{name}"]
+            for name, other in self.modules[container].named_children()
+        )
 
     def _visit(self, module: nn.Module, prefix: str) -> None:
         if not any(module.children()):
@@ -369,7 +414,8 @@ def _layer_before(node: fx.Node, norm: Any, module_of: _ModuleOf) -> tuple[fx.No
     hooked = bool(norm._forward_pre_hooks)  # which may change what is between the two
     while source is not None and len(_value_users(source)) == 1:
         layer = module_of(source)
-        hooked = hooked or (layer is not None and bool(layer._forward_hooks))
+        hooks = "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"
+        hooked = hooked or any(getattr(layer, name, None) for name in hooks)
         if isinstance(layer, (*WEIGHTED, *NEVER_WHITENED)):
             if out_channels(layer) != norm.num_features:
                 return None, False

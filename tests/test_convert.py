@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from networks import NETWORKS, images, logits, scramble_batch_norms
 from torch import nn
@@ -558,6 +559,132 @@ def test_convolutions_of_other_dimensions_keep_their_norms(warm_start: bool) -> 
     assert reasons(report, "swapped") == {"5": "whitens its input, 1 x 32 channels"}
     _, report = convert_to_network_deconv(nn.Sequential(nn.Linear(512, 3)))
     assert reasons(report, "swapped") == {"0": "whitens its input, 1 x 512 channels, held back by 0.50"}
+
+
+class StochasticDepth(nn.Module):
+    """Stochastic depth as people write it: a pass drops half of the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.pool, self.gate = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Any) -> Any:
+        if self.training and torch.rand(1) < 0.5:
+            return x
+        y = self.bn(self.conv(x))
+        return torch.relu(x + y * torch.sigmoid(self.gate(self.pool(y))))
+
+
+class OnlyInEvaluation(StochasticDepth):
+    def forward(self, x: Any) -> Any:
+        return x if self.training else super().forward(x)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_training_pass_leaves_out_is_read_in_evaluation(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), StochasticDepth(), StochasticDepth(), OnlyInEvaluation()
+    )
+    state = torch.get_rng_state()
+    structure = read_structure(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert structure.norm_after == {"1": "0", "2.bn": "2.conv", "3.bn": "3.conv", "4.bn": "4.conv"}
+    assert structure.sees_1x1 == {"2.gate", "3.gate", "4.gate"}
+    _, report = convert_to_network_deconv(model)
+    assert set(reasons(report, "kept")) == structure.sees_1x1
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_a_frozen_encoder_stays_frozen(warm_start: bool) -> None:
+    """smp freezes by putting batch norms, and nothing else, in evaluation."""
+    torch.manual_seed(0)
+    network = smp.Unet(
+        "resnet18", encoder_weights=None, classes=3, encoder_depth=3, decoder_channels=(32, 16, 8)
+    )
+    model = scramble_batch_norms(network).double()
+    model.freeze_encoder()
+    model.train()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    want = model.eval()(x)
+    model.train()
+    model, _ = convert_to_network_deconv(model, SMALL, warm_start=warm_start)
+    if warm_start:
+        calibrate(model, [torch.randn(2, 3, 32, 32, dtype=torch.float64)])
+        torch.testing.assert_close(model.eval()(x), want, rtol=0, atol=1e-12)
+    model.train()
+    frozen = copy.deepcopy(model.encoder.state_dict())
+    model(x).sum().backward()
+    assert all(torch.equal(value, frozen[key]) for key, value in model.encoder.state_dict().items())
+    folded = fold_network_deconv(model)
+    assert not any(module.training for module in folded.modules())
+    torch.testing.assert_close(folded(x), model.eval()(x), rtol=0, atol=1e-12)
+
+
+def test_a_network_in_evaluation_is_in_evaluation_after_conversion() -> None:
+    model = scramble_batch_norms(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3))).eval()
+    x = torch.randn(4, 3, 16, 16)
+    want = model(x)
+    for _ in range(2):
+        model, _ = convert_to_network_deconv(model, warm_start=True)
+        assert not any(module.training for module in model.modules())
+        torch.testing.assert_close(model(x), want, rtol=0, atol=1e-6)
+
+
+class Domains(nn.Module):
+    """A batch norm a domain, behind one convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 5, 1)
+        self.bn = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+
+    def forward(self, x: Any, domain: int = 0) -> Any:
+        return self.head(torch.relu(self.bn[domain](self.conv(x))))
+
+
+def test_one_of_several_norms_is_not_folded() -> None:
+    model = scramble_batch_norms(Domains()).eval()
+    x = torch.randn(2, 3, 16, 16)
+    want = [model(x, domain) for domain in (0, 1)]
+    folded = fold_network_deconv(model)
+    converted, _ = convert_to_network_deconv(model, warm_start=True)
+    for other in (folded, converted):
+        for domain in (0, 1):
+            torch.testing.assert_close(other(x, domain), want[domain], rtol=0, atol=1e-5)
+
+
+def test_hooks_see_what_a_layer_puts_out() -> None:
+    """Not what an activation in place makes of it, where the batch norm in between is gone."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(True), nn.Conv2d(8, 5, 1)
+    )
+    seen: list[torch.Tensor] = []
+    model[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    model[0].register_full_backward_hook(lambda module, grad_in, grad_out: None)
+    model, _ = convert_to_network_deconv(model)
+    model(torch.randn(4, 3, 16, 16, requires_grad=True)).sum().backward()
+    assert (seen[0] < 0).any()
+
+
+class ReadsItsNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(torch.relu(self.bn(self.conv(x)))) + self.bn.weight.sum()
+
+
+def test_a_norm_whose_parameters_the_forward_reads_is_kept() -> None:
+    model = scramble_batch_norms(ReadsItsNorm()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    want = model(x)
+    torch.testing.assert_close(fold_network_deconv(model)(x), want)
+    model, report = convert_to_network_deconv(model, warm_start=True)
+    assert reasons(report, "kept") == {"bn": "its parameters are read by the forward pass itself"}
+    torch.testing.assert_close(model(x), want)
 
 
 def test_the_report_says_what_is_whitened() -> None:

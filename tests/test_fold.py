@@ -128,6 +128,18 @@ class ReLUConv3d(nn.Conv3d):
         return super().forward(x).relu()
 
 
+def test_what_a_training_step_left_in_the_network_does_not_hinder() -> None:
+    model, _ = convert_to_network_deconv(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1)).double()
+    )
+    prune.l1_unstructured(model[3], "weight", amount=0.5)
+    model[2].register_forward_hook(lambda module, args, out: setattr(module, "seen", out))
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    model(x).sum().backward()
+    folded = fold_network_deconv(model)
+    torch.testing.assert_close(folded(x), model.eval()(x), rtol=0, atol=1e-12)
+
+
 def test_no_fold_into_a_layer_with_a_forward_of_its_own() -> None:
     model = scramble_batch_norms(nn.Sequential(ReLUConv3d(2, 3, 2), nn.BatchNorm3d(3))).eval()
     x = torch.randn(2, 2, 4, 4, 4)

@@ -44,7 +44,33 @@ CONVS = {
 
 
 def config(**changes: object) -> NetworkDeconvConfig:
-    return NetworkDeconvConfig(**{"mode": "exact", "block_size": 2, "sampling_stride": 2, **changes})  # type: ignore[arg-type]
+    settings = {"mode": "exact", "block_size": 2, **changes}
+    sampling = {} if settings["mode"] == "fast" else {"sampling_stride": 2}
+    return NetworkDeconvConfig(**{**sampling, **settings})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.uint8], ids=str)
+def test_an_input_of_another_type_spoils_nothing(mode: str, dtype: torch.dtype) -> None:
+    layer = WhitenedConv2d(3, 8, 3, config=NetworkDeconvConfig(mode=mode))  # type: ignore[arg-type]
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=rf"an input of {dtype} for a layer of torch\.float32"):
+        layer(torch.ones(4, 3, 16, 16).to(dtype))
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+def test_functional_calls_count_the_steps_of_the_state_they_are_given() -> None:
+    layer = WhitenedConv2d(3, 8, 3)
+    x = torch.randn(4, 3, 16, 16)
+    states = [{name: value.clone() for name, value in layer.state_dict().items()} for _ in range(3)]
+    for state in states:
+        for _ in range(2):
+            torch.func.functional_call(layer, state, (x,))
+    for key, value in states[0].items():
+        assert all(torch.equal(value, state[key]) for state in states[1:]), key
+    assert states[0]["num_batches_tracked"] == 2
+    layer(x)
+    torch.testing.assert_close(layer.running_moments[0], x[:, :, :].mean((0, 2, 3)))
 
 
 @pytest.mark.parametrize("name", CONVS)
