@@ -6,7 +6,7 @@ PYTHON ?= python3
 RUNTIME := $(shell if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
 OTHER := $(if $(filter gpu,$(RUNTIME)),cpu,gpu)
 REMOVE := $(if $(filter gpu,$(RUNTIME)),onnxruntime,onnxruntime-gpu)
-STAMP := $(VENV)/.installed-$(RUNTIME)
+STAMP := $(VENV)/.installed-dev-$(RUNTIME)
 
 .PHONY: help demo test test-slow lint install clean
 
@@ -18,16 +18,17 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(VENV)/.installed-%-$(RUNTIME): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "segdeconv needs Python 3.10 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@if [ -e $(VENV)/.installed-$(OTHER) ]; then $(BIN)/python -m pip uninstall --quiet --yes $(REMOVE); fi
-	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[$(RUNTIME),dev]'
+	@if ls $(VENV)/.installed-*-$(OTHER) >/dev/null 2>&1; then $(BIN)/python -m pip uninstall --quiet --yes $(REMOVE); fi
+	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[$(RUNTIME),$*]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-demo: $(STAMP)
+# What trains is enough; where all is installed, nothing is.
+demo: $(or $(wildcard $(STAMP)),$(VENV)/.installed-train-$(RUNTIME))
 	$(BIN)/segdeconv demo
 
 test: $(STAMP)

@@ -553,10 +553,15 @@ def data_check(
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes that come with the package."""
-    from segdeconv.config import load_recipe, own_recipes
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe instead, to start one from.")] = None,
+) -> None:
+    """List the recipes that come with the package, or print one: segdeconv recipes my_images > mine.yaml"""
+    from segdeconv.config import find_recipe, load_recipe, own_recipes
 
+    if name is not None:
+        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        return
     for name, path in own_recipes().items():
         recipe = load_recipe(name)
         network = "_".join(filter(None, (recipe.model.architecture, recipe.model.encoder)))

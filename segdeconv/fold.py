@@ -1,6 +1,6 @@
 """From a trained network to a plain one: constants into weights, exactly.
 
-A deconvolved network in evaluation is already a plain network, layer by layer: w' = D w and b' = b - w'·μ
+A deconvolved network in evaluation is already a plain network, layer by layer: w' = w D and b' = b - w'·μ
 (Ye et al., ICLR 2020, section 3.3). Batch norms fold into the layer before them likewise, so that a twin
 deploys the same way. Nothing is approximated, and nothing is exported here: see export.py.
 """

@@ -140,6 +140,12 @@ def test_help_and_version(call: Call) -> None:
     assert call("--version") == (0, "0.1.0\n", "")
     code, out, _ = call("recipes")
     assert "camvid_unet_mobilenet_v2" in out
+    code, out, _ = call("recipes", "my_images")
+    assert (code, yaml.safe_load(out)["data"]["dataset"]) == (0, "image_mask")
+    assert call("recipes", "my_image")[::2] == (
+        2, "segdeconv: error: no recipe file and no recipe of the package is called 'my_image'; did you mean "
+        "my_images?\n"
+    )  # fmt: skip
 
 
 def bad_recipe(folder: Path, **sections: dict) -> Path:
