@@ -1,7 +1,7 @@
 """Training steps as CUDA graphs: one launch instead of a thousand.
 
-A convolution with batch norm launches some twenty kernels a step, a whitened one some sixty. On a fast GPU a
-small network waits for these launches, not for the arithmetic. A CUDA graph holds them all.
+On a fast GPU a small network waits for the launches of its many small kernels, not for the arithmetic
+(docs/whitening.md counts them). A CUDA graph holds them all.
 """
 
 from __future__ import annotations

@@ -665,10 +665,8 @@ class RefreshSchedule:
             groups = [len(layer.running_cov) for layer in same]
             cov_GFF = torch.cat([layer.running_cov for layer in same])
             before_GFF = torch.cat([layer.running_whitening for layer in same])
-            samples, refreshes = (
-                torch.cat([number.expand(n, 1, 1) for number, n in zip(numbers, groups, strict=True)])
-                for numbers in zip(*((x.cov_samples, x.num_refreshes) for x in same), strict=True)
-            )
+            samples = torch.cat([x.cov_samples.expand(len(x.running_cov), 1, 1) for x in same])
+            refreshes = torch.cat([x.num_refreshes.expand(len(x.running_cov), 1, 1) for x in same])
             with no_autocast(cov_GFF):
                 whitening_GFF = shrunk_inverse_sqrt(cov_GFF, samples)
             whitening_GFF = whitening_GFF.where(refreshes > 0, before_GFF)  # the identity until measured

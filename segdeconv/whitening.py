@@ -3,7 +3,8 @@
 Network Deconvolution, Ye et al., ICLR 2020 (arXiv 1905.11926): for the im2col patches X of what a layer
 reads, with mean μ and covariance Cov (section 3.2, eq. 2), the whitening matrix D = (Cov + εI)^(-1/2) is
 never applied to the data. With filters w as rows X D wᵀ = X (w D)ᵀ, so the layer runs with w' = w D and
-b' = b - w'·μ (section 3.3). The inverse root is approximated by coupled Newton-Schulz iterations (section 3.1).
+b' = b - w'·μ (section 3.3). The inverse root is approximated by coupled Newton-Schulz iterations (section
+3.1).
 
 The fast mode splits scale from correlation: `channel_moments` standardises every channel with gradient, at
 the price of batch norm's statistics, and `shrunk_inverse_sqrt` whitens what is left, the correlation between
