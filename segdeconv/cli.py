@@ -330,6 +330,8 @@ def export(
         raise UserError("--fp16 and --int8: choose one; each is a file of its own")
     if half_io and not fp16:
         raise UserError("--half-io goes with --fp16")
+    if not (fp16 or int8) and (max_drop, min_speedup, root, device) != (0.01, 1.0, None, "auto"):
+        raise UserError("--max-drop, --min-speedup, --root and --device go with --fp16 or --int8")
     if fp16 or int8:
         from segdeconv.precision import Gates, export_smaller, summary
 
@@ -540,9 +542,8 @@ def data_check(
     report = check(load_recipe(_recipe_file(recipe), overrides).data)
     console.print(table(report))
     console.print(as_keys(report))
-    for split in report.splits:
-        for warning in split.warnings:
-            console.print(f"warning: {warning}")
+    for warning in report.warnings:
+        console.print(f"warning: {warning}")
     for problem in report.problems:
         console.print(f"wrong: {problem}")
     if report.problems:
@@ -562,10 +563,10 @@ def recipes(
     if name is not None:
         print(find_recipe(name).read_text(encoding="utf-8"), end="")
         return
-    for name, path in own_recipes().items():
-        recipe = load_recipe(name)
+    for own, path in own_recipes().items():
+        recipe = load_recipe(own)
         network = "_".join(filter(None, (recipe.model.architecture, recipe.model.encoder)))
-        print(f"{name:30} {network} on {recipe.data.dataset}, {recipe.train.epochs} epochs  ({path})")
+        print(f"{own:30} {network} on {recipe.data.dataset}, {recipe.train.epochs} epochs  ({path})")
 
 
 @zoo_app.command("list")

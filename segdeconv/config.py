@@ -21,8 +21,11 @@ from segdeconv.errors import UserError
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Positive = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=1, le=32768)]
+Factor = Annotated[float, Field(ge=0.1, le=10)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Size = tuple[Positive, Positive]  # height, width in pixels
+Share = Annotated[float, Field(ge=0, lt=1)]
+Size = tuple[Side, Side]  # height, width in pixels
 Channel = Annotated[int, Field(ge=0, le=255)]
 _OFF = BeforeValidator(lambda value: "off" if value is False else value)  # a bare off is False in YAML
 
@@ -116,7 +119,7 @@ class DataConfig:
             are.
         crop: height and width of training crops; None trains on whole pictures.
         pad: pixels added on every side before the training crop.
-        scale: range of the random scale factor in training, from 0.1 on.
+        scale: range of the random scale factor in training, within 0.1 to 10.
         resized_crop: let a training crop be a window of 8 to 100 % of the picture's area and an aspect ratio
             of 3/4 to 4/3, resized to ``crop`` (arXiv 1409.4842).
         shorter_side: evaluate classifiers on the central ``crop`` of pictures whose shorter side is resized
@@ -137,8 +140,8 @@ class DataConfig:
     root: str | None = None
     size: Size | None = None
     crop: Size | None = None
-    pad: Annotated[int, Field(ge=0)] = 0
-    scale: tuple[Annotated[float, Field(ge=0.1)], Annotated[float, Field(ge=0.1)]] = (1.0, 1.0)
+    pad: Annotated[int, Field(ge=0, le=4096)] = 0
+    scale: tuple[Factor, Factor] = (1.0, 1.0)
     resized_crop: bool = False
     shorter_side: Positive | None = None
     hflip: bool = True
@@ -211,7 +214,7 @@ class TrainConfig:
     batch_size: Positive = 8
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Fraction = 0.9
+    momentum: Share = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     schedule: Literal["poly", "cosine", "constant"] = "poly"
     poly_power: Annotated[float, Field(gt=0)] = 0.9
@@ -220,7 +223,7 @@ class TrainConfig:
     amp: Annotated[Literal["off", "bf16", "fp16"], _OFF] = "off"
     compile: bool = False
     cuda_graphs: bool = False
-    label_smoothing: Fraction = 0.0
+    label_smoothing: Share = 0.0
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     ohem: Annotated[float, Field(gt=0, lt=1)] | None = None
     dice_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -230,18 +233,37 @@ class TrainConfig:
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.class_weights is not None and not any(self.class_weights):
+            raise ValueError("class_weights are all 0, so that nothing would be learnt")
+        return self
+
 
 @dataclass(frozen=True, config=_STRICT)
 class Recipe:
     """One run: network, data, training."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")]  # of its run's folder
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
 
 
 _RECIPE = TypeAdapter(Recipe)
+
+
+class _Loader(yaml.SafeLoader):
+    """Of a key that stands twice, YAML's own would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if any(key.value == other.value for other in keys[:i]):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} stands twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def recipe_from_dict(values: Any, source: str) -> Recipe:
@@ -285,7 +307,7 @@ def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
     """
     path = find_recipe(path_or_name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not a readable YAML file ({' '.join(str(error).split())})") from None
     if isinstance(values, dict):
@@ -330,9 +352,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override!r}: {parent!r} is a value, not a section of the recipe")
         node = child
     try:
-        node[last] = yaml.safe_load(text)
+        node[last] = yaml.load(text, _Loader)
     except (ValueError, RecursionError, yaml.YAMLError):
         raise UserError(f"--set {override!r}: {text!r} is no YAML value") from None
+
+
+_EXPECTED = {  # by pydantic's name of what is wrong
+    "tuple_type": "expected a list, such as [1, 2]",
+    "dataclass_type": "expected a section with keys of its own",
+    "dict_type": "expected a section with keys of its own",
+    "string_pattern_mismatch": "expected the name of a folder, without slashes or a dot before it",
+}
 
 
 def _sentence(error: ValidationError) -> str:
@@ -346,8 +376,11 @@ def _sentence(error: ValidationError) -> str:
             f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
         )
     if first["type"] in ("missing", "missing_argument"):
+        last = first["loc"][-1]
+        if isinstance(last, int):
+            return f"{where.rpartition('.')[0]}: value number {last + 1} of the list is missing"
         return f"the key {where!r} is missing"
-    message = first["msg"].removeprefix("Value error, ")
+    message = _EXPECTED.get(first["type"]) or first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
     return f"{where}{value}: {message}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
 import math
 import statistics
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from segdeconv.errors import UserError
 from segdeconv.files import read_json_lines, write_atomically
@@ -37,7 +39,7 @@ def triptych(
     below = line if captions else pad
     total_width = 3 * width + 4 * pad
     canvas = Image.new("RGB", (total_width, bar + sum(heights) + len(rows) * below), "white")
-    pen = ImageDraw.Draw(canvas)
+    pen = _pen(canvas)
     for column, title in enumerate(("image", "truth", "prediction")):
         pen.text((pad + column * (width + pad), 4), title, fill="black")
     y = bar
@@ -49,7 +51,7 @@ def triptych(
             canvas.paste(shown, (pad + column * (width + pad), y))
         y += heights[i]
         if captions:
-            pen.text((pad, y + 3), captions[i], fill="black")
+            pen.text((pad, y + 3), _cut(pen, captions[i], total_width - 2 * pad), fill="black")
         y += below
     return with_legend(canvas, classes, palette)
 
@@ -59,7 +61,7 @@ def with_legend(picture: Image.Image, classes: tuple[str, ...], palette: Palette
     legend, line = _legend_rows(classes, picture.width), 20
     canvas = Image.new("RGB", (picture.width, picture.height + line * len(legend) + 6), "white")
     canvas.paste(picture)
-    pen, y = ImageDraw.Draw(canvas), picture.height
+    pen, y = _pen(canvas), picture.height
     for row in legend:
         for x, index in row:
             pen.rectangle((x, y + 3, x + 12, y + 15), fill=palette[index], outline="black")
@@ -68,11 +70,31 @@ def with_legend(picture: Image.Image, classes: tuple[str, ...], palette: Palette
     return canvas
 
 
+def _pen(canvas: Image.Image) -> ImageDraw.ImageDraw:
+    """It writes in matplotlib's font: Pillow's own has no letters but English ones."""
+    pen = ImageDraw.Draw(canvas)
+    pen.font = _font()
+    return pen
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    folder = importlib.resources.files("matplotlib") / "mpl-data" / "fonts" / "ttf"
+    return ImageFont.truetype(str(folder / "DejaVuSans.ttf"), 11)
+
+
+def _cut(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """A text, its beginning left out where it is wider than so many pixels: its end has the numbers."""
+    while len(text) > 1 and pen.textlength(text) > width:
+        text = f"…{text[2:]}"
+    return text
+
+
 def _legend_rows(classes: tuple[str, ...], width: int) -> list[list[tuple[int, int]]]:
     rows: list[list[tuple[int, int]]] = [[]]
     x = 4
     for index, name in enumerate(classes):
-        need = 15 + 7 * len(name) + 12
+        need = 15 + round(_font().getlength(name)) + 16
         if x + need > width and rows[-1]:
             rows.append([])
             x = 4

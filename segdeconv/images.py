@@ -42,13 +42,25 @@ def list_images(folder: Path) -> tuple[list[Path], list[str]]:
     with os.scandir(folder) as there:  # whose is_dir asks no disk again
         names = [entry.name for entry in there if not entry.name.startswith(".") and not entry.is_dir()]
     found = sorted(folder / name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES)
-    problems = [] if found else [f"{folder}: holds no picture ({', '.join(SUFFIXES)})"]
+    problems = []
+    if not found:
+        inner = folder_of_pictures(folder)
+        below = f"; {inner.name} in it does, which is not looked into" if inner is not None else ""
+        problems.append(f"{folder}: holds no picture ({', '.join(SUFFIXES)}){below}")
     by_stem: dict[str, Path] = {}
     for path in found:
         first = by_stem.setdefault(path.stem, path)
         if first is not path:
             problems.append(f"{path}: there is a second picture of that name, {first.name}")
     return list(by_stem.values()), problems
+
+
+def folder_of_pictures(folder: Path) -> Path | None:
+    """The first folder in a folder that holds pictures, if there is one."""
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
+        if any(path.suffix.lower() in SUFFIXES for path in inner.iterdir()):
+            return inner
+    return None
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -99,6 +111,14 @@ def read_rgb(path: Path) -> Picture:
     return to_rgb(open_image(path), path)
 
 
+def exif_turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns an opened picture upright, by its EXIF data; None where nothing need be done."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF data say nothing
+        return None
+
+
 def to_rgb(image: Image.Image, path: Path) -> Picture:
     """An opened picture as RGB (H, W, 3) uint8, turned upright as its EXIF data says.
 
@@ -108,10 +128,7 @@ def to_rgb(image: Image.Image, path: Path) -> Picture:
     load_pixels(image, path)
     if image.mode in _DEEP:
         raise UserError(f"{path}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # as above; damaged EXIF data say nothing
-        turn = None
+    turn = exif_turn(image)
     return np.asarray((image if turn is None else image.transpose(turn)).convert("RGB"))
 
 

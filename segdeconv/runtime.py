@@ -432,8 +432,8 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
     Yields the label file of each picture when it is written.
 
     Raises:
-        UserError: a picture would be overwritten, or ``out`` cannot be written; or, when all others are done,
-            pictures could not be read.
+        UserError: a picture, or a PNG that is no earlier prediction, would be overwritten; ``out`` cannot be
+            written; or, when all others are done, pictures could not be read.
     """
     out = make_folder(Path(out))
     inputs = {path.resolve() for path in images}
@@ -443,6 +443,9 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
     for target in itertools.chain(*targets):
         if target.resolve() in inputs:
             raise UserError(f"{target}: is a picture to predict, or beside it; choose another --out")
+    for label_file, overlay_file in targets:
+        if label_file.exists() and not overlay_file.exists():  # somebody's mask
+            raise UserError(f"{label_file}: is there and is no earlier prediction; choose another --out")
     unread = []
     for path, (label_file, overlay_file) in zip(images, targets, strict=True):
         try:
@@ -451,8 +454,8 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
             unread.append(str(error))
             continue
         labels = segmenter(image)
-        save_image(label_png(labels, segmenter.palette), label_file)
         save_image(Image.fromarray(segmenter.overlay(image, labels)), overlay_file)
+        save_image(label_png(labels, segmenter.palette), label_file)
         yield label_file
     if unread:
         of_all = f"{len(unread)} of {len(images)} pictures could not be read: " if len(images) > 1 else ""

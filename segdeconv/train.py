@@ -359,10 +359,11 @@ class _Run:
             self.load_state(out)
             self._check_room()
             self._forget_later_lines()
-            console.print(
-                f"resuming after step {self.step - self.finished_epochs * self.steps_per_epoch} of epoch "
-                f"{self.finished_epochs + 1}"
-            )
+            done = self.step - self.finished_epochs * self.steps_per_epoch
+            if self.finished_epochs < config.epochs:
+                console.print(f"resuming after step {done} of epoch {self.finished_epochs + 1}")
+            else:
+                console.print("this run is finished: nothing is left to train")
         else:
             self._begin()
         if self.compiles:
@@ -450,6 +451,8 @@ class _Run:
             f"{len(self.held_out)} validation pictures, on {self.device}{ranks}"
         )
 
+        if self.recipe.train.warmup_epochs > self.recipe.train.epochs:
+            console.print("note: train.warmup_epochs is more than train.epochs, so train.lr is never reached")
         if self.compiles < self.recipe.train.compile:
             console.print("note: train.compile has no effect here: it is for one process")
         if self.records < self.recipe.train.cuda_graphs:

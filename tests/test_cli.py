@@ -204,7 +204,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
     "a date as seed": (lambda r, t: ["train", "demo", "--set", "train.seed=20261126120000"], "train.seed = 2026"),
     "no run to begin with": (lambda r, t: ["train", "demo", "--init", ""], ".: holds no checkpoint"),
     "dry run of what cannot be": (
-        lambda r, t: ["train", "demo", "--dry-run", *changes("model.options={in_channels: 1}")], "cannot train on batches"),
+        lambda r, t: ["train", "demo", "--dry-run", *changes("model.encoder=null", "model.architecture=dpt", "model.options={}")], "cannot train on batches"),
     "graph of other weights": (
         lambda r, t: ["eval", r / "run", "--onnx", other_run(r, t, weights_sha256="0" * 64)], "from other weights"),
     "a prediction over a picture": (lambda r, t: ["predict", r / "model.onnx", two_of_a_name(t), "--out", t], "p.png: is a picture"),

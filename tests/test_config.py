@@ -76,6 +76,14 @@ def test_overrides() -> None:
         ("data", {"shorter_side": 8}, "shorter_side needs crop, and no size"),
         ("model", {"network_deconv": {"num_iters": 4}}, "num_iters = 4 is for exact and reference mode"),
         ("model", {"network_deconv": {"mode": "exact", "refresh_every": 9}}, "refresh_every = 9 is for fast"),
+        ("data", {"size": 64}, r"data.size = 64: expected a list, such as \[1, 2\]"),
+        ("data", {"crop": [64]}, "data.crop: value number 2 of the list is missing"),
+        ("data", {"scale": [50, 150], "crop": [8, 8]}, "data.scale.0 = 50.*less than or equal to 10"),
+        ("data", {"pad": 100_000, "crop": [8, 8]}, "data.pad = 100000"),
+        ("train", {"class_weights": [0, 0]}, "class_weights are all 0"),
+        ("train", {"label_smoothing": 1}, "label_smoothing = 1"),
+        (None, {"train": 5}, "train = 5: expected a section"),
+        (None, {"name": "../up"}, "name = '../up': expected the name of a folder"),
         ("data", {"shorter_side": 8, "crop": [4, 9]}, "shorter_side = 8 is less than crop"),
     ],
 )
@@ -99,6 +107,20 @@ def test_frozen() -> None:
     assert isinstance(recipe, Recipe)
     with pytest.raises(AttributeError):
         recipe.name = "y"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("model: {architecture: unet}\ndata: {dataset: toy}\nmodel: {architecture: fpn}", "model"),
+        ("model: {architecture: unet}\ndata: {dataset: toy}\ntrain: {lr: 0.1, epochs: 2, lr: 0.2}", "lr"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(text: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"twice\.yaml: .*the key {key} stands twice"):
+        load_recipe(path)
 
 
 def test_the_file_name_names_the_recipe(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import Call
+from PIL import Image
 from test_cityscapes import ALL_IDS, add_frame
 from test_data import break_pair, make_set, own, write
 
@@ -68,6 +69,26 @@ def test_numbers_are_those_of_the_pictures(tmp_path: Path) -> None:
     pixels = np.concatenate([samples.load(i)[0].reshape(-1, 3) for i in range(3)]) / 255
     np.testing.assert_allclose(report.mean, pixels.mean(0), rtol=1e-12)
     np.testing.assert_allclose(report.std, pixels.std(0), rtol=1e-12)
+
+
+def test_what_looks_wrong_is_told(tmp_path: Path) -> None:
+    """Pictures in both splits, turned by EXIF data, or in folders below."""
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (9, 10, 3), dtype=np.uint8) for _ in range(3)]
+    for split, chosen in (("train", images[:2]), ("val", images[1:])):
+        for number, image in enumerate(chosen):
+            write(tmp_path / split / "images" / f"{split}{number}.png", image)
+            write(tmp_path / split / "masks" / f"{split}{number}.png", np.zeros((9, 10), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(images[0]).save(tmp_path / "train" / "images" / "train0.png", exif=exif)
+    write(tmp_path / "val" / "masks" / "below" / "more.png", np.zeros((9, 10), np.uint8))
+    report = check(own(tmp_path, classes=("a", "b")))
+    assert report.problems == ()
+    turned, below, both = report.warnings
+    assert turned.startswith("train: 1 of 2 pictures are turned upright by their EXIF data, train0 first")
+    assert below.startswith(f"{tmp_path / 'val' / 'masks' / 'below'}: holds pictures, which are not read")
+    assert both == "1 pictures of val are in train too, val0 first"
 
 
 def test_a_channel_of_one_level_has_no_deviation(tmp_path: Path) -> None:

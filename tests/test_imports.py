@@ -54,7 +54,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"checkpoint", "config", "convert", "data", "distributed", "evaluate", "figures", "graphs", "layers"}
     | {"losses", "metrics", "models", "progress"},
     "interface": LEAVES,
-    "export": FILES | {"checkpoint", "entries", "fold", "interface", "metrics", "models", "runtime"},
+    "export": FILES
+    | {"checkpoint", "entries", "fold", "interface", "metrics", "models", "runtime", "structure"},
     "precision": LEAVES
     | {"bench", "checkpoint", "data", "evaluate", "export", "interface", "metrics", "progress", "runtime"},
     "zoo": PICTURES

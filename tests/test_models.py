@@ -51,6 +51,26 @@ def test_vgg11_means_the_one_with_batch_norm() -> None:
     assert any(isinstance(m, _BatchNorm) for m in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("encoder", "options", "says"),
+    [
+        ("resnet18", {"activation": "softmax"}, "activation: the loss and exported graphs apply softmax"),
+        ("resnet18", {"aux_params": {"classes": 2}}, "aux_params: its second head"),
+        ("tu-resnet18", {"classes": 3}, "classes: the data says them"),
+        ("resnet18", {"decoder_chanels": [8]}, "did you mean 'decoder_channels'"),
+        ("tu-resnet18", {"decoder_chanels": [8]}, "did you mean 'decoder_channels'"),
+    ],
+)
+def test_options_that_are_none(encoder: str, options: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        build_model(ModelConfig("unet", encoder=encoder, options=options), 3)
+
+
+def test_further_options_are_timms() -> None:
+    options = {"drop_path_rate": 0.1, "activation": None}
+    assert build_model(ModelConfig("unet", encoder="tu-resnet18", options=options), 3)
+
+
 def test_twins_start_from_the_same_weights() -> None:
     """Up to the scale of filters, which is nothing to a batch norm."""
     torch.manual_seed(3)

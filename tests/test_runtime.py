@@ -86,6 +86,20 @@ def test_predict_images(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) 
     assert np.array_equal(np.asarray(labels), segmenter(picture(30, 50)))
 
 
+def test_masks_are_never_overwritten(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
+    """Earlier predictions are: they have an overlay beside them."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for folder in (images, masks):
+        folder.mkdir()
+        Image.fromarray(picture(30, 50)).save(folder / "a.png")
+    before = (masks / "a.png").read_bytes()
+    with pytest.raises(UserError, match=r"masks/a\.png: is there and is no earlier prediction"):
+        list(predict_images(Segmenter(exported[0]), find_images(images), masks))
+    assert (masks / "a.png").read_bytes() == before
+    for _ in range(2):
+        assert len(list(predict_images(Segmenter(exported[0]), find_images(images), tmp_path / "out"))) == 1
+
+
 def test_a_picture_that_cannot_be_read_stops_no_other(
     tmp_path: Path, exported: tuple[Path, torch.nn.Module]
 ) -> None:

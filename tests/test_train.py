@@ -184,7 +184,7 @@ def test_a_deconvolved_run_goes_on_with_other_data(tmp_path: Path) -> None:
 
 def test_a_network_that_cannot_take_the_batches_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot train on batches of shape \(4, 3, 32, 64\)"):
-        train(tiny("model.options={in_channels: 4}"), tmp_path / "run")
+        train(tiny("model.encoder=null", "model.architecture=dpt", "model.options={}"), tmp_path / "run")
 
 
 def test_a_dry_run_leaves_no_process_behind() -> None:

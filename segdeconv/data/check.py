@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from segdeconv.config import DataConfig
 from segdeconv.data import find_samples
-from segdeconv.data.samples import Samples
+from segdeconv.data.samples import PairedSamples, Samples
 from segdeconv.errors import UserError
+from segdeconv.images import exif_turn, folder_of_pictures, open_image
 from segdeconv.progress import Bar
 
 Counts = NDArray[np.int64]
@@ -26,6 +28,8 @@ class _Sample(NamedTuple):
     problem: str | None
     levels: Counts  # of each channel's 256 levels: (3, 256)
     labels: Counts  # pixels of each label, or 1 for the class of a picture: (256,), or (C,) for more classes
+    digest: bytes  # of the picture's pixels
+    turned: bool  # by its EXIF data
 
 
 class _Survey(Dataset[_Sample]):
@@ -40,9 +44,15 @@ class _Survey(Dataset[_Sample]):
         try:
             image, target = self.samples.load(index)
         except UserError as error:
-            return _Sample(str(error), np.zeros((3, 256), np.int64), np.zeros(self.bins, np.int64))
+            empty = np.zeros((3, 256), np.int64), np.zeros(self.bins, np.int64)
+            return _Sample(str(error), *empty, b"", False)
         levels = [np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)]
-        return _Sample(None, np.stack(levels), np.bincount(np.ravel(target), minlength=self.bins))
+        labels = np.bincount(np.ravel(target), minlength=self.bins)
+        digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+        turned = False
+        if isinstance(self.samples, PairedSamples):
+            turned = exif_turn(open_image(self.samples.pairs[index][0])) is not None
+        return _Sample(None, np.stack(levels), labels, digest, turned)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class SplitReport:
         labels: (C,), pixels of each class, or pictures for classification.
         holding: (C,), pictures that hold the class.
         labels_beside: (C,), labelled pixels in those pictures.
+        digests: of each picture's pixels, with the first picture's name.
     """
 
     name: str
@@ -68,6 +79,7 @@ class SplitReport:
     labels: Counts
     holding: Counts
     labels_beside: Counts
+    digests: dict[bytes, str]
 
 
 @dataclass(frozen=True)
@@ -77,12 +89,14 @@ class Report:
     Attributes:
         splits: training and validation.
         problems: a sentence for everything that must be mended, in both splits and between them.
+        warnings: likewise, for everything that looks wrong.
     """
 
     task: str
     classes: tuple[str, ...]
     splits: tuple[SplitReport, SplitReport]
     problems: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -130,7 +144,11 @@ def check(config: DataConfig) -> Report:
         odd = sorted(set(opened[0].classes) ^ set(opened[1].classes))
         what = f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''} in one only"
         problems.append(f"{config.train} and {config.val} have different classes: {what}")
-    return Report(opened[0].task, opened[0].classes, (train, val), tuple(problems))
+    warnings = [*train.warnings, *val.warnings]
+    both = [name for digest, name in val.digests.items() if digest in train.digests]
+    if both:
+        warnings.append(f"{len(both)} pictures of {config.val} are in {config.train} too, {both[0]} first")
+    return Report(opened[0].task, opened[0].classes, (train, val), tuple(problems), tuple(warnings))
 
 
 def _check_split(samples: Samples, name: str, config: DataConfig) -> SplitReport:
@@ -144,6 +162,8 @@ def _check_split(samples: Samples, name: str, config: DataConfig) -> SplitReport
     labels, holding, beside = np.zeros((3, count), np.int64)
     pictures = 0
     binary: list[str] = []
+    turned: list[str] = []
+    digests: dict[bytes, str] = {}
     loader = DataLoader(
         _Survey(samples), batch_size=None, num_workers=config.num_workers, collate_fn=_as_it_is
     )
@@ -153,6 +173,9 @@ def _check_split(samples: Samples, name: str, config: DataConfig) -> SplitReport
             continue
         counted = sample.labels[:count]
         pictures += 1
+        digests.setdefault(sample.digest, samples.name(index))
+        if sample.turned:
+            turned.append(samples.name(index))
         levels += sample.levels
         labels += counted
         holding += counted > 0
@@ -167,7 +190,18 @@ def _check_split(samples: Samples, name: str, config: DataConfig) -> SplitReport
             f"{name}: {len(binary)} of {pictures} masks hold 0 and 255 only, {binary[0]} first; 255 is "
             f"ignored, so if it means {samples.classes[1]!r} here, write 1 instead"
         )
-    return SplitReport(name, pictures, tuple(problems), tuple(warnings), levels, labels, holding, beside)
+    if turned:
+        warnings.append(
+            f"{name}: {len(turned)} of {pictures} pictures are turned upright by their EXIF data, "
+            f"{turned[0]} first; their masks have to be upright too"
+        )
+    for folder in sorted({path.parent for pair in getattr(samples, "pairs", ()) for path in pair}):
+        inner = folder_of_pictures(folder)
+        if inner is not None:
+            warnings.append(f"{inner}: holds pictures, which are not read; put them into {folder}")
+    return SplitReport(
+        name, pictures, tuple(problems), tuple(warnings), levels, labels, holding, beside, digests
+    )
 
 
 def _as_it_is(sample: Any) -> Any:

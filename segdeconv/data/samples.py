@@ -15,6 +15,7 @@ from segdeconv.errors import UserError
 from segdeconv.images import (
     Palette,
     Picture,
+    exif_turn,
     load_pixels,
     open_image,
     read_rgb,
@@ -157,9 +158,10 @@ def read_pair(
     """
     image, mask = read_rgb(image_path), read_mask(mask_path)
     if image.shape[:2] != mask.shape:
+        turned = ", turned upright by its EXIF data" if exif_turn(open_image(image_path)) is not None else ""
         raise UserError(
             f"{mask_path}: is {mask.shape[1]}x{mask.shape[0]}, but its picture is "
-            f"{image.shape[1]}x{image.shape[0]}"
+            f"{image.shape[1]}x{image.shape[0]}{turned}"
         )
     present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
     wrong = set(present) - set(numbers)

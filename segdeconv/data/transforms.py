@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from segdeconv.config import DataConfig
+from segdeconv.errors import UserError
 from segdeconv.images import Picture, central_crop
 
 cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own threads fight with torch's
@@ -49,12 +50,17 @@ class TrainTransform:
                 A.ColorJitter((1 - c, 1 + c), (1 - c, 1 + c), (1 - c, 1 + c), (-c / 10, c / 10), p=1)
             )
         self.steps = A.Compose([*steps, *_finish(config, multiple)])
-        self.seed = seed
+        self.seed, self.least = seed, config.scale[0]
 
     def __call__(
         self, image: np.ndarray, target: np.ndarray | int, key: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """``key`` is (epoch, index)."""
+        if min(image.shape[:2]) * self.least < 1:
+            raise UserError(
+                f"data.scale: begins at {self.least}, which leaves nothing of a picture of "
+                f"{image.shape[1]}x{image.shape[0]}; give larger factors"
+            )
         self.steps.set_random_seed(int(np.random.SeedSequence((self.seed, *key)).generate_state(1)[0]))
         return _apply(self.steps, image, target)
 

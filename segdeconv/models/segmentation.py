@@ -50,11 +50,25 @@ def check_encoder(name: str) -> str:
     raise UserError(f"no encoder is called {name!r}; {hint}")
 
 
-def _check_options(architecture: str, options: dict[str, Any]) -> None:
+_NOT_AN_OPTION = {
+    "classes": "the data says them",
+    "in_channels": "pictures are RGB",
+    "activation": "the loss and exported graphs apply softmax themselves",
+    "aux_params": "its second head would not be trained",
+}
+
+
+def _check_options(architecture: str, encoder: str, options: dict[str, Any]) -> None:
     known = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture].__init__).parameters
-    for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+    for key, value in options.items():
+        if key in _NOT_AN_OPTION and value is not None:
+            raise UserError(f"model.options.{key}: {_NOT_AN_OPTION[key]}; remove it")
+        if key in known:
+            continue
+        # timm takes further arguments, and checks them; smp's own encoders ignore them.
+        of_timm = encoder.startswith("tu-")
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.85 if of_timm else 0.6)
+        if near or not of_timm:
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(list(known)[1:])}"
             raise UserError(f"{architecture} takes no option model.options.{key}; {hint}")
 
@@ -62,8 +76,7 @@ def _check_options(architecture: str, options: dict[str, Any]) -> None:
 def _smp(architecture: str) -> Architecture:
     def build(num_classes: int, encoder: str | None, options: dict[str, Any]) -> nn.Module:
         options = {"encoder_weights": None, **options}
-        if not str(encoder).startswith("tu-"):  # timm checks further arguments, smp's encoders ignore them
-            _check_options(architecture, options)
+        _check_options(architecture, str(encoder), options)
         return smp.create_model(architecture, encoder, classes=num_classes, **options)
 
     default = "tu-vit_tiny_patch16_224" if architecture == "dpt" else "resnet18"
