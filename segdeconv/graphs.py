@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segdeconv.errors import UserError, first_line
-from segdeconv.layers import RefreshSchedule
+from segdeconv.schedule import RefreshSchedule
 
 
 @dataclass

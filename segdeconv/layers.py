@@ -8,20 +8,15 @@ parameters, which `to_conv` and `to_linear` return.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import itertools
 import math
-import statistics
-from collections import defaultdict
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from segdeconv.compiling import LAYERS, NUMBERS, follow_outside_graph, snapshot
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.distributed import mean_over_ranks, sum_over_ranks, world_size
 from segdeconv.whitening import (
@@ -154,9 +149,9 @@ class Whitened(nn.Module):
         A tensor, so that layers of one shape can share that code. `torch.func.functional_call` shares it
         unasked: compiled, its running values go to the layer itself.
         """
-        number = next(_NUMBERS)
+        number = next(NUMBERS)
         self._number = torch.tensor(number, device="cpu")
-        _LAYERS[number] = self
+        LAYERS[number] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -466,7 +461,7 @@ class Whitened(nn.Module):
         with no_autocast(x):
             x, moments, samples = self._channel_moments(x)
             if torch.compiler.is_compiling() and (self.refresh_now is None or world_size() > 1):
-                running, refreshed = _follow_outside_graph(
+                running, refreshed = follow_outside_graph(
                     x.detach(),
                     moments.detach(),
                     samples if isinstance(samples, Tensor) else None,
@@ -480,7 +475,7 @@ class Whitened(nn.Module):
                 running, whitening = self.running_moments, self.running_whitening
             moments = self._steadied(moments, samples, running)
             if torch.compiler.is_compiling() and running is self.running_moments:
-                moments = _snapshot(moments)
+                moments = snapshot(moments)
             weight, bias = standardise_and_fold(
                 *self._weight_and_bias(),
                 moments,
@@ -525,7 +520,7 @@ class Whitened(nn.Module):
         if due is None:
             step = self._steps_taken() - 1
             turn = step + self.refresh_offset
-            due = _due(step, self.config.refresh_every, self.refresh_offset)
+            due = is_due(step, self.config.refresh_every, self.refresh_offset)
         else:  # a number would be part of the graph
             turn = self.num_batches_tracked - 1 + self.refresh_offset
         if self.decorrelates and due:
@@ -607,146 +602,10 @@ def _whole(number: Any) -> Any:
     return number.long() if isinstance(number, Tensor) else int(number)
 
 
-def _due(step: int, refresh_every: int, offset: int = 0) -> bool:
+def is_due(step: int, refresh_every: int, offset: int = 0) -> bool:
     """Fast mode: whether this step, after so many, refreshes the whitening."""
     interval = min(refresh_every, max(step // _STEPS_AN_INTERVAL, 1))
     return (step + offset) % interval == 0
-
-
-class RefreshSchedule:
-    """Which steps refresh the whitening of a network: all layers at once. For torch.compile and CUDA graphs.
-
-    A layer that decides for itself does so in Python, outside the graphs of torch.compile, and every layer
-    is a hole in them. With a schedule there are two graphs without any, one that measures the correlation of
-    what the layers read and one that does not. The whitening matrices are made of it before the next step,
-    of all layers of one size together; before the second step they are the identity.
-
-        refreshes = RefreshSchedule(network)
-        for images, targets in batches:
-            refreshes.step()
-            loss(network(images), targets).backward()
-
-    Args:
-        model: after its state is loaded: the number of steps it has made is read here, once. That is how
-            often most layers were called. Layers in exact mode have nothing to schedule.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.layers: dict[int, list[Whitened]] = defaultdict(list)
-        for layer in model.modules():
-            if isinstance(layer, Whitened) and layer.config.mode == "fast":
-                self.layers[layer.config.refresh_every].append(layer)
-        taken = [layer._steps_taken() for layer in itertools.chain(*self.layers.values())]
-        self.steps = statistics.median_low(taken) if taken else 0
-
-    def step(self) -> tuple[bool, ...]:
-        """Before the forward pass of every training step. Whether it measures, by ``refresh_every``."""
-        if self.steps:
-            for every, layers in self.layers.items():
-                if _due(self.steps - 1, every):
-                    self._refresh(layers)
-        due = tuple(_due(self.steps, every) for every in self.layers)
-        for now, layers in zip(due, self.layers.values(), strict=True):
-            for layer in layers:
-                if layer.refresh_now is not now:  # modules take their time for a new value
-                    layer.refresh_now = now
-                    layer._step = None  # scheduled steps do not count in it
-        self.steps += 1
-        return due
-
-    @torch.no_grad()
-    def _refresh(self, layers: list[Whitened]) -> None:
-        of_size = defaultdict(list)
-        for layer in layers:
-            if layer.decorrelates and layer.training:
-                cov = layer.running_cov
-                of_size[cov.shape[-1], cov.dtype, cov.device].append(layer)
-        for same in of_size.values():
-            groups = [len(layer.running_cov) for layer in same]
-            cov_GFF = torch.cat([layer.running_cov for layer in same])
-            before_GFF = torch.cat([layer.running_whitening for layer in same])
-            samples = torch.cat([x.cov_samples.expand(len(x.running_cov), 1, 1) for x in same])
-            refreshes = torch.cat([x.num_refreshes.expand(len(x.running_cov), 1, 1) for x in same])
-            with no_autocast(cov_GFF):
-                whitening_GFF = shrunk_inverse_sqrt(cov_GFF, samples)
-            whitening_GFF = whitening_GFF.where(refreshes > 0, before_GFF)  # the identity until measured
-            for layer, matrices in zip(same, whitening_GFF.split(groups), strict=True):
-                layer.running_whitening.copy_(matrices)  # in place: graphs read it where it is
-
-
-_LAYERS: WeakValueDictionary[int, Whitened] = WeakValueDictionary()
-_NUMBERS = itertools.count()
-# torch has this tag since 2.8.
-_TAGS: dict[str, Any] = (
-    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
-)
-
-
-# The schedule is Python's, so graphs of torch.compile leave it out: a graph for every step would be compiled.
-# The number counts as changed, or the call could be left out, or made once for two.
-@torch.library.custom_op("segdeconv::follow", mutates_args=("number",), **_TAGS)
-def _follow_outside_graph(
-    x: Tensor,
-    moments: Tensor,
-    samples: Tensor | None,
-    running_moments: Tensor,
-    running_whitening: Tensor | None,
-    number: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`Whitened._follow`; returns copies of the running moments and the whitening matrix (empty if there is
-    none) afterwards. Before, they are given for their shapes only.
-    """
-    layer = _LAYERS[int(number)]
-    layer._follow(x, moments, x.numel() // x.shape[1] if samples is None else samples)
-    return tuple(
-        moments.new_empty(0) if running is None else running.clone()
-        for running in (layer.running_moments, layer.running_whitening)
-    )  # type: ignore[return-value]
-
-
-@_follow_outside_graph.register_fake
-def _(
-    x: Tensor,
-    moments: Tensor,
-    samples: Tensor | None,
-    running_moments: Tensor,
-    running_whitening: Tensor | None,
-    number: Tensor,
-) -> tuple[Tensor, Tensor]:
-    none = moments.new_empty(0)
-    return torch.empty_like(running_moments), none if running_whitening is None else none.new_empty(
-        running_whitening.shape
-    )
-
-
-# torch's partitioner may compute a value again in the backward pass from a buffer that the forward pass has
-# written since (pytorch/pytorch#197039), but never the result of an operation it does not know.
-@torch.library.custom_op("segdeconv::snapshot", mutates_args=())
-def _snapshot(value: Tensor) -> Tensor:
-    """What was made of a buffer's values of now, for the backward pass."""
-    return value.clone()
-
-
-@_snapshot.register_fake
-def _(value: Tensor) -> Tensor:
-    _fuse_snapshots()
-    return torch.empty_like(value)
-
-
-@functools.cache
-def _fuse_snapshots() -> None:
-    """Let Inductor make a snapshot where it makes the value, not by a kernel of its own: only the partitioner
-    has to take it for a black box. Called when a graph is traced, so that nobody else imports Inductor.
-    A torch that does it otherwise makes that kernel.
-    """
-    with contextlib.suppress(ImportError, AttributeError, KeyError, TypeError):
-        from torch._inductor.lowering import lowerings, register_lowering
-
-        clone = lowerings[torch.ops.aten.clone.default]
-        register_lowering(torch.ops.segdeconv.snapshot.default, type_promotion_kind=None)(clone)
-
-
-_snapshot.register_autograd(lambda _, grad: grad)
 
 
 def _step_size(momentum: float | None, count: Any) -> Any:

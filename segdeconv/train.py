@@ -58,11 +58,11 @@ from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, t
 from segdeconv.figures import read_metrics, training_curves, triptych
 from segdeconv.files import make_folder, to_json, write_text
 from segdeconv.graphs import StepGraphs
-from segdeconv.layers import RefreshSchedule
 from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import resolve, size_multiple, starts_trained
 from segdeconv.progress import Bar, console
+from segdeconv.schedule import RefreshSchedule
 
 _CALIBRATION_BATCHES = 16
 

@@ -21,8 +21,9 @@ from segdeconv import train as train_module
 from segdeconv.config import ModelConfig, NetworkDeconvConfig
 from segdeconv.evaluate import evaluate_run
 from segdeconv.graphs import StepGraphs
-from segdeconv.layers import RefreshSchedule, Whitened, WhitenedConv2d, WhitenedLinear
+from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.models import build_model
+from segdeconv.schedule import RefreshSchedule
 from segdeconv.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")

@@ -31,7 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "serve": LEAVES | {"images", "runtime"},
     "webdemo": FILES | {"runtime"},
     "distributed": set(),
-    "layers": {"whitening", "config", "distributed"},
+    "compiling": set(),
+    "layers": {"compiling", "whitening", "config", "distributed"},
+    "schedule": {"layers", "whitening"},
     "losses": {"config", "distributed", "models"},
     "structure": set(),
     "convert": LEAVES | {"layers", "config", "structure"},
@@ -49,10 +51,10 @@ ALLOWED: dict[str, set[str]] = {
     "compare": FILES | {"checkpoint", "config", "figures", "metrics"},
     "inspection": {"files"}
     | {"checkpoint", "config", "data", "figures", "layers", "models", "structure", "whitening"},
-    "graphs": LEAVES | {"layers"},
+    "graphs": LEAVES | {"schedule"},
     "train": FILES
-    | {"checkpoint", "config", "convert", "data", "distributed", "evaluate", "figures", "graphs", "layers"}
-    | {"losses", "metrics", "models", "progress"},
+    | {"checkpoint", "config", "convert", "data", "distributed", "evaluate", "figures", "graphs"}
+    | {"losses", "metrics", "models", "progress", "schedule"},
     "interface": LEAVES,
     "export": FILES
     | {"checkpoint", "entries", "fold", "interface", "metrics", "models", "runtime", "structure"},

@@ -20,9 +20,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from segdeconv import layers
+from segdeconv import compiling, layers
 from segdeconv.config import NetworkDeconvConfig
-from segdeconv.layers import RefreshSchedule, WhitenedConv2d, WhitenedLinear
+from segdeconv.layers import WhitenedConv2d, WhitenedLinear
+from segdeconv.schedule import RefreshSchedule
 from segdeconv.whitening import shrunk_inverse_sqrt
 
 CONVS = {
@@ -804,7 +805,7 @@ def test_a_schedule_makes_two_graphs(backend: str) -> None:
 
 def test_inductor_fuses_snapshots() -> None:
     """A torch that cannot is forgiven, so this one has to say that it can."""
-    layers._fuse_snapshots()
+    compiling._fuse_snapshots()
     lowerings = torch._inductor.lowering.lowerings
     assert torch.ops.segdeconv.snapshot.default in lowerings
 

@@ -31,9 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from segdeconv.config import ModelConfig, NetworkDeconvConfig, TrainConfig
 from segdeconv.errors import UserError, one_sentence
 from segdeconv.graphs import StepGraphs
-from segdeconv.layers import RefreshSchedule, Whitened
+from segdeconv.layers import Whitened
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, resolve
+from segdeconv.schedule import RefreshSchedule
 from segdeconv.train import make_optimizer, pick_device
 
 

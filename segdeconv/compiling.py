@@ -1,0 +1,86 @@
+"""Two operations that keep torch.compile correct and its graphs whole."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+LAYERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+NUMBERS = itertools.count()
+# torch has this tag since 2.8.
+_TAGS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+
+# The schedule is Python's, so graphs of torch.compile leave it out: a graph for every step would be compiled.
+# The number counts as changed, or the call could be left out, or made once for two.
+@torch.library.custom_op("segdeconv::follow", mutates_args=("number",), **_TAGS)
+def follow_outside_graph(
+    x: Tensor,
+    moments: Tensor,
+    samples: Tensor | None,
+    running_moments: Tensor,
+    running_whitening: Tensor | None,
+    number: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`Whitened._follow`; returns copies of the running moments and the whitening matrix (empty if there is
+    none) afterwards. Before, they are given for their shapes only.
+    """
+    layer = LAYERS[int(number)]
+    layer._follow(x, moments, x.numel() // x.shape[1] if samples is None else samples)
+    return tuple(
+        moments.new_empty(0) if running is None else running.clone()
+        for running in (layer.running_moments, layer.running_whitening)
+    )  # type: ignore[return-value]
+
+
+@follow_outside_graph.register_fake
+def _(
+    x: Tensor,
+    moments: Tensor,
+    samples: Tensor | None,
+    running_moments: Tensor,
+    running_whitening: Tensor | None,
+    number: Tensor,
+) -> tuple[Tensor, Tensor]:
+    none = moments.new_empty(0)
+    return torch.empty_like(running_moments), none if running_whitening is None else none.new_empty(
+        running_whitening.shape
+    )
+
+
+# torch's partitioner may compute a value again in the backward pass from a buffer that the forward pass has
+# written since (pytorch/pytorch#197039), but never the result of an operation it does not know.
+@torch.library.custom_op("segdeconv::snapshot", mutates_args=())
+def snapshot(value: Tensor) -> Tensor:
+    """What was made of a buffer's values of now, for the backward pass."""
+    return value.clone()
+
+
+@snapshot.register_fake
+def _(value: Tensor) -> Tensor:
+    _fuse_snapshots()
+    return torch.empty_like(value)
+
+
+@functools.cache
+def _fuse_snapshots() -> None:
+    """Let Inductor make a snapshot where it makes the value, not by a kernel of its own: only the partitioner
+    has to take it for a black box. Called when a graph is traced, so that nobody else imports Inductor.
+    A torch that does it otherwise makes that kernel.
+    """
+    with contextlib.suppress(ImportError, AttributeError, KeyError, TypeError):
+        from torch._inductor.lowering import lowerings, register_lowering
+
+        clone = lowerings[torch.ops.aten.clone.default]
+        register_lowering(torch.ops.segdeconv.snapshot.default, type_promotion_kind=None)(clone)
+
+
+snapshot.register_autograd(lambda _, grad: grad)

@@ -1,0 +1,74 @@
+"""When the layers of a network refresh their whitening, decided for all of them at once."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from segdeconv.layers import Whitened, is_due
+from segdeconv.whitening import no_autocast, shrunk_inverse_sqrt
+
+
+class RefreshSchedule:
+    """Which steps refresh the whitening of a network: all layers at once. For torch.compile and CUDA graphs.
+
+    A layer that decides for itself does so in Python, outside the graphs of torch.compile, and every layer
+    is a hole in them. With a schedule there are two graphs without any, one that measures the correlation of
+    what the layers read and one that does not. The whitening matrices are made of it before the next step,
+    of all layers of one size together; before the second step they are the identity.
+
+        refreshes = RefreshSchedule(network)
+        for images, targets in batches:
+            refreshes.step()
+            loss(network(images), targets).backward()
+
+    Args:
+        model: after its state is loaded: the number of steps it has made is read here, once. That is how
+            often most layers were called. Layers in exact mode have nothing to schedule.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: dict[int, list[Whitened]] = defaultdict(list)
+        for layer in model.modules():
+            if isinstance(layer, Whitened) and layer.config.mode == "fast":
+                self.layers[layer.config.refresh_every].append(layer)
+        taken = [layer._steps_taken() for layer in itertools.chain(*self.layers.values())]
+        self.steps = statistics.median_low(taken) if taken else 0
+
+    def step(self) -> tuple[bool, ...]:
+        """Before the forward pass of every training step. Whether it measures, by ``refresh_every``."""
+        if self.steps:
+            for every, layers in self.layers.items():
+                if is_due(self.steps - 1, every):
+                    self._refresh(layers)
+        due = tuple(is_due(self.steps, every) for every in self.layers)
+        for now, layers in zip(due, self.layers.values(), strict=True):
+            for layer in layers:
+                if layer.refresh_now is not now:  # modules take their time for a new value
+                    layer.refresh_now = now
+                    layer._step = None  # scheduled steps do not count in it
+        self.steps += 1
+        return due
+
+    @torch.no_grad()
+    def _refresh(self, layers: list[Whitened]) -> None:
+        of_size = defaultdict(list)
+        for layer in layers:
+            if layer.decorrelates and layer.training:
+                cov = layer.running_cov
+                of_size[cov.shape[-1], cov.dtype, cov.device].append(layer)
+        for same in of_size.values():
+            groups = [len(layer.running_cov) for layer in same]
+            cov_GFF = torch.cat([layer.running_cov for layer in same])
+            before_GFF = torch.cat([layer.running_whitening for layer in same])
+            samples = torch.cat([x.cov_samples.expand(len(x.running_cov), 1, 1) for x in same])
+            refreshes = torch.cat([x.num_refreshes.expand(len(x.running_cov), 1, 1) for x in same])
+            with no_autocast(cov_GFF):
+                whitening_GFF = shrunk_inverse_sqrt(cov_GFF, samples)
+            whitening_GFF = whitening_GFF.where(refreshes > 0, before_GFF)  # the identity until measured
+            for layer, matrices in zip(same, whitening_GFF.split(groups), strict=True):
+                layer.running_whitening.copy_(matrices)  # in place: graphs read it where it is
