@@ -7,7 +7,6 @@ checks; it builds nothing. Validation is pydantic's; the messages are ours, one 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, did_you_mean
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -335,8 +334,7 @@ def find_recipe(path_or_name: str | Path) -> Path:
     own = own_recipes()
     if str(path_or_name) in own:
         return own[str(path_or_name)]
-    near = difflib.get_close_matches(str(path_or_name), own, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"own recipes are {', '.join(own)}"
+    hint = did_you_mean(str(path_or_name), own, f"own recipes are {', '.join(own)}")
     raise UserError(f"no recipe file and no recipe of the package is called {str(path_or_name)!r}; {hint}")
 
 
@@ -371,10 +369,8 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] in ("unexpected_keyword_argument", "dataclass_unexpected_keyword"):
         *parents, wrong = first["loc"]
         known = _fields(parents)
-        near = difflib.get_close_matches(str(wrong), known, n=1)
-        return f"unknown key {where!r}; " + (
-            f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-        )
+        hint = did_you_mean(str(wrong), known, f"known keys are {', '.join(known)}")
+        return f"unknown key {where!r}; {hint}"
     if first["type"] in ("missing", "missing_argument"):
         last = first["loc"][-1]
         if isinstance(last, int):

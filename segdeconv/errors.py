@@ -1,8 +1,9 @@
 """The exceptions for what a user can mend: a wrong path, key, value or file; and for what was refused."""
 
 import contextlib
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -23,6 +24,12 @@ class Refused(UserError):
 def first_line(error: BaseException) -> str:
     """An error's message, cut to one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of a sentence about a name that is unknown: what is near to it, or else ``otherwise``."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def sentence_of(error: Exception) -> str:

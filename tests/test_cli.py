@@ -144,7 +144,7 @@ def test_help_and_version(call: Call) -> None:
     assert (code, yaml.safe_load(out)["data"]["dataset"]) == (0, "image_mask")
     assert call("recipes", "my_image")[::2] == (
         2, "segdeconv: error: no recipe file and no recipe of the package is called 'my_image'; did you mean "
-        "my_images?\n"
+        "'my_images'?\n"
     )  # fmt: skip
 
 
@@ -194,7 +194,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
     "no such option": (lambda r, t: ["train", "demo", "--lr", "3"], "No such option: --lr"),
     "missing argument": (lambda r, t: ["train"], "Missing argument"),
     "wrong choice": (lambda r, t: ["train", "demo", "--norm", "gn"], "'gn' is not one of"),
-    "missing recipe": (lambda r, t: ["train", "dmeo"], "did you mean demo?"),
+    "missing recipe": (lambda r, t: ["train", "dmeo"], "did you mean 'demo'?"),
     "recipe is no YAML": (lambda r, t: ["train", write(t / "r.yaml", "a: [")], "r.yaml: not a readable YAML"),
     "recipe is binary": (lambda r, t: ["train", write(t / "r.yaml", b"\xff\xfe\x00")], "not a readable YAML"),
     "recipe is a list": (lambda r, t: ["train", write(t / "r.yaml", "- a")], "expected a mapping"),

@@ -5,7 +5,6 @@ The deconvolved twin comes from `segdeconv.convert`; there is no second copy of 
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from segdeconv.config import ModelConfig
 from segdeconv.convert import ConversionReport, convert_to_network_deconv
-from segdeconv.errors import UserError, first_line
+from segdeconv.errors import UserError, did_you_mean, first_line
 from segdeconv.models import cifar, classification, segmentation
 from segdeconv.models.registry import Architecture, merge
 
@@ -51,9 +50,8 @@ def resolve(config: ModelConfig) -> tuple[Architecture, str | None]:
         elif timm.is_model(name) and config.encoder is None:
             architecture, encoder = classification.timm_architecture(name), None
         else:
-            near = difflib.get_close_matches(name, [*ARCHITECTURES, *timm.list_models()], n=1)
-            known = ", ".join(segmentation.ARCHITECTURES)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {known} and torchvision's and timm's"
+            others = f"known are {', '.join(segmentation.ARCHITECTURES)} and torchvision's and timm's"
+            hint = did_you_mean(name, [*ARCHITECTURES, *timm.list_models()], others)
             raise UserError(f"no architecture is called {name!r}; {hint}")
     if architecture.takes_encoder:
         encoder = segmentation.check_encoder(encoder or architecture.default_encoder)

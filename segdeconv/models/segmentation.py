@@ -12,7 +12,7 @@ import torchvision
 from segmentation_models_pytorch.encoders import encoders as smp_encoders
 from torch import nn
 
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, did_you_mean
 from segdeconv.models.registry import Architecture
 
 _SMP = (
@@ -45,8 +45,8 @@ def check_encoder(name: str) -> str:
         return name
     if timm.is_model(name):
         return f"tu-{name}"
-    near = difflib.get_close_matches(name, [*smp_encoders, *timm.list_models()], n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "see segmentation_models_pytorch's list of encoders"
+    others = "see segmentation_models_pytorch's list of encoders"
+    hint = did_you_mean(name, [*smp_encoders, *timm.list_models()], others)
     raise UserError(f"no encoder is called {name!r}; {hint}")
 
 
