@@ -157,16 +157,20 @@ def _as_asked(result: dict[str, Any], options: argparse.Namespace) -> bool:
 
 
 def page(results: list[dict[str, Any]]) -> str:
-    """docs/latency.md. What was not measured is a row of empty cells."""
+    """docs/latency.md."""
+    runs: dict[str, set[int]] = {}
+    for result in results:
+        runs.setdefault(_conditions(result), set()).add(result["runs"])
     lines = [
         "# Latency",
         "",
         "Written by `python tools/bench_deploy.py`, which says how it measures. Times are of one call with "
         "preparation of the picture and labels at the end, in milliseconds. Peak memory is that of a process "
-        "of its own, or what it takes of the GPU's.",
+        "of its own, or what it takes of the GPU's."
+        + ("" if any(result["device"] != "cpu" for result in results) else " Not measured on a GPU yet."),
         "",
     ]
-    lines += sorted({f"- {_conditions(result)}" for result in results})
+    lines += [f"- {where}, {', '.join(map(str, sorted(n)))} runs" for where, n in sorted(runs.items())]
     for architecture, title in NETWORKS.items():
         for result in (r for r in results if r["network"] == architecture and r["device"] == "cpu"):
             height, width = result["size"]
@@ -182,8 +186,6 @@ def page(results: list[dict[str, Any]]) -> str:
             ]
             lines += [_row("CPU", timing) for timing in _by_engine(result["timings"])]
             lines += [_row("CUDA", timing) for timing in _by_engine(on_gpu[0]["timings"] if on_gpu else [])]
-            if not on_gpu:
-                lines += [f"| CUDA | onnxruntime {kind} | | | | | | |" for kind in ("fp32", "fp16", "int8")]
     return "\n".join(lines) + "\n"
 
 
@@ -197,8 +199,7 @@ def _conditions(result: dict[str, Any]) -> str:
     threads = f"{result['threads']} threads" if result["threads"] else "threads as the engines choose"
     return (
         f"{result['device_name']} ({result['device']}, {result['cores']} cores), {threads}, batch "
-        f"{result['batch']}, {result['runs']} runs, onnxruntime {result['onnxruntime']}, "
-        f"PyTorch {result['torch']}"
+        f"{result['batch']}, onnxruntime {result['onnxruntime']}, PyTorch {result['torch']}"
     )
 
 
