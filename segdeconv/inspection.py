@@ -271,17 +271,13 @@ def sparsity(rows_BNF: Tensor) -> tuple[float, float, float]:
 def layer_filters(layer: WhitenedConv2d) -> list[np.ndarray]:
     """The rows of a first layer's whitening for the middle tap of every channel: C arrays (C, k, k)."""
     kh, kw = layer.kernel_size
-    rows = layer.whitened(_unit_patches(layer)) - layer.whitened(_unit_patches(layer) * 0)
-    # Symmetric but for the channels' scale: row i of D·s is what feature i of the whitened patch sees.
-    matrix = rows.squeeze(2).squeeze(1).T.double().numpy()
+    _, scale = layer.running_mean_and_scale()
+    rows = layer.running_whitening[0] if scale is None else scale.view(-1, 1) * layer.running_whitening[0]
+    # Feature i of the whitened patch is the sum of s_j D_ji over the features j of the patch.
+    matrix = rows.T.double().numpy()
     middle = (kh // 2) * kw + kw // 2
     channels = layer.in_channels
     return [matrix[c * kh * kw + middle].reshape(channels, kh, kw) for c in range(channels)]
-
-
-def _unit_patches(layer: WhitenedConv2d) -> Tensor:
-    features = layer.running_whitening.shape[-1] * layer.num_blocks
-    return torch.eye(features).reshape(features, 1, layer.num_blocks, -1)
 
 
 def picture_filters(images: Tensor) -> list[np.ndarray]:

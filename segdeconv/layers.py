@@ -328,7 +328,7 @@ class Whitened(nn.Module):
         for name, buffer in other.named_buffers():
             getattr(self, name).copy_(buffer)
         self._step = None
-        mean, scale = self._running_mean_and_scale()
+        mean, scale = self.running_mean_and_scale()
         weight, bias = unfold_whitening(
             weight, bias, self.running_whitening, mean, self.num_blocks, self.interleaved, scale
         )
@@ -350,7 +350,7 @@ class Whitened(nn.Module):
     @torch.no_grad()
     def whitened(self, patches_NGKF: Tensor) -> Tensor:
         """`patches` as evaluation whitens them, (x - μ) s D. The layer itself has D and s in its weights."""
-        mean_GKF, scale_GKF = self._running_mean_and_scale()
+        mean_GKF, scale_GKF = self.running_mean_and_scale()
         centred = patches_NGKF - mean_GKF
         if scale_GKF is not None:
             centred = centred * scale_GKF
@@ -360,7 +360,7 @@ class Whitened(nn.Module):
 
     def folded_parameters(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer this layer is in evaluation."""
-        whitening, (mean, scale) = self.running_whitening, self._running_mean_and_scale()
+        whitening, (mean, scale) = self.running_whitening, self.running_mean_and_scale()
         # A training step before the backward pass writes into running values; jit traces are checked without.
         if torch.is_grad_enabled() or torch.jit.is_tracing():
             mean = mean.clone()
@@ -368,7 +368,7 @@ class Whitened(nn.Module):
                 whitening = whitening.clone()
         return self._fold(whitening, mean, scale)
 
-    def _running_mean_and_scale(self) -> tuple[Tensor, Tensor | None]:
+    def running_mean_and_scale(self) -> tuple[Tensor, Tensor | None]:
         """What evaluation subtracts from every feature and, in fast mode, multiplies it by, (G, K, F)."""
         if self.config.mode != "fast":
             return self.running_mean, None
