@@ -602,8 +602,8 @@ def zoo_info(name: EntryName) -> None:
 def zoo_download(name: EntryName) -> None:
     """Fetch an entry's weights unless they are here, check them, and print where they lie.
 
-    SEGDECONV_CACHE says where to keep them, SEGDECONV_ZOO_URL names a mirror, SEGDECONV_OFFLINE=1 forbids the
-    network.
+    SEGDECONV_CACHE says where to keep them, SEGDECONV_ZOO_URL names a mirror, SEGDECONV_OFFLINE=1 forbids
+    internet access.
     """
     from segdeconv.entries import find_weights
 

@@ -80,7 +80,7 @@ def fetch(target: Path, sources: Sequence[str], size: int, sha256: str) -> Path:
 
 
 def offline() -> bool:
-    """Whether the environment forbids the network."""
+    """Whether the environment forbids internet access."""
     names = ("SEGDECONV_OFFLINE", "HF_HUB_OFFLINE")
     return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in names)
 

@@ -505,7 +505,7 @@ def publish(to: str, names: Sequence[str] = ()) -> list[str]:
     if repository.count("/") != 1:
         raise UserError(f"--to {to}: expected hf://ORG/REPO")
     if offline():
-        raise UserError(f"--to {to}: SEGDECONV_OFFLINE or HF_HUB_OFFLINE forbids the network")
+        raise UserError(f"--to {to}: SEGDECONV_OFFLINE or HF_HUB_OFFLINE forbids internet access")
     try:
         from huggingface_hub import HfApi
     except ImportError:

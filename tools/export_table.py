@@ -78,7 +78,9 @@ def page(rows: list[list[str]]) -> str:
         "|---" * len(_HEADER) + "|",
         *(f"| {' | '.join(cells[:-1])} |" for cells in rows),
     ]
-    reasons = [f"- {cells[0]}: {cells[-1]}" for cells in rows if cells[-1]]
+    reasons = [
+        f"- {cells[0]}{', any size' if cells[2] == 'yes' else ''}: {cells[-1]}" for cells in rows if cells[-1]
+    ]
     return "\n".join([*lines, *(["", *reasons] if reasons else [])]) + "\n"
 
 
