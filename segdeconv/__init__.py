@@ -6,7 +6,11 @@ Importing the package does no work; names below load what they need when they ar
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+# onnxruntime reads it when it is imported, and would tell its makers of every session without it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

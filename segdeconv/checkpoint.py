@@ -264,11 +264,15 @@ def load_checkpoint(run: str | Path, device: torch.device | str = "cpu") -> tupl
         UserError: nothing is there, the file is damaged, or the weights do not fit the recipe.
     """
     path = find_checkpoint(run)
-    info = read_info(path)
-    state = read_state(path)
+    while True:
+        before = path.stat()
+        info, state, digest = read_info(path), read_state(path), sha256_of(path)
+        after = path.stat()
+        if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
+            break  # else a training has put the next one in its place meanwhile
     model, _ = build_for(state, info.recipe.model, len(info.classes))
     _fit(model, state, path, "a network of its recipe")
-    return model.to(device).eval(), replace(info, sha256=sha256_of(path))
+    return model.to(device).eval(), replace(info, sha256=digest)
 
 
 def build_for(

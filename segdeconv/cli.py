@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -762,6 +763,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks must not end a command
             stream.reconfigure(errors="backslashreplace")
+    # As Ctrl-C does, a request to end must not leave temporary files behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         code = app(standalone_mode=False)  # what a command gave typer.Exit, otherwise None
         if code:
@@ -788,6 +791,8 @@ def main() -> None:
         command = context.command_path if context else "segdeconv"
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         _fail(f"{message}; see {command} --help")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, code: int = 2) -> None:

@@ -21,7 +21,7 @@ from segdeconv.files import make_folder
 from segdeconv.images import save_image
 from segdeconv.progress import console
 from segdeconv.runtime import Segmenter
-from segdeconv.train import train
+from segdeconv.train import only_process, train
 
 _ROWS = 4
 
@@ -39,12 +39,13 @@ def run_demo(out: Path, overrides: list[str] | None = None) -> None:
         raise UserError(f"{out}: is not empty and was not made by the demo; choose another --out")
     classes = open_samples(recipe.data, "train").classes
     build_started(recipe.model, len(classes))  # what is wrong with the recipe leaves an earlier demo alone
-    for path in make_folder(out).iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    marker.touch()
+    with only_process(make_folder(out)):
+        for path in out.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+        marker.touch()
 
     console.rule("1. train a deconvolved U-Net on drawn street scenes")
     train(recipe, out)

@@ -196,7 +196,7 @@ def _old_libraries(facts: Facts) -> list[Finding]:
         name
         for name in sorted(facts.packages)
         for prefix in _GPU_PREFIXES
-        if name.startswith(prefix) and int(name.removeprefix(prefix)) < min(built)
+        if (found_in := re.fullmatch(rf"{prefix}(\d+)", name)) and int(found_in[1]) < min(built)
     ]
     found = []
     if old:
@@ -314,4 +314,10 @@ def _cache(variable: str, default: Path) -> Cache:
             with contextlib.suppress(OSError):
                 found = os.lstat(os.path.join(folder, name))
                 size += found.st_size if stat.S_ISREG(found.st_mode) else 0
-    return Cache(variable, str(path), os.access(there, os.W_OK), size, shutil.disk_usage(there).free)
+    return Cache(
+        variable,
+        str(path),
+        os.path.isdir(there) and os.access(there, os.W_OK),
+        size,
+        shutil.disk_usage(there).free,
+    )

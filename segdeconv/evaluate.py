@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
+import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -546,6 +547,8 @@ def scores_folder(run: str | Path) -> Path:
     path = Path(run)
     path = path.parent if path.is_file() else path
     if path.is_dir() and not (path / "entry.json").is_file():
+        if not os.access(path, os.W_OK):  # better said before the evaluation than after it
+            raise UserError(f"{path}: cannot be written; choose a folder for the scores with --out")
         return path
     return make_folder(Path("runs") / path.name)
 

@@ -135,8 +135,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """
     path = run / "metrics.jsonl"
     lines = read_json_lines(path)
-    if not all(isinstance(line.get("epoch"), int) for line in lines):
-        raise UserError(f"{path}: is damaged (a line without its epoch)")
+    for key in ("epoch", "step", "seconds"):
+        if not all(isinstance(line.get(key), (int, float)) for line in lines):
+            raise UserError(f"{path}: is damaged (a line without its {key})")
+    if any(isinstance(value, str) for line in lines for value in line.values()):
+        raise UserError(f"{path}: is damaged (a text where a number belongs)")
     return lines
 
 

@@ -23,7 +23,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     if not path.name:
         raise UserError(f"{path}: is a folder, not a file to write")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}.tmp{path.suffix}")  # names have 255 bytes
     try:
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors leaves files to their owner alone

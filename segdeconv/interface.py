@@ -7,6 +7,7 @@ Which operators the network itself becomes is torch's business, in export.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,6 +53,10 @@ class Interface:
             raise UserError(f"--output {named}: expected some of {', '.join(known)}, each once")
         if self.static is not None and min(self.static) < 1:
             raise UserError(f"--static {','.join(map(str, self.static))}: expected at least 1 of each")
+        if self.static is not None and math.prod(self.static) > 2**30:
+            raise UserError(
+                f"--static {','.join(map(str, self.static))}: expected 2**30 pixels in all at most"
+            )
         if not _OPSETS[0] <= self.opset <= _OPSETS[1]:
             raise UserError(f"--opset {self.opset}: expected {_OPSETS[0]} to {_OPSETS[1]}")
 

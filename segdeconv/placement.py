@@ -101,7 +101,10 @@ def placement(
             raise UserError(f"{path}: does not run ({first_line(error)}); try another --size") from None
         finally:
             profile = session.end_profiling()
-        events = json.loads(Path(profile).read_text())
+        try:
+            events = json.loads(Path(profile).read_text())
+        except ValueError:
+            raise UserError(f"{profile}: is cut short; is there room in {tempfile.gettempdir()}?") from None
     if not why_cpu and device == "cpu":
         why_cpu = "--device cpu asked for it"
     return read_profile(events, why_cpu)

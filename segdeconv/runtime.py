@@ -56,6 +56,11 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def _size(metadata: dict[str, Any]) -> tuple[int, int]:
+    height, width = metadata["resize"]
+    return int(height), int(width)
+
+
 def usable_cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -171,14 +176,15 @@ class Segmenter:
             raise UserError(f"{path}: has no metadata {missing[0]!r}; it was not made by segdeconv export")
         try:
             self.metadata: dict[str, Any] = {key: json.loads(value) for key, value in metadata.items()}
-        except ValueError as error:
+            self.classes = tuple(self.metadata["classes"])
+            self.palette: Palette = tuple(tuple(color) for color in self.metadata["palette"])
+            self._raw = self.metadata.get("preprocess", "none") == "graph"  # takes uint8 NHWC of any size
+            self._mean = np.array(self.metadata["mean"], np.float32) * 255
+            self._std = np.array(self.metadata["std"], np.float32) * 255
+            self._resize = None if self._raw or self.metadata["resize"] is None else _size(self.metadata)
+            self.metadata["size_multiple"] = int(self.metadata["size_multiple"])
+        except (ValueError, TypeError) as error:
             raise UserError(f"{path}: its metadata is damaged ({error})") from None
-        self.classes = tuple(self.metadata["classes"])
-        self.palette: Palette = tuple(tuple(color) for color in self.metadata["palette"])
-        self._raw = self.metadata.get("preprocess", "none") == "graph"  # takes uint8 NHWC of any size
-        self._mean = np.array(self.metadata["mean"], np.float32) * 255
-        self._std = np.array(self.metadata["std"], np.float32) * 255
-        self._resize = None if self._raw else self.metadata["resize"]
         self._label_type = np.uint8 if len(self.classes) <= 256 else np.int32
 
         source = self.session.get_inputs()[0]

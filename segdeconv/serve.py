@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 import socket
 import time
 import warnings
@@ -45,6 +46,7 @@ try:
     )
     from prometheus_client.exposition import CONTENT_TYPE_LATEST
     from starlette.requests import ClientDisconnect
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError:
     raise UserError("segdeconv serve needs FastAPI; pip install 'segdeconv[serve]'") from None
 
@@ -253,7 +255,7 @@ def serve(segmenter: Segmenter, host: str, port: int, limits: Limits) -> None:
         listener = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
         )
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError) as error:  # the last of names that no host can have
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"{host} port {port}: cannot listen there ({reason}); choose another --port or --host"
@@ -264,13 +266,40 @@ def serve(segmenter: Segmenter, host: str, port: int, limits: Limits) -> None:
         flush=True,
     )
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_decode` has its own limit
-    config = uvicorn.Config(
+    # Where no file descriptor is left, asyncio would log thousands of tracebacks a second.
+    logging.getLogger("asyncio").addFilter(lambda record: "out of system resource" not in record.getMessage())
+    uvicorn.Server(server_config(segmenter, limits)).run([listener])
+
+
+def server_config(segmenter: Segmenter, limits: Limits) -> uvicorn.Config:
+    """What `serve` runs."""
+    return uvicorn.Config(
         make_app(segmenter, limits),
+        http=_connections(limits.timeout),
         log_level="warning",  # /metrics counts
         server_header=False,
         timeout_graceful_shutdown=2 * int(limits.timeout) + 1,
     )
-    uvicorn.Server(config).run([listener])
+
+
+def _connections(seconds: float) -> type[H11Protocol]:
+    """h11, which bounds headers, whatever else is installed; a connection without a request for so long, and
+    as long again, is closed: uvicorn would wait for the rest of its headers for ever.
+    """
+
+    class Connection(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.loop.call_later(seconds, self._look, self.cycle)
+
+        def _look(self, seen: Any) -> None:
+            waits = self.cycle is None or self.cycle.response_complete
+            if waits and self.cycle is seen:
+                self.transport.close()
+            elif not self.transport.is_closing():
+                self.loop.call_later(seconds, self._look, self.cycle)
+
+    return Connection
 
 
 def _file(path: Path) -> Callable[[], Awaitable[FileResponse]]:

@@ -157,7 +157,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, resume: bool) -> dic
     resume = resume and has_state(out)
     run = None if resume else _prepare(recipe, device)  # what fails in it leaves no folder behind
     make_folder(out)
-    with _only_process(out), _signals() as stop:
+    with only_process(out), _signals() as stop:
         distributed.wait()  # before rank 0 leaves traces of a new run, the others have looked
         if run is None:
             check_same_recipe(out, recipe)
@@ -180,7 +180,7 @@ def dry_run(recipe: Recipe, device: torch.device | str = "cpu") -> None:
 
 
 @contextlib.contextmanager
-def _only_process(out: Path) -> Iterator[None]:
+def only_process(out: Path) -> Iterator[None]:
     """Hold the run folder's lock, which dies with the process, on rank 0."""
     if rank() != 0:
         yield

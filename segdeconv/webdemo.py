@@ -57,6 +57,8 @@ def write_webdemo(model: str | Path, out: str | Path, ort: Path | None = None) -
         raise UserError(f"{model}: has {len(segmenter.classes)} classes; the page shows at most 256")
     if [side for side in segmenter.session.get_inputs()[0].shape if isinstance(side, int)] != [3]:
         raise UserError(f"{model}: takes one size only; the page needs a graph exported without --static")
+    if segmenter.session.get_inputs()[0].type == "tensor(float16)":
+        raise UserError(f"{model}: takes float16; the page needs a graph exported without --half-io")
     tarball = fetch_onnxruntime_web() if ort is None else check_integrity(ort)
     files = {name: (_WEB / source).read_bytes() for name, source in _PAGE.items()}
     files["model.json"] = to_json(segmenter.metadata).encode()

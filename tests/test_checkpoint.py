@@ -248,6 +248,9 @@ def test_nothing_half_written(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    longest = tmp_path / ("名" * 83 + ".png")
+    write_atomically(longest, lambda temporary: temporary.write_text("whole"))
+    assert longest.read_text() == "whole"
     for nowhere in (path / "in a file", tmp_path / ("long" * 100)):
         with pytest.raises(UserError, match="cannot be written"):
             write_atomically(nowhere, lambda temporary: temporary.write_text("whole"))

@@ -22,6 +22,7 @@ from test_data import break_pair, make_set
 from test_train import TINY, tiny
 
 from segdeconv.config import recipe_to_dict
+from segdeconv.train import only_process
 
 
 def changes(*more: str) -> list[str]:
@@ -128,6 +129,9 @@ def test_demo_end_to_end(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyP
     assert (code, "did you mean 'unet'?" in err) == (2, True)
     assert (tmp_path / "demo" / "overlay.png").is_file()  # which is worth more than nothing
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    with only_process(tmp_path / "demo"):
+        assert "another process trains in this folder" in call("demo", "--out", tmp_path / "demo")[2]
+    assert (tmp_path / "demo" / "overlay.png").is_file()
     monkeypatch.chdir(tmp_path / "demo")
     assert call("demo", "--out", ".", "--set", "model.architecture=unett")[0] == 2
     assert (tmp_path / "demo" / "overlay.png").is_file()

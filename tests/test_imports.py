@@ -120,6 +120,10 @@ def test_a_bare_import_does_no_work() -> None:
     assert run(f"import sys, segdeconv; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
 
 
+def test_onnxruntime_tells_nobody() -> None:
+    assert run("import os, segdeconv.runtime; print(os.environ['ORT_DISABLE_TELEMETRY'])").strip() == "1"
+
+
 def test_the_command_line_imports_lazily() -> None:
     code = "import sys, segdeconv.cli; print('torch' in sys.modules, 'numpy' in sys.modules)"
     assert run(code).strip() == "False False"

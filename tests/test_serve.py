@@ -27,7 +27,7 @@ from PIL import Image
 
 from segdeconv.errors import UserError
 from segdeconv.images import overlay
-from segdeconv.serve import Limits, make_app, serve
+from segdeconv.serve import Limits, serve, server_config
 
 LOAD = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "load_test.py"))
 CLASSES, PALETTE = ("road", "tree", "café"), ((200, 0, 0), (0, 200, 0), (0, 0, 200))
@@ -63,7 +63,7 @@ def png(image: np.ndarray) -> bytes:
 def serving(segmenter: Fake, limits: Limits = Limits()) -> Iterator[int]:  # noqa: B008
     """The application in a thread of this process; gives the port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(make_app(segmenter, limits), log_level="warning"))
+    server = uvicorn.Server(server_config(segmenter, limits))  # type: ignore[arg-type]
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
@@ -204,6 +204,18 @@ def test_timeouts() -> None:
         assert connection.getresponse().status == 408
         connection.close()
         assert ask(port, "/predict", png(picture()))[0].status == 200
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_connections_without_a_whole_request_are_closed(earlier: bool) -> None:
+    with serving(Fake(), Limits(timeout=0.3)) as port, socket.create_connection(("127.0.0.1", port)) as half:
+        if earlier:
+            half.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert half.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        half.sendall(b"GET / HT")
+        half.settimeout(10)
+        while half.recv(1 << 16):
+            pass  # the rest of the answer; then the end
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to answer")
@@ -366,4 +378,4 @@ def test_load(requests: int, tmp_path: Path) -> None:
     kinds = {f"{request.kind}: {request.status}" for request in LOAD["bad_pictures"]()}
     assert set(report.answers) - kinds == {"good: 200", "walked away"}
     assert report.growth < LOAD["GROWTH"]
-    assert report.exit_code == -signal.SIGTERM
+    assert report.exit_code == 128 + signal.SIGTERM
