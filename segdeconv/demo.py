@@ -92,5 +92,6 @@ def run_demo(out: Path, overrides: list[str] | None = None) -> None:
         "\nnext, the same recipe with batch norm:\n"
         f"  {command} train demo --norm bn --out {out.with_name(out.name + '_bn')}\n"
         "or your own pictures:\n"
-        f"  {command} train my_images --set data.root=FOLDER --set 'data.classes=[road, rest]'"
+        f"  {command} recipes my_images > mine.yaml; then name their folder and classes in it, and\n"
+        f"  {command} train mine.yaml"
     )
