@@ -256,7 +256,7 @@ class _Loader(yaml.SafeLoader):
     """Of a key that stands twice, YAML's own would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         for i, key in enumerate(keys):
             if any(key.value == other.value for other in keys[:i]):
                 raise yaml.constructor.ConstructorError(

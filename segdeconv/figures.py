@@ -85,6 +85,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 def _cut(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
     """A text, its beginning left out where it is wider than so many pixels: its end has the numbers."""
+    text = " ".join(text.split())
     while len(text) > 1 and pen.textlength(text) > width:
         text = f"…{text[2:]}"
     return text

@@ -5,6 +5,7 @@ Training, evaluation and the deployed runtime read pictures through here, so tha
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -58,8 +59,9 @@ def list_images(folder: Path) -> tuple[list[Path], list[str]]:
 def folder_of_pictures(folder: Path) -> Path | None:
     """The first folder in a folder that holds pictures, if there is one."""
     for inner in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
-        if any(path.suffix.lower() in SUFFIXES for path in inner.iterdir()):
-            return inner
+        with contextlib.suppress(OSError):  # what may not be looked into
+            if any(path.suffix.lower() in SUFFIXES for path in inner.iterdir()):
+                return inner
     return None
 
 

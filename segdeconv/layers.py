@@ -280,10 +280,11 @@ class Whitened(nn.Module):
                 "network deconvolution does not train under torch.nn.DataParallel, whose replicas lose what "
                 "they measure; use torch.nn.parallel.DistributedDataParallel"
             )
-        if x.dtype != self.weight.dtype and not _autocasts(x):  # before it spoils running values
+        like = self.weight if self.bias is None else self.bias  # a computed weight would be computed for this
+        if x.dtype != like.dtype and not _autocasts(x):  # before it spoils running values
             raise ValueError(
-                f"an input of {x.dtype} for a layer of {self.weight.dtype}; convert one of them, as with "
-                f"x.to({self.weight.dtype})"
+                f"an input of {x.dtype} for a layer of {like.dtype}; convert one of them, as with "
+                f"x.to({like.dtype})"
             )
         if x.numel() == 0:
             if world_size() > 1:  # the others would wait for this process's statistics

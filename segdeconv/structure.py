@@ -253,8 +253,8 @@ class _Reader:
         )  # by their parameters' identities
         for name, module in self.modules.items():
             if isinstance(module, (*WEIGHTED, _BatchNorm)):
-                for parameter in module.parameters(recurse=False):
-                    self.layers_of[id(parameter)].append(name)
+                for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    self.layers_of[id(value)].append(name)
         self.structure = Structure()
         self.calls: collections.Counter[str] = collections.Counter()
         self.uses: dict[str, list[_Use]] = collections.defaultdict(list)

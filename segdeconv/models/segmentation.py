@@ -61,7 +61,7 @@ _NOT_AN_OPTION = {
 def _check_options(architecture: str, encoder: str, options: dict[str, Any]) -> None:
     known = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[architecture].__init__).parameters
     for key, value in options.items():
-        if key in _NOT_AN_OPTION and value is not None:
+        if key in _NOT_AN_OPTION and value is not None and (key, value) != ("in_channels", 3):
             raise UserError(f"model.options.{key}: {_NOT_AN_OPTION[key]}; remove it")
         if key in known:
             continue
