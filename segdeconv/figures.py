@@ -58,6 +58,7 @@ def triptych(
 
 def with_legend(picture: Image.Image, classes: tuple[str, ...], palette: Palette) -> Image.Image:
     """A picture with the colours of the classes below it."""
+    classes = tuple(" ".join(name.split()) for name in classes)
     legend, line = _legend_rows(classes, picture.width), 20
     canvas = Image.new("RGB", (picture.width, picture.height + line * len(legend) + 6), "white")
     canvas.paste(picture)
@@ -78,9 +79,12 @@ def _pen(canvas: Image.Image) -> ImageDraw.ImageDraw:
 
 
 @functools.cache
-def _font() -> ImageFont.FreeTypeFont:
+def _font() -> Any:
     folder = importlib.resources.files("matplotlib") / "mpl-data" / "fonts" / "ttf"
-    return ImageFont.truetype(str(folder / "DejaVuSans.ttf"), 11)
+    try:
+        return ImageFont.truetype(str(folder / "DejaVuSans.ttf"), 11)
+    except OSError:  # a matplotlib without its fonts, as some systems pack it
+        return ImageFont.load_default()
 
 
 def _cut(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:

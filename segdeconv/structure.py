@@ -248,9 +248,7 @@ class _Reader:
         first = {module: name for name, module in model.named_modules()}
         self.canonical = {name: first[m] for name, m in model.named_modules(remove_duplicate=False)}
         self.modules: dict[str, Any] = dict(model.named_modules())
-        self.layers_of: dict[int, list[str]] = collections.defaultdict(
-            list
-        )  # by their parameters' identities
+        self.layers_of: dict[int, list[str]] = collections.defaultdict(list)  # by what they hold, its id
         for name, module in self.modules.items():
             if isinstance(module, (*WEIGHTED, _BatchNorm)):
                 for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):

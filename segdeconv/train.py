@@ -450,7 +450,6 @@ class _Run:
             f"norm {self.recipe.model.norm}, {len(self.samples)} training and "
             f"{len(self.held_out)} validation pictures, on {self.device}{ranks}"
         )
-
         if self.recipe.train.warmup_epochs > self.recipe.train.epochs:
             console.print("note: train.warmup_epochs is more than train.epochs, so train.lr is never reached")
         if self.compiles < self.recipe.train.compile:

@@ -3,7 +3,7 @@
     python tools/gradient_by_sampling.py [--encoder mobilenet_v2] [--size 80 112]
 
 Prints, for a freshly converted U-Net on one batch of drawn street scenes, the first layer's gradient norm
-times its weight norm (which does not depend on the scale of filters), beside the batch-norm twin's: for the
+times its weight norm (which does not depend on the scale of filters), over the batch-norm twin's: for the
 fast mode with and without shrinkage, and for the exact mode with at least 0, 1, 2, 4, ... samples a feature.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from segdeconv import layers
-from segdeconv.config import NetworkDeconvConfig, load_recipe
+from segdeconv.config import ModelConfig, NetworkDeconvConfig, load_recipe
 from segdeconv.data import open_samples, train_loader
 from segdeconv.errors import one_sentence
 from segdeconv.models import build_model
@@ -50,16 +50,19 @@ def measure(encoder: str, size: list[int]) -> None:
     )
     samples = open_samples(recipe.data, "train")
     batch = next(iter(train_loader(samples, recipe.data, 8, seed=0, multiple=1)))
-    print(f"batch norm: {first_layer_gradient(replace(recipe.model, norm='bn'), batch):.2f}")
-    print(f"fast mode: {first_layer_gradient(recipe.model, batch):.2f}")
+    batch_norm = first_layer_gradient(replace(recipe.model, norm="bn"), batch)
+
+    def over(config: ModelConfig) -> str:
+        return f"{first_layer_gradient(config, batch) / batch_norm:.1f} times batch norm's"
+
+    print(f"fast mode: {over(recipe.model)}")
     unshrunk = lambda cov, samples: shrunk_inverse_sqrt(cov, samples * math.inf)  # noqa: E731
     with mock.patch.object(layers, "shrunk_inverse_sqrt", unshrunk):
-        print(f"fast mode without shrinkage: {first_layer_gradient(recipe.model, batch):.2f}")
+        print(f"fast mode without shrinkage: {over(recipe.model)}")
     exact = replace(recipe.model, network_deconv=NetworkDeconvConfig(mode="exact"))
     for minimum in (0, 1, 2, 4, 8, 16, 32):
         with mock.patch.object(layers, "_SAMPLES_PER_FEATURE", minimum):
-            gradient = first_layer_gradient(exact, batch)
-        print(f"exact mode, at least {minimum:2} samples a feature: {gradient:.2f}")
+            print(f"exact mode, at least {minimum:2} samples a feature: {over(exact)}")
 
 
 if __name__ == "__main__":
