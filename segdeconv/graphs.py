@@ -21,22 +21,22 @@ from segdeconv.schedule import RefreshSchedule
 class _Recorded:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
-    loss: Tensor
-    grads: list[Tensor | None]
+    result: Any
 
 
 class StepGraphs:
     """Forward, loss and backward pass of a training step, recorded and replayed.
 
     Of every shape there are two graphs, that of steps which measure correlation (see `RefreshSchedule`) and
-    that of the others. The first step of each runs as it would without graphs, the second is recorded.
-    Batches of another shape run as they would too, once. The gradients are the same tensors after every
-    replay.
+    that of the others; making the whitening matrices is a graph too. Each runs as it would without graphs at
+    first, and is recorded the second time. Batches of another shape run as they would too, once. From the
+    first recording on the gradients are the same tensors in all steps: a second set of them would take as
+    much memory as the weights.
 
     Args:
-        model: on the GPU, past loading of its state, in one process.
-        compute: ``compute(images, targets)`` sets the gradients anew and returns the loss, a scalar. It must
-            not wait for the device.
+        model: on the GPU, past loading of its state, in one process. What is trained of it must not change.
+        compute: ``compute(images, targets)`` adds to the gradients, which are cleared before, and returns the
+            loss, a scalar. It must not wait for the device.
 
     Raises:
         UserError: ``compute`` waits for the device, or does something else that a CUDA graph cannot hold;
@@ -46,7 +46,8 @@ class StepGraphs:
     def __init__(self, model: nn.Module, compute: Callable[..., Tensor]) -> None:
         self.compute = compute
         self.parameters = list(model.parameters())
-        self.refreshes = RefreshSchedule(model)
+        self.grads: list[Tensor | None] = [None for _ in self.parameters]
+        self.refreshes = RefreshSchedule(model, self._run)
         self.seen: set[Any] = set()
         self.recorded: dict[Any, _Recorded] = {}
         self.pool = torch.cuda.graph_pool_handle()
@@ -60,31 +61,48 @@ class StepGraphs:
 
     def _step(self, *batch: Tensor) -> Tensor:
         key = self.refreshes.step(), *(tensor.shape for tensor in batch)
+        loss: Tensor = self._run(key, self._compute, *batch)
+        if key not in self.recorded:
+            return loss
+        self._give_gradients()
+        return loss.clone()
+
+    def _give_gradients(self) -> None:
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            parameter.grad = grad
+
+    def _compute(self, *batch: Tensor) -> Tensor:
+        self._give_gradients()
+        if there := [grad for grad in self.grads if grad is not None]:
+            torch._foreach_zero_(there)  # as optimizers do
+        loss = self.compute(*batch).detach()
+        if torch.cuda.is_current_stream_capturing():
+            self.grads = [parameter.grad for parameter in self.parameters]
+        return loss
+
+    def _run(self, key: Any, compute: Callable[..., Any], *batch: Tensor) -> Any:
+        """What ``compute`` returns for the batch, at a replay in the same place each time."""
         if key not in self.seen:
             self.seen.add(key)
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):  # as a recording demands of what runs before it
-                loss = self.compute(*batch).detach()
+                result = compute(*batch)
             torch.cuda.current_stream().wait_stream(self.stream)
-            return loss
+            return result
         if key not in self.recorded:
-            self.recorded[key] = self._record(batch)
-        step = self.recorded[key]
-        for place, tensor in zip(step.inputs, batch, strict=True):
+            self.recorded[key] = self._record(compute, batch)
+        recorded = self.recorded[key]
+        for place, tensor in zip(recorded.inputs, batch, strict=True):
             place.copy_(tensor, non_blocking=True)
-        step.graph.replay()
-        for parameter, grad in zip(self.parameters, step.grads, strict=True):
-            parameter.grad = grad
-        return step.loss.clone()
+        recorded.graph.replay()
+        return recorded.result
 
-    def _record(self, batch: tuple[Tensor, ...]) -> _Recorded:
+    def _record(self, compute: Callable[..., Any], batch: tuple[Tensor, ...]) -> _Recorded:
         inputs = tuple(tensor.clone() for tensor in batch)
-        for parameter in self.parameters:
-            parameter.grad = None
         graph = torch.cuda.CUDAGraph()
         try:  # thread_local, because other threads may pin memory meanwhile
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                loss = self.compute(*inputs).detach()
+                result = compute(*inputs)
         except RuntimeError as error:
             # A recording that failed cannot be ended either: that is the last error, and says less.
             cause = error if error.__suppress_context__ else error.__context__ or error
@@ -94,4 +112,4 @@ class StepGraphs:
                 f"train.cuda_graphs: this network's training step cannot be recorded ({first_line(cause)}); "
                 "set it to false"
             ) from error
-        return _Recorded(graph, inputs, loss, [parameter.grad for parameter in self.parameters])
+        return _Recorded(graph, inputs, result)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from segdeconv.layers import Whitened, is_due
 from segdeconv.whitening import no_autocast, shrunk_inverse_sqrt
+
+# Matrices made together launch fewer kernels, and take some eight times their memory meanwhile.
+_NUMBERS_AT_ONCE = 2**21
 
 
 class RefreshSchedule:
@@ -19,7 +25,7 @@ class RefreshSchedule:
     A layer that decides for itself does so in Python, outside the graphs of torch.compile, and every layer
     is a hole in them. With a schedule there are two graphs without any, one that measures the correlation of
     what the layers read and one that does not. The whitening matrices are made of it before the next step,
-    of all layers of one size together; before the second step they are the identity.
+    of several layers of one size together; before the second step they are the identity.
 
         refreshes = RefreshSchedule(network)
         for images, targets in batches:
@@ -29,9 +35,14 @@ class RefreshSchedule:
     Args:
         model: after its state is loaded: the number of steps it has made is read here, once. That is how
             often most layers were called. Layers in exact mode have nothing to schedule.
+        run: called with a key and a function instead of that function, which makes whitening matrices: always
+            the same for a key.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, run: Callable[[Any, Callable[[], None]], None] = lambda _, refresh: refresh()
+    ) -> None:
+        self.run = run
         self.layers: dict[int, list[Whitened]] = defaultdict(list)
         for layer in model.modules():
             if isinstance(layer, Whitened) and layer.config.mode == "fast":
@@ -44,7 +55,7 @@ class RefreshSchedule:
         if self.steps:
             for every, layers in self.layers.items():
                 if is_due(self.steps - 1, every):
-                    self._refresh(layers)
+                    self.run(every, functools.partial(_refresh, layers))
         due = tuple(is_due(self.steps, every) for every in self.layers)
         for now, layers in zip(due, self.layers.values(), strict=True):
             for layer in layers:
@@ -54,21 +65,28 @@ class RefreshSchedule:
         self.steps += 1
         return due
 
-    @torch.no_grad()
-    def _refresh(self, layers: list[Whitened]) -> None:
-        of_size = defaultdict(list)
-        for layer in layers:
-            if layer.decorrelates and layer.training:
-                cov = layer.running_cov
-                of_size[cov.shape[-1], cov.dtype, cov.device].append(layer)
-        for same in of_size.values():
-            groups = [len(layer.running_cov) for layer in same]
-            cov_GFF = torch.cat([layer.running_cov for layer in same])
-            before_GFF = torch.cat([layer.running_whitening for layer in same])
-            samples = torch.cat([x.cov_samples.expand(len(x.running_cov), 1, 1) for x in same])
-            refreshes = torch.cat([x.num_refreshes.expand(len(x.running_cov), 1, 1) for x in same])
-            with no_autocast(cov_GFF):
-                whitening_GFF = shrunk_inverse_sqrt(cov_GFF, samples)
-            whitening_GFF = whitening_GFF.where(refreshes > 0, before_GFF)  # the identity until measured
-            for layer, matrices in zip(same, whitening_GFF.split(groups), strict=True):
-                layer.running_whitening.copy_(matrices)  # in place: graphs read it where it is
+
+def _refresh(layers: list[Whitened]) -> None:
+    of_size = defaultdict(list)
+    for layer in layers:
+        if layer.decorrelates and layer.training:
+            cov = layer.running_cov
+            of_size[cov.shape[-1], cov.dtype, cov.device].append(layer)
+    for same in of_size.values():
+        at_once = max(_NUMBERS_AT_ONCE // max(layer.running_cov.numel() for layer in same), 1)
+        for first in range(0, len(same), at_once):
+            _refresh_together(same[first : first + at_once])
+
+
+@torch.no_grad()
+def _refresh_together(same: list[Whitened]) -> None:
+    groups = [len(layer.running_cov) for layer in same]
+    cov_GFF = torch.cat([layer.running_cov for layer in same])
+    before_GFF = torch.cat([layer.running_whitening for layer in same])
+    samples = torch.cat([x.cov_samples.expand(len(x.running_cov), 1, 1) for x in same])
+    refreshes = torch.cat([x.num_refreshes.expand(len(x.running_cov), 1, 1) for x in same])
+    with no_autocast(cov_GFF):
+        whitening_GFF = shrunk_inverse_sqrt(cov_GFF, samples)
+    whitening_GFF = whitening_GFF.where(refreshes > 0, before_GFF)  # the identity until measured
+    for layer, matrices in zip(same, whitening_GFF.split(groups), strict=True):
+        layer.running_whitening.copy_(matrices)  # in place: graphs read it where it is

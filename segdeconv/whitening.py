@@ -358,24 +358,6 @@ def fold_whitening(
     return (folded, shifted) if folded.dtype == out else (folded.to(out), shifted.to(out))
 
 
-def _standardise_and_fold(
-    weight: Tensor,
-    bias: Tensor,
-    moments_2C: Tensor,
-    whitening_GFF: Tensor | None,
-    blocks: int,
-    eps: float,
-    low_precision: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The folded weight and bias, mean and scale."""
-    groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
-    mean_GKF, scale_GKF = mean_and_scale(moments_2C, groups, blocks, features, eps)
-    folded, shifted = fold_whitening(
-        weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision
-    )
-    return folded, shifted, mean_GKF, scale_GKF
-
-
 class _StandardiseAndFold(torch.autograd.Function):
     # With a backward pass of its own, in place where it can: autograd's has some thirty small operations, and
     # new memory for the intermediate values of a large weight costs more than the arithmetic.
@@ -391,8 +373,10 @@ class _StandardiseAndFold(torch.autograd.Function):
         eps: float,
         low_precision: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        folded, shifted, mean_GKF, scale_GKF = _standardise_and_fold(
-            weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision
+        groups, features = moments_2C.shape[1] // weight.shape[1], weight[0].numel() // blocks
+        mean_GKF, scale_GKF = mean_and_scale(moments_2C, groups, blocks, features, eps)
+        folded, shifted = fold_whitening(
+            weight, bias, whitening_GFF, mean_GKF, blocks, False, scale_GKF, low_precision
         )
         ctx.save_for_backward(folded, mean_GKF, scale_GKF, whitening_GFF)
         ctx.dtypes = weight.dtype, bias.dtype, low_precision or mean_GKF.dtype
@@ -427,8 +411,9 @@ class _StandardiseAndFold(torch.autograd.Function):
 
 class _CompiledStandardiseAndFold(torch.autograd.Function):
     # For compilers, which join what is written one after the other here. The weight leaves in the precision
-    # and memory layout in which the convolution reads it and keeps it for the backward pass, and its gradient
-    # comes in: all sums are over two tensors of one layout, and no other is kept.
+    # and memory layout (channels last: T taps before C channels, which are K blocks of B) in which the
+    # convolution reads it and keeps it for the backward pass, and its gradient comes in. All passes are in
+    # that layout, into which D's columns are brought: no transposition is joined with the sums beside it.
 
     @staticmethod
     def forward(
@@ -442,16 +427,24 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
         low_precision: torch.dtype | None,
         out: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
-        folded, shifted, *_ = _standardise_and_fold(
-            weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision
-        )
+        wide, groups = moments_2C.dtype, moments_2C.shape[1] // weight.shape[1]
+        dtype, taps = low_precision or wide, math.prod(weight.shape[2:])
+        mean_G11KB, var_G11KB = moments_2C.view(2, groups, 1, 1, blocks, -1)
+        if whitening_GFF is None:
+            whitened_GOKTB = weight.reshape(groups, -1, blocks, mean_G11KB.shape[-1], taps).mT
+        else:
+            rows = weight.to(dtype).reshape(groups, -1, whitening_GFF.shape[-1])
+            whitened_GOKTB = rows @ _taps_first(whitening_GFF, taps).to(dtype)
+            whitened_GOKTB = whitened_GOKTB.view(groups, -1, blocks, taps, mean_G11KB.shape[-1])
+        folded_GOTKB = whitened_GOKTB.transpose(2, 3) * (var_G11KB + eps).rsqrt()
+        folded_GOTKB = folded_GOTKB.to(out or weight.dtype).contiguous()
+        shifted = bias.to(wide) - (folded_GOTKB.to(wide) * mean_G11KB).sum((2, 3, 4)).flatten()
+        folded = folded_GOTKB.view(len(weight), *weight.shape[2:], -1).movedim(-1, 1)
         # Nothing that may return what it is given, here: torch 2.11 compiles that to wrong gradients.
-        if out is not None and folded.dtype != out:
-            folded = folded.to(out)
-        if folded.ndim == 4:
-            folded = folded.clone(memory_format=torch.channels_last)
+        if shifted.dtype != bias.dtype:
+            shifted = shifted.to(bias.dtype)
         ctx.save_for_backward(folded, moments_2C, whitening_GFF)
-        ctx.dtypes = weight.dtype, bias.dtype, low_precision or moments_2C.dtype
+        ctx.dtypes = weight.dtype, bias.dtype, dtype
         ctx.blocks, ctx.eps = blocks, eps
         return folded, shifted
 
@@ -460,28 +453,35 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
     def backward(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
         folded, moments_2C, whitening_GFF = ctx.saved_tensors
         weight_dtype, bias_dtype, dtype = ctx.dtypes
-        groups = moments_2C.shape[1] // folded.shape[1]
-        rows = groups, len(folded) // groups
-        over = [1, *range(3, 1 + folded.ndim)]
+        wide, groups = moments_2C.dtype, moments_2C.shape[1] // folded.shape[1]
+        shape = groups, len(folded) // groups, math.prod(folded.shape[2:]), folded.shape[1]
         # A compiler traces this with the forward pass, autocast included.
         with no_autocast(folded):
-            mean_G1C, var_G1C = moments_2C.view(2, groups, 1, -1, *(1,) * (folded.ndim - 2))
-            scale_G1C = (var_G1C + ctx.eps).rsqrt()
-            folded_GOC, grad_GOC = (t.to(moments_2C.dtype).unflatten(0, rows) for t in (folded, grad_folded))
-            shifted_GO1 = grad_shifted.to(moments_2C.dtype).view(*rows, *(1,) * (folded.ndim - 1))
+            mean_G11C, var_G11C = moments_2C.view(2, groups, 1, 1, -1)
+            scale_G11C = (var_G11C + ctx.eps).rsqrt()
+            folded_GOTC, grad_GOTC = (t.to(wide).movedim(1, -1).reshape(shape) for t in (folded, grad_folded))
+            shifted_GO11 = grad_shifted.to(wide).view(*shape[:2], 1, 1)
             # b' = b - w'·μ and w' = w D s with s = (var + ε)^(-1/2), so ds/dvar = -s³/2.
-            grad_mean = (shifted_GO1 * folded_GOC).sum(over).neg()
-            grad_scale = (grad_GOC * folded_GOC).sum(over) + mean_G1C.flatten(1) * grad_mean
-            grad_var = grad_scale * scale_G1C.flatten(1).square() * -0.5
-            grad_weight = ((grad_GOC - shifted_GO1 * mean_G1C) * scale_G1C).to(dtype)
-            if whitening_GFF is not None:
-                features = whitening_GFF.shape[-1]
-                grad_weight = grad_weight.reshape(groups, -1, features) @ whitening_GFF.to(dtype).mT
+            grad_mean = (shifted_GO11 * folded_GOTC).sum((1, 2)).neg()
+            grad_scale = (grad_GOTC * folded_GOTC).sum((1, 2)) + mean_G11C[:, 0, 0] * grad_mean
+            grad_var = grad_scale * scale_G11C[:, 0, 0].square() * -0.5
+            grad_GOTC = ((grad_GOTC - shifted_GO11 * mean_G11C) * scale_G11C).to(dtype)
+            grad_GOKTB = grad_GOTC.unflatten(-1, (ctx.blocks, -1)).transpose(2, 3)
+            if whitening_GFF is None:
+                grad_weight = grad_GOKTB.mT
+            else:
+                rows = grad_GOKTB.reshape(groups, -1, whitening_GFF.shape[-1])
+                grad_weight = rows @ _taps_first(whitening_GFF, shape[2]).to(dtype).mT
             grad_weight = grad_weight.reshape(folded.shape).to(weight_dtype)
             # `stack` would be a kernel of its own, between what makes the rows and what reads them.
             row = torch.arange(2, device=folded.device)[:, None]
             grad_moments = torch.where(row == 0, grad_mean.flatten(), grad_var.flatten())
         return grad_weight, grad_shifted.to(bias_dtype), grad_moments, None, None, None, None, None
+
+
+def _taps_first(whitening_GFF: Tensor, taps: int) -> Tensor:
+    """Columns in order of tap and channel instead of channel and tap."""
+    return whitening_GFF.unflatten(-1, (-1, taps)).mT.flatten(-2) if taps > 1 else whitening_GFF
 
 
 def standardise_and_fold(

@@ -35,7 +35,7 @@ from segdeconv.layers import Whitened
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, resolve
 from segdeconv.schedule import RefreshSchedule
-from segdeconv.train import make_optimizer, pick_device
+from segdeconv.train import make_optimizer, pick_device, tf32_matmul
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     """One training step on random images, past the warm-up of the fast mode's schedule.
 
     Two are done already, or two cycles where there is something to compile or to record. In the first every
-    layer refreshes its whitening: that is where memory peaks.
+    layer refreshes its whitening: that is where memory peaks. On a GPU that is counted anew, without what
+    choosing kernels takes once.
     """
     config = ModelConfig(network.architecture, norm="bn", options=network.options)
     if arm != "bn":
@@ -82,7 +83,6 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     refreshes = RefreshSchedule(model) if network.compiled else None
 
     def gradients(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output = forward(images)
         loss = loss_of(output, targets, recipe, 255)
@@ -94,6 +94,7 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     def step() -> None:
         if refreshes is not None:
             refreshes.step()
+        optimizer.zero_grad(set_to_none=True)
         compute(images, targets)
         optimizer.step()
 
@@ -101,12 +102,17 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     for layer in model.modules():
         if isinstance(layer, Whitened):
             layer.load_state_dict(layer.state_dict() | {"num_batches_tracked": torch.tensor(1000)})
-    if network.graphs:
-        compute, refreshes = StepGraphs(model, gradients), None  # which has a schedule of its own
-    elif network.compiled:
-        refreshes = RefreshSchedule(model)
-    for _ in range(2 * CYCLE + 1 if network.graphs or network.compiled else 1):  # makes both graphs
-        step()
+    for _ in range(1 + (device.type == "cuda")):
+        if network.graphs:
+            compute = gradients  # nothing holds the graphs before while others are recorded
+            compute, refreshes = StepGraphs(model, gradients), None  # which has a schedule of its own
+        elif network.compiled:
+            refreshes = RefreshSchedule(model)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2 * CYCLE + 1 if network.graphs or network.compiled else 1):  # makes both graphs
+            step()
     return step
 
 
@@ -160,7 +166,6 @@ def stepper_and_peak_mib(
     torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device))  # cuBLAS takes its memory once
     gc.collect()  # compiled networks refer to themselves
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step = stepper(network, arm, device, amp)
     return step, (torch.cuda.max_memory_allocated() - before) / 2**20
@@ -269,7 +274,8 @@ def measure(arguments: argparse.Namespace) -> None:
         if arguments.memory_of_this_process:
             print(memory_of_this_process(network, arguments.arms[0], arguments.amp))
         else:
-            bench(name, network, arguments.arms, arguments.cycles, device, arguments.amp)
+            with tf32_matmul(arguments.amp):
+                bench(name, network, arguments.arms, arguments.cycles, device, arguments.amp)
 
 
 if __name__ == "__main__":
