@@ -37,17 +37,20 @@ class StepGraphs:
         model: on the GPU, past loading of its state, in one process. What is trained of it must not change.
         compute: ``compute(images, targets)`` adds to the gradients, which are cleared before, and returns the
             loss, a scalar. It must not wait for the device.
+        dtype: see `RefreshSchedule`.
 
     Raises:
         UserError: ``compute`` waits for the device, or does something else that a CUDA graph cannot hold;
             from the second batch of a shape on, which is recorded.
     """
 
-    def __init__(self, model: nn.Module, compute: Callable[..., Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, compute: Callable[..., Tensor], dtype: torch.dtype | None = None
+    ) -> None:
         self.compute = compute
         self.parameters = list(model.parameters())
         self.grads: list[Tensor | None] = [None for _ in self.parameters]
-        self.refreshes = RefreshSchedule(model, self._run)
+        self.refreshes = RefreshSchedule(model, dtype, self._run)
         self.seen: set[Any] = set()
         self.recorded: dict[Any, _Recorded] = {}
         self.pool = torch.cuda.graph_pool_handle()

@@ -24,6 +24,7 @@ from segdeconv.whitening import (
     channels_per_block,
     channels_per_block_reference,
     fold_whitening,
+    folding_matrix,
     has_autocast,
     inverse_sqrt,
     mean_and_scale,
@@ -116,6 +117,7 @@ class Whitened(nn.Module):
     running_moments: Tensor
     _step: tuple[Tensor, int] | None
     _held: float
+    _folding_matrix: Tensor | None
     #: Fast mode: whether the next step measures correlation, of which a `RefreshSchedule` then makes the
     #: whitening; None: the layer does both, by the number of steps taken. The schedule sets it; evaluation,
     #: copying, loading and resetting end it.
@@ -156,7 +158,7 @@ class Whitened(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._enrol()
-        self._step = self.refresh_now = None
+        self._step = self.refresh_now = self._folding_matrix = None
 
     @property
     def decorrelates(self) -> bool:
@@ -202,7 +204,7 @@ class Whitened(nn.Module):
         # The fast mode's own copy of num_batches_tracked: reading a tensor would wait for the device. It is
         # of one tensor, for `torch.func.functional_call` brings others, and taken anew where the buffers may
         # have been written: by DistributedDataParallel from another rank, or by averaging of weights.
-        self._step = self.refresh_now = None
+        self._step = self.refresh_now = self._folding_matrix = None
 
     def reset_parameters(self) -> None:
         """New weights, and running values as before the first batch."""
@@ -228,7 +230,10 @@ class Whitened(nn.Module):
             wide = _at_least_float32(out.dtype)
             return out if out.dtype == wide else tensor.to(out.device, wide)
 
-        return super()._apply(apply, recurse)
+        super()._apply(apply, recurse)
+        if self._folding_matrix is not None:
+            self._folding_matrix = self._folding_matrix.to(self.running_whitening.device)
+        return self
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """As on any module. In fast mode a layer decorrelates if the state's did: once depthwise ones did."""
@@ -328,7 +333,7 @@ class Whitened(nn.Module):
         weight, bias = self.folded_parameters()
         for name, buffer in other.named_buffers():
             getattr(self, name).copy_(buffer)
-        self._step = None
+        self._step = self.refresh_now = None
         mean, scale = self.running_mean_and_scale()
         weight, bias = unfold_whitening(
             weight, bias, self.running_whitening, mean, self.num_blocks, self.interleaved, scale
@@ -454,11 +459,9 @@ class Whitened(nn.Module):
     def _whiten_fast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.numel() == x.shape[1] and world_size() == 1:
             return x, *self.folded_parameters()
-        _, _, block, taps = self._shape
-        products = self.weight.numel() * block * taps if self.decorrelates else 0
         out = _low_precision(x)
-        pays = _LOW_PRECISION_PAYS_ON_CUDA if x.is_cuda else _LOW_PRECISION_PAYS
-        low_precision = out if products >= pays else None
+        low_precision = out if self._pays_in_low_precision() else None
+        matrix = None
         with no_autocast(x):
             x, moments, samples = self._channel_moments(x)
             if torch.compiler.is_compiling() and (self.refresh_now is None or world_size() > 1):
@@ -474,6 +477,8 @@ class Whitened(nn.Module):
             else:
                 self._follow(x.detach(), moments.detach(), samples)
                 running, whitening = self.running_moments, self.running_whitening
+                if torch.compiler.is_compiling() and low_precision is not None:
+                    matrix = self._folding_matrix
             moments = self._steadied(moments, samples, running)
             if torch.compiler.is_compiling() and running is self.running_moments:
                 moments = snapshot(moments)
@@ -485,8 +490,31 @@ class Whitened(nn.Module):
                 self.config.eps,
                 low_precision,
                 out,
+                matrix,
             )
         return x, weight, bias
+
+    def _pays_in_low_precision(self) -> bool:
+        _, _, block, taps = self._shape
+        products = self.weight.numel() * block * taps if self.decorrelates else 0
+        return products >= (_LOW_PRECISION_PAYS_ON_CUDA if self.weight.is_cuda else _LOW_PRECISION_PAYS)
+
+    def keep_folding_matrix(self, dtype: torch.dtype | None) -> None:
+        """Have compiled steps under a `RefreshSchedule` read the whitening matrix as `folding_matrix` of this
+        type, if it is what they compute in.
+        """
+        if dtype != torch.bfloat16 or not self._pays_in_low_precision():
+            self._folding_matrix = None
+        elif self._folding_matrix is None:
+            self._folding_matrix = folding_matrix(self.running_whitening, self._shape[-1], dtype).contiguous()
+        else:
+            self.update_folding_matrix()
+
+    @torch.no_grad()
+    def update_folding_matrix(self) -> None:
+        if self._folding_matrix is not None:  # in place: graphs read it where it is
+            dtype = self._folding_matrix.dtype
+            self._folding_matrix.copy_(folding_matrix(self.running_whitening, self._shape[-1], dtype))
 
     def _channel_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         """``x``, its moments and how many values a channel has, over all ranks."""
@@ -592,6 +620,7 @@ class Whitened(nn.Module):
         whitening = shrunk_inverse_sqrt(self.running_cov, self.cov_samples)
         if self.refresh_now is not None:  # graphs read it where it is
             self.running_whitening.copy_(whitening)
+            self.update_folding_matrix()
             return
         # A new tensor: a forward pass before this one may still need the old one for its backward pass.
         with torch.inference_mode(False):

@@ -35,14 +35,19 @@ class RefreshSchedule:
     Args:
         model: after its state is loaded: the number of steps it has made is read here, once. That is how
             often most layers were called. Layers in exact mode have nothing to schedule.
+        dtype: in which autocast computes; for a compiled network, which then need not bring the whitening
+            matrices to it at every step.
         run: called with a key and a function instead of that function, which makes whitening matrices: always
             the same for a key.
     """
 
     def __init__(
-        self, model: nn.Module, run: Callable[[Any, Callable[[], None]], None] = lambda _, refresh: refresh()
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        run: Callable[[Any, Callable[[], None]], None] = lambda _, refresh: refresh(),
     ) -> None:
-        self.run = run
+        self.dtype, self.run = dtype, run
         self.layers: dict[int, list[Whitened]] = defaultdict(list)
         for layer in model.modules():
             if isinstance(layer, Whitened) and layer.config.mode == "fast":
@@ -60,6 +65,8 @@ class RefreshSchedule:
         for now, layers in zip(due, self.layers.values(), strict=True):
             for layer in layers:
                 if layer.refresh_now is not now:  # modules take their time for a new value
+                    if layer.refresh_now is None:
+                        layer.keep_folding_matrix(self.dtype)
                     layer.refresh_now = now
                     layer._step = None  # scheduled steps do not count in it
         self.steps += 1
@@ -90,3 +97,4 @@ def _refresh_together(same: list[Whitened]) -> None:
     whitening_GFF = whitening_GFF.where(refreshes > 0, before_GFF)  # the identity until measured
     for layer, matrices in zip(same, whitening_GFF.split(groups), strict=True):
         layer.running_whitening.copy_(matrices)  # in place: graphs read it where it is
+        layer.update_folding_matrix()

@@ -381,9 +381,10 @@ class _Run:
             self._begin()
         if self.compiles:
             self.parallel = torch.compile(self.model)  # not for validation, whose pictures have other sizes
-            self.refreshes = RefreshSchedule(self.model)
+            self.refreshes = RefreshSchedule(self.model, self.amp)
         if self.records:
-            self.compute, self.refreshes = StepGraphs(self.model, self._compute), None  # which has its own
+            dtype = self.amp if self.compiles else None
+            self.compute, self.refreshes = StepGraphs(self.model, self._compute, dtype), None  # with its own
         line: dict[str, Any] = {}
         if self.finished_epochs:
             line = next(reversed(read_metrics(out)), {})  # a file system may have lost them all the same

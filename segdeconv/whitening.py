@@ -426,6 +426,7 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
         eps: float,
         low_precision: torch.dtype | None,
         out: torch.dtype | None,
+        matrix_GFF: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         wide, groups = moments_2C.dtype, moments_2C.shape[1] // weight.shape[1]
         dtype, taps = low_precision or wide, math.prod(weight.shape[2:])
@@ -434,7 +435,10 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
             whitened_GOKTB = weight.reshape(groups, -1, blocks, mean_G11KB.shape[-1], taps).mT
         else:
             rows = weight.to(dtype).reshape(groups, -1, whitening_GFF.shape[-1])
-            whitened_GOKTB = rows @ _taps_first(whitening_GFF, taps).to(dtype)
+            if matrix_GFF is None:
+                whitened_GOKTB = rows @ folding_matrix(whitening_GFF, taps, dtype)
+            else:
+                whitened_GOKTB = rows @ matrix_GFF
             whitened_GOKTB = whitened_GOKTB.view(groups, -1, blocks, taps, mean_G11KB.shape[-1])
         folded_GOTKB = whitened_GOKTB.transpose(2, 3) * (var_G11KB + eps).rsqrt()
         folded_GOTKB = folded_GOTKB.to(out or weight.dtype).contiguous()
@@ -443,7 +447,7 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
         # Nothing that may return what it is given, here: torch 2.11 compiles that to wrong gradients.
         if shifted.dtype != bias.dtype:
             shifted = shifted.to(bias.dtype)
-        ctx.save_for_backward(folded, moments_2C, whitening_GFF)
+        ctx.save_for_backward(folded, moments_2C, whitening_GFF, matrix_GFF)
         ctx.dtypes = weight.dtype, bias.dtype, dtype
         ctx.blocks, ctx.eps = blocks, eps
         return folded, shifted
@@ -451,7 +455,7 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
-        folded, moments_2C, whitening_GFF = ctx.saved_tensors
+        folded, moments_2C, whitening_GFF, matrix_GFF = ctx.saved_tensors
         weight_dtype, bias_dtype, dtype = ctx.dtypes
         wide, groups = moments_2C.dtype, moments_2C.shape[1] // folded.shape[1]
         shape = groups, len(folded) // groups, math.prod(folded.shape[2:]), folded.shape[1]
@@ -471,17 +475,20 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
                 grad_weight = grad_GOKTB.mT
             else:
                 rows = grad_GOKTB.reshape(groups, -1, whitening_GFF.shape[-1])
-                grad_weight = rows @ _taps_first(whitening_GFF, shape[2]).to(dtype).mT
+                if matrix_GFF is None:
+                    matrix_GFF = folding_matrix(whitening_GFF, shape[2], dtype)
+                grad_weight = rows @ matrix_GFF.mT
             grad_weight = grad_weight.reshape(folded.shape).to(weight_dtype)
             # `stack` would be a kernel of its own, between what makes the rows and what reads them.
             row = torch.arange(2, device=folded.device)[:, None]
             grad_moments = torch.where(row == 0, grad_mean.flatten(), grad_var.flatten())
-        return grad_weight, grad_shifted.to(bias_dtype), grad_moments, None, None, None, None, None
+        return grad_weight, grad_shifted.to(bias_dtype), grad_moments, None, None, None, None, None, None
 
 
-def _taps_first(whitening_GFF: Tensor, taps: int) -> Tensor:
-    """Columns in order of tap and channel instead of channel and tap."""
-    return whitening_GFF.unflatten(-1, (-1, taps)).mT.flatten(-2) if taps > 1 else whitening_GFF
+def folding_matrix(whitening_GFF: Tensor, taps: int, dtype: torch.dtype) -> Tensor:
+    """D as compiled code multiplies by it: columns in order of tap and channel instead of channel and tap."""
+    columns = whitening_GFF.unflatten(-1, (-1, taps)).mT.flatten(-2) if taps > 1 else whitening_GFF
+    return columns.to(dtype)
 
 
 def standardise_and_fold(
@@ -493,6 +500,7 @@ def standardise_and_fold(
     eps: float,
     low_precision: torch.dtype | None = None,
     out: torch.dtype | None = None,
+    matrix_GFF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`fold_whitening` with every channel's mean and scale s = (var + ε)^(-1/2) of ``moments_2C``.
 
@@ -501,13 +509,14 @@ def standardise_and_fold(
     Args:
         low_precision: bfloat16 for arithmetic and results in it, which autocast would round to anyway.
         out: what autocast would round the weight to, for compilers.
+        matrix_GFF: the `folding_matrix` of ``whitening_GFF`` where it is there already, for compilers.
 
     Returns:
         weight and bias for the one layer that computes with them: their gradients are taken up in place.
     """
     arguments = weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision
     if torch.compiler.is_compiling():
-        return _CompiledStandardiseAndFold.apply(*arguments, out)
+        return _CompiledStandardiseAndFold.apply(*arguments, out, matrix_GFF)
     return _StandardiseAndFold.apply(*arguments)
 
 

@@ -24,7 +24,7 @@ from segdeconv import compiling, layers
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.layers import WhitenedConv2d, WhitenedLinear
 from segdeconv.schedule import RefreshSchedule
-from segdeconv.whitening import shrunk_inverse_sqrt
+from segdeconv.whitening import folding_matrix, shrunk_inverse_sqrt
 
 CONVS = {
     "3x3": dict(kernel_size=3, padding=1),
@@ -801,6 +801,41 @@ def test_a_schedule_makes_two_graphs(backend: str) -> None:
     for mine, theirs in zip(compiled.state_dict().values(), eager.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
     assert counts == [counts[0]] * 41 + [counts[0] + 1] * 9
+
+
+def test_folding_matrices_follow_the_whitening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps that read them compute what others do, whatever else happens to the layers."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(layers, "_LOW_PRECISION_PAYS", 100)
+    network = nn.Sequential(
+        WhitenedConv2d(3, 4, 3, padding=1), WhitenedConv2d(4, 6, 3, groups=2), WhitenedConv2d(6, 2, 1)
+    )
+    networks = [network, copy.deepcopy(network)]
+    compiled = [torch.compile(network, backend="aot_eager", fullgraph=True) for network in networks]
+    schedules = [RefreshSchedule(networks[0], torch.bfloat16), RefreshSchedule(networks[1])]
+    for step in range(45):
+        if step == 20:
+            for network in networks:
+                network.eval().train()
+        if step == 41:  # the matrix changes, and is not due to at the next step
+            for network in networks:
+                network[0].observe(torch.ones(2, 3, 8, 8))
+        x, found = torch.randn(2, 3, 8, 8), []
+        for network, forward, refreshes in zip(networks, compiled, schedules, strict=True):
+            refreshes.step()
+            network.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = forward(x)
+            out.float().square().sum().backward()
+            found.append([out, *(parameter.grad.clone() for parameter in network.parameters())])
+        assert all(map(torch.equal, *found)), step
+        for layer in networks[0][:2]:
+            want = folding_matrix(layer.running_whitening, 9, torch.bfloat16)
+            assert torch.equal(layer._folding_matrix, want)
+    assert [layer._folding_matrix is None for layer in (*networks[0], *networks[1])] == [False] * 2 + [
+        True
+    ] * 4
+    assert copy.deepcopy(networks[0])[0]._folding_matrix is None
 
 
 def test_inductor_fuses_snapshots() -> None:

@@ -200,10 +200,10 @@ def ablation(arm: str) -> Any:
         blocks: int,
         eps: float,
         low_precision: torch.dtype | None,
-        out: torch.dtype | None,
+        *for_compilers: Any,
     ) -> tuple[Tensor, Tensor]:
         if whitening is None:
-            return standardise_and_fold(weight, bias, moments, None, blocks, eps, low_precision, out)
+            return standardise_and_fold(weight, bias, moments, None, blocks, eps, low_precision)
         mean, scale = mean_and_scale(moments, len(whitening) // blocks, blocks, whitening.shape[-1], eps)
         return fold_own(weight, bias, whitening, mean, scale)
 

@@ -80,7 +80,8 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     targets = torch.randint(CLASSES, labels, device=device)
 
     forward = torch.compile(model, fullgraph=True) if network.compiled else model
-    refreshes = RefreshSchedule(model) if network.compiled else None
+    dtype = torch.bfloat16 if amp and network.compiled else None
+    refreshes = RefreshSchedule(model, dtype) if network.compiled else None
 
     def gradients(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -105,9 +106,9 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
     for _ in range(1 + (device.type == "cuda")):
         if network.graphs:
             compute = gradients  # nothing holds the graphs before while others are recorded
-            compute, refreshes = StepGraphs(model, gradients), None  # which has a schedule of its own
+            compute, refreshes = StepGraphs(model, gradients, dtype), None  # which has a schedule of its own
         elif network.compiled:
-            refreshes = RefreshSchedule(model)
+            refreshes = RefreshSchedule(model, dtype)
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
