@@ -6,6 +6,7 @@ On a fast GPU a small network waits for the launches of its many small kernels, 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +25,60 @@ class _Recorded:
     result: Any
 
 
+class _Recordings:
+    """Functions of tensors as CUDA graphs, by a key each, in memory that they share."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seen: set[Any] = set()
+        self.recorded: dict[Any, _Recorded] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+    def run(self, key: Any, compute: Callable[..., Any], *inputs: Tensor) -> Any:
+        """What ``compute`` returns: called the first time, recorded the second, replayed from then on, with its
+        result in the same place each time.
+        """
+        if key not in self.seen:
+            self.seen.add(key)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # as a recording demands of what runs before it
+                result = compute(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if key not in self.recorded:
+            self.recorded[key] = self._record(compute, inputs)
+        recorded = self.recorded[key]
+        for place, tensor in zip(recorded.inputs, inputs, strict=True):
+            place.copy_(tensor, non_blocking=True)
+        recorded.graph.replay()
+        return recorded.result
+
+    def _record(self, compute: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Recorded:
+        inputs = tuple(tensor.clone() for tensor in inputs)
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()  # garbage that holds other graphs would end the recording when it is collected
+        try:  # thread_local, because other threads may pin memory meanwhile
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                result = compute(*inputs)
+        except RuntimeError as error:
+            # A recording that failed cannot be ended either: that is the last error, and says less.
+            cause = error if error.__suppress_context__ else error.__context__ or error
+            if torch.OutOfMemoryError in (type(error), type(cause)):
+                raise torch.OutOfMemoryError from error
+            raise UserError(
+                f"train.cuda_graphs: this network's training step cannot be recorded ({first_line(cause)}); "
+                "set it to false"
+            ) from error
+        return _Recorded(graph, inputs, result)
+
+
 class StepGraphs:
     """Forward, loss and backward pass of a training step, recorded and replayed.
 
     Of every shape there are two graphs, that of steps which measure correlation (see `RefreshSchedule`) and
     that of the others; making the whitening matrices is a graph too. Each runs as it would without graphs at
     first, and is recorded the second time. Batches of another shape run as they would too, once. From the
-    first recording on the gradients are the same tensors in all steps: a second set of them would take as
-    much memory as the weights.
+    first recording on the gradients are the same tensors in all steps.
 
     Args:
         model: on the GPU, past loading of its state, in one process. What is trained of it must not change.
@@ -50,25 +97,19 @@ class StepGraphs:
         self.compute = compute
         self.parameters = list(model.parameters())
         self.grads: list[Tensor | None] = [None for _ in self.parameters]
-        self.refreshes = RefreshSchedule(model, dtype, self._run)
-        self.seen: set[Any] = set()
-        self.recorded: dict[Any, _Recorded] = {}
-        self.pool = torch.cuda.graph_pool_handle()
         self.device = self.parameters[0].device
-        self.stream = torch.cuda.Stream(self.device)
+        self.recordings = _Recordings(self.device)
+        self.refreshes = RefreshSchedule(model, dtype, self.recordings.run)
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """The loss of one step, whose gradients the parameters then have."""
         with torch.cuda.device(self.device):  # streams and graphs are the current device's
-            return self._step(*batch)
-
-    def _step(self, *batch: Tensor) -> Tensor:
-        key = self.refreshes.step(), *(tensor.shape for tensor in batch)
-        loss: Tensor = self._run(key, self._compute, *batch)
-        if key not in self.recorded:
-            return loss
-        self._give_gradients()
-        return loss.clone()
+            key = self.refreshes.step(), *(tensor.shape for tensor in batch)
+            loss: Tensor = self.recordings.run(key, self._compute, *batch)
+            if key not in self.recordings.recorded:
+                return loss
+            self._give_gradients()
+            return loss.clone()
 
     def _give_gradients(self) -> None:
         for parameter, grad in zip(self.parameters, self.grads, strict=True):
@@ -82,37 +123,3 @@ class StepGraphs:
         if torch.cuda.is_current_stream_capturing():
             self.grads = [parameter.grad for parameter in self.parameters]
         return loss
-
-    def _run(self, key: Any, compute: Callable[..., Any], *batch: Tensor) -> Any:
-        """What ``compute`` returns for the batch, at a replay in the same place each time."""
-        if key not in self.seen:
-            self.seen.add(key)
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # as a recording demands of what runs before it
-                result = compute(*batch)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
-        if key not in self.recorded:
-            self.recorded[key] = self._record(compute, batch)
-        recorded = self.recorded[key]
-        for place, tensor in zip(recorded.inputs, batch, strict=True):
-            place.copy_(tensor, non_blocking=True)
-        recorded.graph.replay()
-        return recorded.result
-
-    def _record(self, compute: Callable[..., Any], batch: tuple[Tensor, ...]) -> _Recorded:
-        inputs = tuple(tensor.clone() for tensor in batch)
-        graph = torch.cuda.CUDAGraph()
-        try:  # thread_local, because other threads may pin memory meanwhile
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                result = compute(*inputs)
-        except RuntimeError as error:
-            # A recording that failed cannot be ended either: that is the last error, and says less.
-            cause = error if error.__suppress_context__ else error.__context__ or error
-            if torch.OutOfMemoryError in (type(error), type(cause)):
-                raise torch.OutOfMemoryError from error
-            raise UserError(
-                f"train.cuda_graphs: this network's training step cannot be recorded ({first_line(cause)}); "
-                "set it to false"
-            ) from error
-        return _Recorded(graph, inputs, result)

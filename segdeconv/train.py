@@ -390,7 +390,7 @@ class _Run:
             line = next(reversed(read_metrics(out)), {})  # a file system may have lost them all the same
         if rank() == 0:
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=self.step + 1)
-        with tf32_matmul(self.amp is not None), self.board or contextlib.nullcontext():
+        with self.board or contextlib.nullcontext():
             for epoch in range(self.finished_epochs + 1, config.epochs + 1):
                 line = self._epoch(epoch)
                 # Batch norm on the CPU has left each rank running values, and averages of them, of its own.
@@ -548,10 +548,11 @@ class _Run:
         seed_everything(int(np.random.SeedSequence((config.seed, self.step, rank())).generate_state(1)[0]))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.step)
-        if self.refreshes is not None:
-            self.refreshes.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.compute(images.to(self.device), targets.to(self.device))
+        with tf32_matmul(self.amp is not None):  # not in validation, which is to score what evaluation does
+            if self.refreshes is not None:
+                self.refreshes.step()
+            loss = self.compute(images.to(self.device), targets.to(self.device))
         self.recent.append((loss, images))
         if len(self.recent) == self.patience or (self.step + 1) % self.steps_per_epoch == 0:
             self._check_finite()

@@ -104,12 +104,14 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
         if isinstance(layer, Whitened):
             layer.load_state_dict(layer.state_dict() | {"num_batches_tracked": torch.tensor(1000)})
     for _ in range(1 + (device.type == "cuda")):
+        compute, refreshes = gradients, None  # nothing holds graphs that were recorded before
+        optimizer.zero_grad(set_to_none=True)
         if network.graphs:
-            compute = gradients  # nothing holds the graphs before while others are recorded
             compute, refreshes = StepGraphs(model, gradients, dtype), None  # which has a schedule of its own
         elif network.compiled:
             refreshes = RefreshSchedule(model, dtype)
         if device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         for _ in range(2 * CYCLE + 1 if network.graphs or network.compiled else 1):  # makes both graphs
