@@ -35,8 +35,8 @@ class _Recordings:
         self.stream = torch.cuda.Stream(device)
 
     def run(self, key: Any, compute: Callable[..., Any], *inputs: Tensor) -> Any:
-        """What ``compute`` returns: called the first time, recorded the second, replayed from then on, with its
-        result in the same place each time.
+        """What ``compute`` returns: called the first time, recorded the second, replayed from then on, with
+        its result in the same place each time.
         """
         if key not in self.seen:
             self.seen.add(key)
