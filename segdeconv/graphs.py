@@ -57,6 +57,7 @@ class _Recordings:
         inputs = tuple(tensor.clone() for tensor in inputs)
         graph = torch.cuda.CUDAGraph()
         gc.collect()  # garbage that holds other graphs would end the recording when it is collected
+        gc.disable()
         try:  # thread_local, because other threads may pin memory meanwhile
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 result = compute(*inputs)
@@ -69,6 +70,8 @@ class _Recordings:
                 f"train.cuda_graphs: this network's training step cannot be recorded ({first_line(cause)}); "
                 "set it to false"
             ) from error
+        finally:
+            gc.enable()
         return _Recorded(graph, inputs, result)
 
 
@@ -81,7 +84,8 @@ class StepGraphs:
     first recording on the gradients are the same tensors in all steps.
 
     Args:
-        model: on the GPU, past loading of its state, in one process. What is trained of it must not change.
+        model: on the GPU, past loading of its state, in one process. What is trained of it must
+            not change: no layer may be frozen or put into evaluation alone.
         compute: ``compute(images, targets)`` adds to the gradients, which are cleared before, and returns the
             loss, a scalar. It must not wait for the device.
         dtype: see `RefreshSchedule`.
@@ -105,21 +109,33 @@ class StepGraphs:
         """The loss of one step, whose gradients the parameters then have."""
         with torch.cuda.device(self.device):  # streams and graphs are the current device's
             key = self.refreshes.step(), *(tensor.shape for tensor in batch)
-            loss: Tensor = self.recordings.run(key, self._compute, *batch)
+            loss, used = self.recordings.run(key, self._compute, *batch)
             if key not in self.recordings.recorded:
                 return loss
-            self._give_gradients()
+            for number, parameter in enumerate(self.parameters):
+                parameter.grad = self.grads[number] if number in used else None
             return loss.clone()
 
-    def _give_gradients(self) -> None:
+    def _compute(self, *batch: Tensor) -> tuple[Tensor, set[int]]:
+        """The loss, and the numbers of the parameters that have a gradient of this batch."""
         for parameter, grad in zip(self.parameters, self.grads, strict=True):
             parameter.grad = grad
-
-    def _compute(self, *batch: Tensor) -> Tensor:
-        self._give_gradients()
         if there := [grad for grad in self.grads if grad is not None]:
             torch._foreach_zero_(there)  # as optimizers do
-        loss = self.compute(*batch).detach()
-        if torch.cuda.is_current_stream_capturing():
-            self.grads = [parameter.grad for parameter in self.parameters]
-        return loss
+        used: set[int] = set()
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda _, number=number: used.add(number))
+            for number, parameter in enumerate(self.parameters)
+            if parameter.requires_grad
+        ]
+        try:
+            loss = self.compute(*batch).detach()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for number, parameter in enumerate(self.parameters):
+            if number not in used:
+                parameter.grad = None
+            elif torch.cuda.is_current_stream_capturing():
+                self.grads[number] = parameter.grad
+        return loss, used

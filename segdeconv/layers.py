@@ -117,10 +117,11 @@ class Whitened(nn.Module):
     running_moments: Tensor
     _step: tuple[Tensor, int] | None
     _held: float
-    _folding_matrix: Tensor | None
+    _folding_matrix: Tensor | None  # see `keep_folding_matrix`
+    _version: int
     #: Fast mode: whether the next step measures correlation, of which a `RefreshSchedule` then makes the
     #: whitening; None: the layer does both, by the number of steps taken. The schedule sets it; evaluation,
-    #: copying, loading and resetting end it.
+    #: copying, loading, resetting, taking over running values and another device end it.
     refresh_now: bool | None
 
     def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:
@@ -231,8 +232,8 @@ class Whitened(nn.Module):
             return out if out.dtype == wide else tensor.to(out.device, wide)
 
         super()._apply(apply, recurse)
-        if self._folding_matrix is not None:
-            self._folding_matrix = self._folding_matrix.to(self.running_whitening.device)
+        if self._folding_matrix is not None and self._folding_matrix.device != self.running_whitening.device:
+            self._folding_matrix = self.refresh_now = None
         return self
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -495,9 +496,11 @@ class Whitened(nn.Module):
         return x, weight, bias
 
     def _pays_in_low_precision(self) -> bool:
-        _, _, block, taps = self._shape
-        products = self.weight.numel() * block * taps if self.decorrelates else 0
-        return products >= (_LOW_PRECISION_PAYS_ON_CUDA if self.weight.is_cuda else _LOW_PRECISION_PAYS)
+        _, blocks, block, taps = self._shape  # and not the weight, which may be a computed one
+        outputs: Any = self.out_channels if isinstance(self, nn.Conv2d) else self.out_features
+        on_cuda = self.num_batches_tracked.is_cuda
+        pays = _LOW_PRECISION_PAYS_ON_CUDA if on_cuda else _LOW_PRECISION_PAYS
+        return self.decorrelates and bool(outputs * blocks * (block * taps) ** 2 >= pays)
 
     def keep_folding_matrix(self, dtype: torch.dtype | None) -> None:
         """Have compiled steps under a `RefreshSchedule` read the whitening matrix as `folding_matrix` of this
@@ -505,16 +508,19 @@ class Whitened(nn.Module):
         """
         if dtype != torch.bfloat16 or not self._pays_in_low_precision():
             self._folding_matrix = None
-        elif self._folding_matrix is None:
-            self._folding_matrix = folding_matrix(self.running_whitening, self._shape[-1], dtype).contiguous()
         else:
+            if self._folding_matrix is None:
+                self._folding_matrix = torch.empty_like(self.running_whitening, dtype=dtype)
             self.update_folding_matrix()
 
     @torch.no_grad()
-    def update_folding_matrix(self) -> None:
-        if self._folding_matrix is not None:  # in place: graphs read it where it is
-            dtype = self._folding_matrix.dtype
-            self._folding_matrix.copy_(folding_matrix(self.running_whitening, self._shape[-1], dtype))
+    def update_folding_matrix(self, if_older: bool = False) -> None:
+        """Make it of the whitening matrix of now; or only if somebody has written into that since."""
+        if self._folding_matrix is None or (if_older and self._version == self.running_whitening._version):
+            return
+        self._version = self.running_whitening._version
+        dtype = self._folding_matrix.dtype  # in place: graphs read it where it is
+        self._folding_matrix.copy_(folding_matrix(self.running_whitening, self._shape[-1], dtype))
 
     def _channel_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         """``x``, its moments and how many values a channel has, over all ranks."""

@@ -36,7 +36,8 @@ class RefreshSchedule:
         model: after its state is loaded: the number of steps it has made is read here, once. That is how
             often most layers were called. Layers in exact mode have nothing to schedule.
         dtype: in which autocast computes; for a compiled network, which then need not bring the whitening
-            matrices to it at every step.
+            matrices to it at every step. (Not for `torch.func.functional_call` with other buffers: the
+            matrices are the network's own.)
         run: called with a key and a function instead of that function, which makes whitening matrices: always
             the same for a key.
     """
@@ -69,6 +70,7 @@ class RefreshSchedule:
                         layer.keep_folding_matrix(self.dtype)
                     layer.refresh_now = now
                     layer._step = None  # scheduled steps do not count in it
+                layer.update_folding_matrix(if_older=True)
         self.steps += 1
         return due
 

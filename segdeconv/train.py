@@ -80,16 +80,23 @@ def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str, power: fl
 
 
 @contextlib.contextmanager
-def tf32_matmul(on: bool) -> Iterator[None]:
-    """Products of float32 matrices in TF32 on GPUs, as convolutions are by default. For training in 16 bits:
-    whitening matrices are as good as bfloat16 can hold them.
+def tf32_matmul(device: torch.device, amp: bool) -> Iterator[None]:
+    """Products of float32 matrices in TF32 on a GPU, as convolutions are by default. For training in 16 bits:
+    whitening matrices are as good as bfloat16 can hold them. Where the program has chosen a precision itself,
+    that one stays.
     """
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or on
+    try:
+        undecided = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # chosen by torch's newer settings, which it does not let be read as an older one
+        undecided = False
+    if not (amp and device.type == "cuda" and undecided):
+        yield
+        return
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_float32_matmul_precision("highest")
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -549,7 +556,9 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        with tf32_matmul(self.amp is not None):  # not in validation, which is to score what evaluation does
+        with tf32_matmul(
+            self.device, self.amp is not None
+        ):  # not in validation, which is to score what evaluation does
             if self.refreshes is not None:
                 self.refreshes.step()
             loss = self.compute(images.to(self.device), targets.to(self.device))

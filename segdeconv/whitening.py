@@ -508,6 +508,7 @@ def standardise_and_fold(
 
     Args:
         low_precision: bfloat16 for arithmetic and results in it, which autocast would round to anyway.
+            Compiled it is for the product with D alone, and ``out`` for the weight.
         out: what autocast would round the weight to, for compilers.
         matrix_GFF: the `folding_matrix` of ``whitening_GFF`` where it is there already, for compilers.
 

@@ -820,6 +820,9 @@ def test_folding_matrices_follow_the_whitening(monkeypatch: pytest.MonkeyPatch) 
         if step == 41:  # the matrix changes, and is not due to at the next step
             for network in networks:
                 network[0].observe(torch.ones(2, 3, 8, 8))
+        if step == 43:
+            for network in networks:
+                network[1].running_whitening.mul_(2)
         x, found = torch.randn(2, 3, 8, 8), []
         for network, forward, refreshes in zip(networks, compiled, schedules, strict=True):
             refreshes.step()
@@ -836,6 +839,41 @@ def test_folding_matrices_follow_the_whitening(monkeypatch: pytest.MonkeyPatch) 
         True
     ] * 4
     assert copy.deepcopy(networks[0])[0]._folding_matrix is None
+
+
+def test_a_schedule_computes_no_weights() -> None:
+    """Spectral norm makes an iteration each time, and a resumed run would make more of them."""
+
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return weight * 1
+
+    layer, counting = WhitenedConv2d(3, 4, 3), Counting()
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", counting)
+    before = counting.calls
+    RefreshSchedule(layer, torch.bfloat16).step()
+    assert counting.calls == before
+    layer(torch.randn(2, 3, 6, 6))
+    assert counting.calls == before + 1
+
+
+def test_a_scheduled_layer_moves_to_meta_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_LOW_PRECISION_PAYS", 0)
+    layer = WhitenedConv2d(3, 4, 3)
+    refreshes = RefreshSchedule(nn.Sequential(layer, WhitenedConv2d(4, 4, 3, groups=4)), torch.bfloat16)
+    refreshes.step()
+    assert layer._folding_matrix is not None
+    layer.to("meta").to_empty(device="cpu").reset_parameters()
+    assert layer.refresh_now is None
+    refreshes.step()
+    assert torch.equal(layer._folding_matrix[0], torch.eye(27)[:, _tap_major(3, 9)].bfloat16())
+
+
+def _tap_major(channels: int, taps: int) -> list[int]:
+    return [channel * taps + tap for tap in range(taps) for channel in range(channels)]
 
 
 def test_inductor_fuses_snapshots() -> None:

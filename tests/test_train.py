@@ -331,3 +331,40 @@ def test_devices(name: str) -> None:
     assert pick_device("cpu").type == "cpu"
     with pytest.raises(UserError, match=f"--device {name}: not available here"):
         pick_device(name)
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("before", "device", "amp", "inside"),
+    [
+        ("highest", CUDA, True, "high"),
+        ("highest", CUDA, False, "highest"),
+        ("highest", torch.device("cpu"), True, "highest"),
+        ("medium", CUDA, True, "medium"),
+    ],
+)
+def test_products_in_tf32(before: str, device: torch.device, amp: bool, inside: str) -> None:
+    try:
+        torch.set_float32_matmul_precision(before)
+        with train_module.tf32_matmul(device, amp):
+            assert torch.get_float32_matmul_precision() == inside
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+def test_products_in_a_precision_set_the_new_way() -> None:
+    """Which torch refuses to tell those who ask the old way."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with train_module.tf32_matmul(CUDA, True):
+            assert matmul.fp32_precision == "tf32"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -63,9 +63,9 @@ CYCLE = NetworkDeconvConfig().refresh_every
 def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Callable[[], None]:
     """One training step on random images, past the warm-up of the fast mode's schedule.
 
-    Two are done already, or two cycles where there is something to compile or to record. In the first every
-    layer refreshes its whitening: that is where memory peaks. On a GPU that is counted anew, without what
-    choosing kernels takes once.
+    Two are done already, in the first of which every layer refreshes its whitening: that is where memory
+    peaks. Where there is something to compile or to record it is two cycles, and on a GPU two more, in which
+    memory is counted anew, without what choosing kernels takes once.
     """
     config = ModelConfig(network.architecture, norm="bn", options=network.options)
     if arm != "bn":
@@ -114,7 +114,8 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(2 * CYCLE + 1 if network.graphs or network.compiled else 1):  # makes both graphs
+        both_graphs = network.graphs or network.compiled or device.type == "cuda"
+        for _ in range(2 * CYCLE + 1 if both_graphs else 1):
             step()
     return step
 
@@ -277,7 +278,7 @@ def measure(arguments: argparse.Namespace) -> None:
         if arguments.memory_of_this_process:
             print(memory_of_this_process(network, arguments.arms[0], arguments.amp))
         else:
-            with tf32_matmul(arguments.amp):
+            with tf32_matmul(device, arguments.amp):
                 bench(name, network, arguments.arms, arguments.cycles, device, arguments.amp)
 
 
