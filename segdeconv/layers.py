@@ -118,7 +118,7 @@ class Whitened(nn.Module):
     _step: tuple[Tensor, int] | None
     _held: float
     _folding_matrix: Tensor | None  # see `keep_folding_matrix`
-    _version: int
+    _matrix_version: int
     #: Fast mode: whether the next step measures correlation, of which a `RefreshSchedule` then makes the
     #: whitening; None: the layer does both, by the number of steps taken. The schedule sets it; evaluation,
     #: copying, loading, resetting, taking over running values and another device end it.
@@ -516,9 +516,12 @@ class Whitened(nn.Module):
     @torch.no_grad()
     def update_folding_matrix(self, if_older: bool = False) -> None:
         """Make it of the whitening matrix of now; or only if somebody has written into that since."""
-        if self._folding_matrix is None or (if_older and self._version == self.running_whitening._version):
+        if self._folding_matrix is None:
             return
-        self._version = self.running_whitening._version
+        version = self.running_whitening._version
+        if if_older and version == self._matrix_version:
+            return
+        self._matrix_version = version
         dtype = self._folding_matrix.dtype  # in place: graphs read it where it is
         self._folding_matrix.copy_(folding_matrix(self.running_whitening, self._shape[-1], dtype))
 

@@ -556,9 +556,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        with tf32_matmul(
-            self.device, self.amp is not None
-        ):  # not in validation, which is to score what evaluation does
+        # Not in validation, which is to score what evaluation does.
+        with tf32_matmul(self.device, self.amp is not None):
             if self.refreshes is not None:
                 self.refreshes.step()
             loss = self.compute(images.to(self.device), targets.to(self.device))
