@@ -421,24 +421,19 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         moments_2C: Tensor,
-        whitening_GFF: Tensor | None,
+        matrix_GFF: Tensor | None,
         blocks: int,
         eps: float,
         low_precision: torch.dtype | None,
         out: torch.dtype | None,
-        matrix_GFF: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         wide, groups = moments_2C.dtype, moments_2C.shape[1] // weight.shape[1]
         dtype, taps = low_precision or wide, math.prod(weight.shape[2:])
         mean_G11KB, var_G11KB = moments_2C.view(2, groups, 1, 1, blocks, -1)
-        if whitening_GFF is None:
+        if matrix_GFF is None:
             whitened_GOKTB = weight.reshape(groups, -1, blocks, mean_G11KB.shape[-1], taps).mT
         else:
-            rows = weight.to(dtype).reshape(groups, -1, whitening_GFF.shape[-1])
-            if matrix_GFF is None:
-                whitened_GOKTB = rows @ folding_matrix(whitening_GFF, taps, dtype)
-            else:
-                whitened_GOKTB = rows @ matrix_GFF
+            whitened_GOKTB = weight.to(dtype).reshape(groups, -1, matrix_GFF.shape[-1]) @ matrix_GFF
             whitened_GOKTB = whitened_GOKTB.view(groups, -1, blocks, taps, mean_G11KB.shape[-1])
         folded_GOTKB = whitened_GOKTB.transpose(2, 3) * (var_G11KB + eps).rsqrt()
         folded_GOTKB = folded_GOTKB.to(out or weight.dtype).contiguous()
@@ -447,7 +442,7 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
         # Nothing that may return what it is given, here: torch 2.11 compiles that to wrong gradients.
         if shifted.dtype != bias.dtype:
             shifted = shifted.to(bias.dtype)
-        ctx.save_for_backward(folded, moments_2C, whitening_GFF, matrix_GFF)
+        ctx.save_for_backward(folded, moments_2C, matrix_GFF)
         ctx.dtypes = weight.dtype, bias.dtype, dtype
         ctx.blocks, ctx.eps = blocks, eps
         return folded, shifted
@@ -455,7 +450,7 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
-        folded, moments_2C, whitening_GFF, matrix_GFF = ctx.saved_tensors
+        folded, moments_2C, matrix_GFF = ctx.saved_tensors
         weight_dtype, bias_dtype, dtype = ctx.dtypes
         wide, groups = moments_2C.dtype, moments_2C.shape[1] // folded.shape[1]
         shape = groups, len(folded) // groups, math.prod(folded.shape[2:]), folded.shape[1]
@@ -471,18 +466,15 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
             grad_var = grad_scale * scale_G11C[:, 0, 0].square() * -0.5
             grad_GOTC = ((grad_GOTC - shifted_GO11 * mean_G11C) * scale_G11C).to(dtype)
             grad_GOKTB = grad_GOTC.unflatten(-1, (ctx.blocks, -1)).transpose(2, 3)
-            if whitening_GFF is None:
+            if matrix_GFF is None:
                 grad_weight = grad_GOKTB.mT
             else:
-                rows = grad_GOKTB.reshape(groups, -1, whitening_GFF.shape[-1])
-                if matrix_GFF is None:
-                    matrix_GFF = folding_matrix(whitening_GFF, shape[2], dtype)
-                grad_weight = rows @ matrix_GFF.mT
+                grad_weight = grad_GOKTB.reshape(groups, -1, matrix_GFF.shape[-1]) @ matrix_GFF.mT
             grad_weight = grad_weight.reshape(folded.shape).to(weight_dtype)
             # `stack` would be a kernel of its own, between what makes the rows and what reads them.
             row = torch.arange(2, device=folded.device)[:, None]
             grad_moments = torch.where(row == 0, grad_mean.flatten(), grad_var.flatten())
-        return grad_weight, grad_shifted.to(bias_dtype), grad_moments, None, None, None, None, None, None
+        return grad_weight, grad_shifted.to(bias_dtype), grad_moments, None, None, None, None, None
 
 
 def folding_matrix(whitening_GFF: Tensor, taps: int, dtype: torch.dtype) -> Tensor:
@@ -515,10 +507,13 @@ def standardise_and_fold(
     Returns:
         weight and bias for the one layer that computes with them: their gradients are taken up in place.
     """
-    arguments = weight, bias, moments_2C, whitening_GFF, blocks, eps, low_precision
-    if torch.compiler.is_compiling():
-        return _CompiledStandardiseAndFold.apply(*arguments, out, matrix_GFF)
-    return _StandardiseAndFold.apply(*arguments)
+    rest = blocks, eps, low_precision
+    if not torch.compiler.is_compiling():
+        return _StandardiseAndFold.apply(weight, bias, moments_2C, whitening_GFF, *rest)
+    if matrix_GFF is None and whitening_GFF is not None:
+        taps = math.prod(weight.shape[2:])
+        matrix_GFF = folding_matrix(whitening_GFF, taps, low_precision or moments_2C.dtype)
+    return _CompiledStandardiseAndFold.apply(weight, bias, moments_2C, matrix_GFF, *rest, out)
 
 
 def mean_and_scale(

@@ -114,8 +114,9 @@ def stepper(network: Network, arm: str, device: torch.device, amp: bool) -> Call
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        both_graphs = network.graphs or network.compiled or device.type == "cuda"
-        for _ in range(2 * CYCLE + 1 if both_graphs else 1):
+        # Makes both graphs; without any, every layer refreshes on its own step of a cycle.
+        many = network.graphs or network.compiled or device.type == "cuda"
+        for _ in range(2 * CYCLE + 1 if many else 1):
             step()
     return step
 
