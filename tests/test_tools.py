@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import re
 import sys
 import types
 from pathlib import Path
@@ -341,6 +342,23 @@ def test_operations_of_grouped_convolutions(groups: int) -> None:
     assert bench_step.operations(lambda: conv(x)) == forward
     assert bench_step.operations(lambda: conv(x).sum().backward(), times=2) == 3 * forward
     assert bench_step.operations(lambda: conv(x.detach()).sum().backward()) == 2 * forward
+
+
+@pytest.mark.slow
+def test_a_table_of_training_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["cifar_resnet18", "--batch", "2", "--size", "8", "8", "--cycles", "1", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", *arguments])
+    bench_step.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "cifar_resnet18: batch 2, 8x8"
+    bn, fast = ([float(value) for value in re.findall(r"[\d.]+", line)] for line in lines[3:])
+    assert bn[1:4] == [1, 1, 1]
+    assert bn[0] > 0
+    assert fast[4] > bn[4] > 0
+    assert fast[1] == pytest.approx(fast[0] / bn[0], abs=0.01)
+    assert bn[6] > 4 * 11.2e6 / 2**20  # the weights, MiB
 
 
 # Bad input.

@@ -5,25 +5,29 @@
     python tools/bench_step.py unet_resnet18 --batch 8 --size 160 224
 
 A step is forward, loss, backward and optimiser, on the GPU where there is one. A cycle is twenty steps, in
-which the fast mode refreshes every layer's whitening matrix once. The arms take turns step by step, on a GPU
-cycle by cycle (training does not wait for it at every step), so that a slow minute of the machine meets all.
-Printed are the median cycle's time over batch norm's (lowest and highest cycle in brackets), floating-point
-operations counted a step, and peak memory: of the GPU, or of a process of its own. On a GPU also the time
-that it works a step and how many kernels that takes, by torch's profiler; what is left of the step it waits.
+which the fast mode refreshes every layer's whitening matrix once. Every arm is a process of its own. They
+take turns step by step, on a GPU cycle by cycle (training does not wait for it at every step), so that a slow
+minute of the machine meets all. Compiling for a GPU takes minutes, so all networks do it at once, before the
+first is measured. Printed are the median cycle's time over batch norm's (lowest and highest cycle in
+brackets), floating-point operations counted a step, and peak memory, of the GPU or of the process. On a GPU
+also the time that it works a step and how many kernels that takes, by torch's profiler; what is left of the
+step it waits.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
@@ -162,72 +166,114 @@ def gpu_work(step: Callable[[], None]) -> tuple[float, float]:
     return sum(event.time_range.elapsed_us() for event in work) / CYCLE / 1e3, len(work) / CYCLE
 
 
-def stepper_and_peak_mib(
-    network: Network, arm: str, device: torch.device, amp: bool
-) -> tuple[Callable[[], None], float]:
-    """`stepper`, and on a GPU the peak memory of its steps: a compiled network is not made twice for that."""
-    if device.type != "cuda":
-        return stepper(network, arm, device, amp), 0.0
-    torch.ones(8, 8, device=device).matmul(torch.ones(8, 8, device=device))  # cuBLAS takes its memory once
-    gc.collect()  # compiled networks refer to themselves
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    step = stepper(network, arm, device, amp)
-    return step, (torch.cuda.max_memory_allocated() - before) / 2**20
+class Arm:
+    """An arm's steps in a process of its own: arms compile beside each other, and share no memory."""
+
+    def __init__(self, network: Network, arm: str, device: torch.device, amp: bool) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        arguments = (theirs, torch.get_num_threads(), network, arm, device, amp)
+        self.process = spawn.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.name = arm
+        self.peak: float | None = None
+
+    def peak_mib(self) -> float:
+        """Peak memory of its first steps, of the GPU or of the process. Waits until they are done."""
+        if self.peak is None:
+            self.peak = float(self._answer())
+        return self.peak
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of the step and the arguments returns there."""
+        self.peak_mib()  # the first answer
+        self.pipe.send((function, arguments))
+        return self._answer()
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.join()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            raise SystemExit(f"{self.name}: its process has ended; the reason is above") from None
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
 
-def peak_mib(name: str, network: Network, arm: str, amp: bool) -> float:
-    """Peak memory of the training steps on the CPU, MiB, beyond what the imports take."""
-    command = [sys.executable, __file__, name, "--arms", arm, "--memory-of-this-process"]
-    command += ["--batch", str(network.batch), "--size", *map(str, network.size)]
-    command += ["--amp"] * amp + ["--compile"] * network.compiled  # the CPU has no CUDA graphs
-    command += ["--threads", str(torch.get_num_threads())]
-    # glibc would keep freed activations: without a threshold every large block goes back at once.
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}:\n{done.stderr}")
-    return float(done.stdout.split()[-1])
+Prepared = tuple[str, Network, dict[str, Arm]]
 
 
-def memory_of_this_process(network: Network, arm: str, amp: bool) -> float:
-    def status(key: str) -> float:
-        with open("/proc/self/status") as file:
-            return next(float(line.split()[1]) / 1024 for line in file if line.startswith(key))
+def _serve(
+    pipe: Connection, threads: int, network: Network, arm: str, device: torch.device, amp: bool
+) -> None:
+    """The process of an `Arm`, which ends with it."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        ones = torch.ones(8, 8, device=device)
+        ones.matmul(ones)  # cuBLAS takes its memory once
+    with contextlib.suppress(EOFError, BrokenPipeError), tf32_matmul(device, amp):
+        try:
+            before = memory_mib(device, peak=False)
+            step = stepper(network, arm, device, amp)
+            step()
+            pipe.send(memory_mib(device, peak=True) - before)
+        except UserError as error:
+            pipe.send(error)
+            return
+        while True:
+            function, arguments = pipe.recv()
+            pipe.send(function(step, *arguments))
 
-    before = status("VmRSS")
-    stepper(network, arm, torch.device("cpu"), amp)()
-    return status("VmHWM") - before
+
+def memory_mib(device: torch.device, peak: bool) -> float:
+    """Memory of the GPU that tensors take, or memory of this process; now, or at most."""
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
+    with open("/proc/self/status") as file:
+        key = "VmHWM" if peak else "VmRSS"
+        return next(float(line.split()[1]) / 1024 for line in file if line.startswith(key))
 
 
-def bench(name: str, network: Network, arms: list[str], cycles: int, device: torch.device, amp: bool) -> None:
+def bench(
+    name: str, network: Network, arms: dict[str, Arm], cycles: int, device: torch.device, amp: bool
+) -> None:
     height, width = network.size
     print(f"\n{name}: batch {network.batch}, {height}x{width}", flush=True)
-    torch.compiler.reset()  # or code of the networks before counts as versions of this one's
-    steps, peaks = {}, {}
-    for arm in arms:
-        steps[arm], peaks[arm] = stepper_and_peak_mib(network, arm, device, amp)
+    names = list(arms)
+    peaks = {arm: steps.peak_mib() for arm, steps in arms.items()}
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     at_a_time = CYCLE if device.type == "cuda" else 1
     for number in range(cycles):
         cycle = dict.fromkeys(arms, 0.0)
         for turn in range(number, number + CYCLE // at_a_time):
-            for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
-                cycle[arm] += seconds(steps[arm], at_a_time, device) / CYCLE
+            for arm in names[turn % len(names) :] + names[: turn % len(names)]:
+                cycle[arm] += arms[arm](seconds, at_a_time, device) / CYCLE
         for arm in arms:
             times[arm].append(cycle[arm])
-    work = {arm: gpu_work(steps[arm]) if device.type == "cuda" else None for arm in arms}
+    work = {arm: steps(gpu_work) if device.type == "cuda" else None for arm, steps in arms.items()}
     if network.graphs or network.compiled:  # whose operations nobody sees
+        for steps in arms.values():
+            steps.end()
         plain = replace(network, graphs=False, compiled=False)
-        steps = {arm: stepper(plain, arm, device, amp) for arm in arms}
-    gflop = {arm: operations(steps[arm], CYCLE if arm == "fast" else 1) / 1e9 for arm in arms}
-    if device.type != "cuda":
-        steps.clear()
-        peaks = {arm: peak_mib(name, network, arm, amp) for arm in arms}
-    base = arms[0]
+        arms = {arm: Arm(plain, arm, device, amp) for arm in names}
+    gflop = {arm: steps(operations, CYCLE if arm == "fast" else 1) / 1e9 for arm, steps in arms.items()}
+    for steps in arms.values():
+        steps.end()
+    for arm in names if device.type != "cuda" else ():
+        # glibc would keep freed activations: without a threshold every large block goes back at once.
+        with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536"):
+            steps = Arm(network, arm, device, amp)
+        peaks[arm] = steps.peak_mib()
+        steps.end()
+    base = names[0]
     print(f"  {'':10} {'ms a step':>9} {f'over {base}':>22} {'GFLOP':>9} {'':>7} {'MiB':>7}")
-    for arm in arms:
+    for arm in names:
         ratios = [t / b for t, b in zip(times[arm], times[base], strict=True)]
         spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
         print(
@@ -253,7 +299,6 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile, both twins")
     parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs, as train.cuda_graphs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--memory-of-this-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     numbers = (arguments.cycles, arguments.batch, arguments.threads, *(arguments.size or ()))
     if min(number for number in numbers if number is not None) < 1:
@@ -267,20 +312,27 @@ def measure(arguments: argparse.Namespace) -> None:
     device = pick_device(arguments.device)
     if arguments.graphs and device.type != "cuda":
         raise UserError("--graphs needs a GPU")
-    for name in arguments.networks or TARGETS:
-        network = TARGETS.get(name) or Network(name, 8, (160, 224))
-        network = replace(
-            network,
-            batch=arguments.batch or network.batch,
-            size=tuple(arguments.size) if arguments.size else network.size,
-            compiled=arguments.compile,
-            graphs=arguments.graphs,
-        )
-        if arguments.memory_of_this_process:
-            print(memory_of_this_process(network, arguments.arms[0], arguments.amp))
-        else:
-            with tf32_matmul(device, arguments.amp):
-                bench(name, network, arguments.arms, arguments.cycles, device, arguments.amp)
+    names = arguments.networks or TARGETS
+    prepared: Iterable[Prepared] = (prepare(name, arguments, device) for name in names)
+    if arguments.compile and device.type == "cuda":  # minutes each, of one core
+        prepared = list(prepared)
+        for name, _, arms in prepared:
+            for steps in arms.values():
+                print(f"{name}: {steps.name} is ready, {steps.peak_mib():.0f} MiB", flush=True)
+    for name, network, arms in prepared:
+        bench(name, network, arms, arguments.cycles, device, arguments.amp)
+
+
+def prepare(name: str, arguments: argparse.Namespace, device: torch.device) -> Prepared:
+    network = TARGETS.get(name) or Network(name, 8, (160, 224))
+    network = replace(
+        network,
+        batch=arguments.batch or network.batch,
+        size=tuple(arguments.size) if arguments.size else network.size,
+        compiled=arguments.compile,
+        graphs=arguments.graphs,
+    )
+    return name, network, {arm: Arm(network, arm, device, arguments.amp) for arm in arguments.arms}
 
 
 if __name__ == "__main__":
