@@ -118,7 +118,7 @@ def open_session(
     finding = why_no_cuda(gather(caches=False), error)
     if kind == "cuda" and not allow_cpu:
         raise UserError(
-            f"--device {device}: {finding.what}; mend it with: {finding.fix} (or pass --allow-cpu)"
+            f"--device {device}: {finding.what}; mend it with: {finding.fix} (or choose --device cpu)"
         )
     return opened, "cpu", finding.what
 

@@ -413,7 +413,7 @@ def test_cuda_that_cannot_be_had_is_an_error(
     """Cause and fix; auto and --allow-cpu take the CPU and say why."""
     fake(monkeypatch, how)
     path = handmade(tmp_path / "m.onnx")
-    with pytest.raises(UserError, match=rf"--device cuda: .*{cause}.*mend it with: pip .*--allow-cpu"):
+    with pytest.raises(UserError, match=rf"--device cuda: .*{cause}.*mend it with: pip .*--device cpu"):
         open_session(path, "cuda")
     for options in ({"device": "auto"}, {"device": "cuda", "allow_cpu": True}):
         session, where, why_cpu = open_session(path, **options)

@@ -70,6 +70,27 @@ def test_a_run_leaves_what_it_promises(run: Path) -> None:
     assert "swapped segmentation_head.0" in report
 
 
+@pytest.mark.parametrize(
+    ("changes", "device", "missing"),
+    [
+        ((), "cuda", "train.compile=true and train.cuda_graphs=true"),
+        (("train.compile=true",), "cuda", "train.cuda_graphs=true"),
+        (("train.compile=true", "train.cuda_graphs=true"), "cuda", None),
+        (("model.norm=bn",), "cuda", None),
+        (("model.network_deconv.mode=exact",), "cuda", None),
+        ((), "cpu", None),
+    ],
+)
+def test_what_would_make_it_fast_on_a_gpu_is_said(
+    changes: tuple[str, ...], device: str, missing: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_module._prepare(tiny(*changes), torch.device("cpu"))
+    run.device = torch.device(device)
+    run._announce()
+    said = re.search(r"batch norm's\s+speed\s+with\s+(.*)", capsys.readouterr().out, re.DOTALL)
+    assert (" ".join(said[1].split()) if said else None) == missing
+
+
 def test_the_progress_shows_how_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes = []
 
