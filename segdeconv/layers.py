@@ -465,7 +465,8 @@ class Whitened(nn.Module):
         matrix = None
         with no_autocast(x):
             x, moments, samples = self._channel_moments(x)
-            if torch.compiler.is_compiling() and (self.refresh_now is None or world_size() > 1):
+            outside = self.refresh_now is None or (self.refresh_now and world_size() > 1)
+            if torch.compiler.is_compiling() and outside:
                 running, refreshed = follow_outside_graph(
                     x.detach(),
                     moments.detach(),

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import filelock
 import numpy as np
@@ -295,7 +295,8 @@ class _Run:
         self.steps_per_epoch = len(self.loader)
         self.optimizer = make_optimizer(model, config)
         self.amp = AMP[config.amp]
-        self.compiles = config.compile and world_size() == 1
+        # Processes with different shapes would compile graphs that need not sum up in the same order.
+        self.compiles = config.compile and config.batch_size % world_size() == 0
         self.records = config.cuda_graphs and world_size() == 1 and device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         average = get_ema_multi_avg_fn(config.ema_decay or 0.0)
@@ -312,8 +313,9 @@ class _Run:
         self.recent: list[tuple[Tensor, Tensor]] = []
 
     def _parallel(self) -> nn.Module:
+        """The network that is trained; compiled not for validation, whose pictures have other sizes."""
         if world_size() == 1:
-            return self.model
+            return self._compiled()
         on_cpu = self.device.type == "cpu"
         batch_norm = any(isinstance(m, _BatchNorm) for m in self.model.modules())  # the twin, or model.keep
         if batch_norm and not on_cpu:
@@ -323,12 +325,20 @@ class _Run:
         with warnings.catch_warnings():  # newer torch has another name for broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(
-                self.model,
+                self._compiled(),
                 device_ids=None if on_cpu else [self.device],
                 # Whitened layers have the same running values on all ranks; batch norm on the CPU has not.
                 broadcast_buffers=batch_norm,
                 static_graph=True,
             )
+
+    def _compiled(self) -> nn.Module:
+        if not self.compiles:
+            return self.model
+        if world_size() > 1:  # else it would cut the graph, which older torch cannot do to ours
+            torch._dynamo.config.optimize_ddp = False
+        compiled: Any = torch.compile(self.model)
+        return cast(nn.Module, compiled)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -387,7 +397,6 @@ class _Run:
         else:
             self._begin()
         if self.compiles:
-            self.parallel = torch.compile(self.model)  # not for validation, whose pictures have other sizes
             self.refreshes = RefreshSchedule(self.model, self.amp)
         if self.records:
             dtype = self.amp if self.compiles else None
@@ -474,7 +483,10 @@ class _Run:
         if self.recipe.train.warmup_epochs > self.recipe.train.epochs:
             console.print("note: train.warmup_epochs is more than train.epochs, so train.lr is never reached")
         if self.compiles < self.recipe.train.compile:
-            console.print("note: train.compile has no effect here: it is for one process")
+            console.print(
+                "note: train.compile has no effect here: of train.batch_size = "
+                f"{self.recipe.train.batch_size} the {world_size()} processes have different shares"
+            )
         if self.records < self.recipe.train.cuda_graphs:
             console.print("note: train.cuda_graphs has no effect here: it is for a GPU, and one process")
         off = [key for key in ("compile", "cuda_graphs") if not getattr(self.recipe.train, key)]
@@ -698,7 +710,8 @@ class _Run:
 
         for step in (1, 2):
             kept.clear()
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+            with hooks, torch.compiler.set_stance("force_eager"):
                 loss = self._guarded(self._step, images, targets)
             console.print(f"step {step}: loss {loss.item():.4f}")
             self.step += 1

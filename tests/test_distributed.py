@@ -20,13 +20,15 @@ import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
 from test_resume import assert_same_run
-from torch import Tensor
+from torch import Tensor, nn
 
+from segdeconv import layers
 from segdeconv.checkpoint import has_state, load_state
 from segdeconv.config import NetworkDeconvConfig, TrainConfig
 from segdeconv.evaluate import evaluate_run, score
 from segdeconv.layers import WhitenedConv2d, WhitenedLinear
 from segdeconv.losses import loss_of
+from segdeconv.schedule import RefreshSchedule
 
 STEPS = 3
 CASES = {
@@ -104,6 +106,39 @@ def run_sizes(rank: int) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in layer.named_buffers()}
 
 
+def run_scheduled(rank: int, world: int) -> dict[str, Tensor]:
+    """As `run_case`, of a network with a schedule of refreshes; several processes compile it."""
+    torch.manual_seed(0)
+    config = NetworkDeconvConfig(refresh_every=2)
+    network = nn.Sequential(
+        WhitenedConv2d(4, 8, 3, padding=1, config=config),
+        nn.ReLU(),
+        WhitenedConv2d(8, 6, 3, stride=2, groups=2, config=config),
+        nn.Flatten(),
+        WhitenedLinear(6 * 4 * 3, 5, config=config),
+    ).double()
+    if world > 1:
+        network.compile(backend="aot_eager", fullgraph=True)
+    refreshes = RefreshSchedule(network)
+    split = SPLITS.get(world, (8,))
+    here = slice(sum(split[:rank]), sum(split[: rank + 1]))
+    found: dict[str, Tensor] = {}
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(8, 4, 9, 8, generator=generator, dtype=torch.float64) * 3 + 1
+        probe = torch.randn(8, 5, generator=generator, dtype=torch.float64)[here]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "_STEPS_AN_INTERVAL", 1)
+            measures = refreshes.step()
+        assert measures == (step not in (3, 5),)
+        network.zero_grad()
+        out = network(x[here])
+        (out * probe).sum().backward()
+        found[f"out {step}"] = out.detach()
+        found |= {f"weight {step} {key}": p.grad.clone() for key, p in network.named_parameters()}
+    return found | {f"buffer {key}": value.clone() for key, value in network.named_buffers()}
+
+
 def run_score(rank: int) -> dict[str, Tensor]:
     """Scores of one picture, which rank 0 has; the others have none."""
 
@@ -122,6 +157,7 @@ def work(rank: int, world: int, folder: str) -> None:
     )
     found = {name: run_case(name, rank, world) for name in CASES}
     found |= {name: run_loss(name, rank, world) for name in LOSSES}
+    found["scheduled"] = run_scheduled(rank, world)
     found["sizes"] = run_sizes(rank)
     found["score"] = run_score(rank)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -135,9 +171,9 @@ def shares(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "scheduled"])
 def test_layers_compute_what_one_process_does(name: str, shares: list[dict]) -> None:
-    want = run_case(name, 0, 1)
+    want = run_case(name, 0, 1) if name in CASES else run_scheduled(0, 1)
     for key, value in want.items():
         parts = [share[name][key] for share in shares]
         if key.startswith("buffer"):  # the same on all ranks, to the bit
