@@ -193,9 +193,10 @@ class TrainConfig:
         schedule: 'poly' is (1 - t)^``poly_power``, 'cosine' is (1 + cos πt) / 2, 'constant' stays at lr.
         clip_grad: largest norm of all gradients together; None does not clip.
         amp: autocast to 'bf16' or 'fp16' (with loss scaling), or 'off'.
-        compile: train the network through torch.compile (in one process), which joins its many small
-            operations. It takes a minute or two and, on a CPU, where it gains little, a C++ compiler. All
-            layers refresh their whitening on the same steps then. A dry run does not compile.
+        compile: train the network through torch.compile, which joins its many small operations. It takes
+            minutes at first (and again where torch's cache on disk is gone) and, on a CPU, where it gains
+            little, a C++ compiler. All layers refresh their whitening on the same steps then. Several
+            processes need equal shares of a batch. A dry run does not compile.
         cuda_graphs: record training steps as CUDA graphs (on a GPU, in one process). Where launching kernels
             takes longer than they do, steps take a fraction of the time.
         label_smoothing: as in cross-entropy.
