@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.errors import UserError
@@ -114,14 +115,21 @@ def convert_to_network_deconv(
 
     Raises:
         UserError: a batch norm has no convolution or linear layer next to it, so that removing or keeping it
-            would silently change the network; there is nothing to convert; or the network was made under
-            torch.inference_mode. The network is unchanged.
+            would silently change the network; there is nothing to convert; parameters are lazy or of
+            torch.inference_mode; or config is something else. The network is unchanged.
     """
-    config = config or NetworkDeconvConfig()
-    if any(parameter.is_inference() for parameter in model.parameters()):
+    config = NetworkDeconvConfig() if config is None else config
+    if not isinstance(config, NetworkDeconvConfig):
         raise UserError(
-            f"{type(model).__name__} was made under torch.inference_mode, so that it cannot be changed or "
-            "trained; make it outside, or under torch.no_grad"
+            f"config is {config!r}; expected a NetworkDeconvConfig, as NetworkDeconvConfig(mode='exact')"
+        )
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise UserError(f"{lazy} has no shape yet; bring one batch through {type(model).__name__} first")
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise UserError(
+            f"{type(model).__name__} was made or is converted under torch.inference_mode and so cannot be "
+            "changed or trained; do both outside, or under torch.no_grad"
         )
     modules: dict[str, Any] = dict(model.named_modules())
     structure = read_structure(model)
@@ -218,6 +226,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
             shares its weight or bias with another layer or has none of its own, or statistics are not finite.
             The network is unchanged.
     """
+    if isinstance(batches, Tensor):  # or each of its images would count as a batch
+        raise UserError("calibrate: batches is a single tensor; expected batches of images, as in [images]")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Whitened)}
     if not layers:
         raise UserError("calibrate: the network holds no whitened layer; convert it first")
@@ -449,10 +459,11 @@ def _refuse_lonely(norms: list[str], structure: Structure) -> None:
     ]
     if not lonely:
         return
-    names, traced = ", ".join(map(repr, lonely)), ""
+    more = f" and {len(lonely) - 8} more" if len(lonely) > 8 else ""
+    names, traced = ", ".join(map(repr, lonely[:8])) + more, ""
     if structure.untraced:
         module, reason = structure.untraced[0]
-        traced = f" as far as the network can be traced ({module}: {reason})"
+        traced = f" as far as the network can be traced ({module or 'its own forward'}: {reason})"
     if len(lonely) == 1:
         what, own, feed, keep = f"batch norm {names} neither follows", "its", "feeds", "it"
     else:

@@ -8,6 +8,7 @@ parameters, which `to_conv` and `to_linear` return.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -126,6 +127,8 @@ class Whitened(nn.Module):
 
     def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:
         """``channels`` and ``taps`` are those of one group."""
+        if not isinstance(config, NetworkDeconvConfig):
+            raise TypeError(f"config is {config!r}; expected a NetworkDeconvConfig")
         self.config = config
         limit = config.conv_block_size if isinstance(self, nn.Conv2d) else config.linear_block_size
         reference = config.mode == "reference"
@@ -155,6 +158,13 @@ class Whitened(nn.Module):
         number = next(NUMBERS)
         self._number = torch.tensor(number, device="cpu")
         LAYERS[number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Whitened:
+        # As every module's. Parametrized layers would bring one that makes copies without `__setstate__`.
+        copied = self.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -666,8 +676,8 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
     ``dilation`` may be changed after construction, as on the torch layer.
 
     Raises, when called:
-        ValueError: the input has other channels, is smaller than the kernel, or, in training, of another type
-            than the weight.
+        ValueError: the input has other channels, is smaller than the kernel or the padding that reflects or
+            repeats it, or, in training, is of another type than the weight.
         RuntimeError: see `Whitened.whiten`.
 
     Source: arXiv 1905.11926, algorithm 1 and section 3.3.
@@ -800,6 +810,14 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
                 f"{self.in_channels} channels; expected (n, {self.in_channels}, height, width), a map no "
                 "smaller than the kernel"
             )
+        if self.padding_mode in ("reflect", "circular"):
+            left, right, top, bottom = self._padding_lrtb(x)
+            rows, columns = max(top, bottom), max(left, right)
+            if min(x.shape[2] - rows, x.shape[3] - columns) < (self.padding_mode == "reflect"):
+                raise ValueError(
+                    f"an input of shape {tuple(input.shape)} is too small for {self.padding_mode} padding of "
+                    f"{rows} rows and {columns} columns"
+                )
         batched, weight, bias = self.whiten(x)
         padding = self.padding
         if self.padding_mode != "zeros" or (padding == "same" and max(_pair(self.stride)) > 1):

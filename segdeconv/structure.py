@@ -1,9 +1,10 @@
 """Which batch norm belongs to which layer: read from `torch.fx` graphs, nothing is changed.
 
-The largest parts of a network that trace are traced. Where a module's own forward cannot be, its children
-are, and batch norms among its direct children are paired with the layer registered right before them: good
-enough to train from scratch, but marked as a guess, so that nobody folds on its word. So are those among the
-direct children of a Sequential in it.
+The largest parts of a network that trace are traced; those that something untraced calls, with their
+optional arguments and without. Where a module's own forward cannot be traced, its children are, and batch
+norms among its direct children are paired with the layer registered right before them: good enough to train
+from scratch, but marked as a guess, so that nobody folds on its word. So are those among the direct children
+of a Sequential in it.
 """
 
 from __future__ import annotations
@@ -223,6 +224,12 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
 
+def _trace(module: nn.Module, arguments: dict[str, Any] | None) -> fx.Graph:
+    if "forward" in vars(module):
+        raise TypeError("its forward is not that of its class, which is what torch.fx traces")
+    return _Tracer().trace(module, arguments)
+
+
 def _is_shape(node: fx.Node | None, function: Callable[..., Any]) -> bool:
     """Whether a node is ``function`` of some tensor's shape."""
     source = _input(node) if node is not None and node.target is function else None
@@ -299,17 +306,21 @@ class _Reader:
         )
 
     def _visit(self, module: nn.Module, prefix: str) -> None:
-        if not any(module.children()):
+        if not any(module.children()) or isinstance(module, (*NORMS, *WEIGHTED, *NEVER_WHITENED)):
             return  # a layer on its own says nothing about pairs
         if type(module) not in (nn.ModuleList, nn.ModuleDict):  # those have no forward
+            defaults = _defaults(module)
             try:
-                graph = _Tracer().trace(module, None if prefix else _defaults(module))
+                graph = _trace(module, None if prefix else defaults)
             except Exception as error:  # fx raises whatever the traced Python raises
                 reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 self.structure.untraced.append((prefix[:-1], reason))
                 self._pair_by_order(module, prefix)
             else:
                 self._read_graph(graph, module, prefix)
+                if prefix and defaults:  # only what holds either way does
+                    with contextlib.suppress(Exception):  # then its callers always give them
+                        self._read_graph(_trace(module, defaults), module, prefix)
                 return
         for name, child in module.named_children():
             self._visit(child, f"{prefix}{name}.")

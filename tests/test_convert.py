@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +12,11 @@ from typing import Any, NamedTuple
 import pytest
 import segmentation_models_pytorch as smp
 import torch
+import torch.nn.functional as F
 from networks import NETWORKS, images, logits, scramble_batch_norms
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from segdeconv.config import DataConfig, NetworkDeconvConfig
 from segdeconv.convert import ConversionReport, calibrate, convert_to_network_deconv
@@ -838,7 +841,7 @@ def test_a_network_made_under_inference_mode_is_refused() -> None:
     with torch.inference_mode():
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
         before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UserError, match=r"made under torch\.inference_mode"):
+    with pytest.raises(UserError, match=r"made or is converted under torch\.inference_mode"):
         convert_to_network_deconv(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -929,3 +932,108 @@ def test_calibrate_writes_all_or_nothing() -> None:
     with pytest.raises(UserError, match="the statistics of 2 are not finite"):
         calibrate(model, [torch.randn(2, 4, 5, 5)])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class _Asks(nn.Module):
+    """What cannot be traced, around what can."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 1e9:
+            x = x * 0
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+class _OptionalSkip(nn.Module):
+    """Its first norm alone reads the first layer, unless it is called without ``skip``, as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.b1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.c2, self.b2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.c1(x)
+        if skip is None:
+            skip = y
+        return F.relu(self.b2(self.c2(F.relu(self.b1(y)))) + skip)
+
+
+class _Simple(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.b, self.h = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.h(F.relu(self.b(self.c(x))))
+
+
+def _with_forward_of_its_own() -> nn.Module:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = self.c(x)
+        return torch.cat((y, self.b(y)), 1)
+
+    model = _Simple()
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _Asks(stem=nn.Conv2d(3, 8, 3), block=_OptionalSkip(), head=nn.Conv2d(8, 2, 1)),
+        _with_forward_of_its_own,
+        lambda: _Asks(
+            conv=nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)),
+            bn=nn.BatchNorm2d(8),
+            head=nn.Conv2d(8, 2, 1),
+        ),
+    ],
+    ids=["called without its optional argument", "forward set on the instance", "layers with children"],
+)
+def test_what_tracing_does_not_prove_is_not_folded(make: Callable[[], nn.Module]) -> None:
+    model = make().double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.3, 2)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        want = model(x)
+        torch.testing.assert_close(fold_network_deconv(model)(x), want, rtol=0, atol=1e-12)
+        converted, report = convert_to_network_deconv(model, warm_start=True)
+        assert report.count("swapped")
+        torch.testing.assert_close(converted.eval()(x), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "says"),
+    [
+        (_Simple, {"mode": "exact"}, "expected a NetworkDeconvConfig"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Conv2d(4, 2, 1)), None, r"0\.weight has no shape yet"),
+    ],
+)
+def test_what_cannot_be_converted_stays_as_it_is(make: Any, config: Any, says: str) -> None:
+    model = make()
+    before = {key: value.clone() for key, value in model.state_dict().items() if not is_lazy(value)}
+    with pytest.raises(UserError, match=says):
+        convert_to_network_deconv(model, config)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_inference_mode_is_refused() -> None:
+    model = _Simple()
+    with torch.inference_mode(), pytest.raises(UserError, match="inference_mode"):
+        convert_to_network_deconv(model)
+
+
+def test_calibrate_wants_batches() -> None:
+    model, _ = convert_to_network_deconv(_Simple())
+    with pytest.raises(UserError, match=r"expected batches of images, as in \[images\]"):
+        calibrate(model, torch.randn(4, 3, 8, 8))

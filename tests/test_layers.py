@@ -883,6 +883,27 @@ def test_inductor_fuses_snapshots() -> None:
     assert torch.ops.segdeconv.snapshot.default in lowerings
 
 
+def test_copies_of_parametrized_layers_keep_their_own_running_values() -> None:
+    """torch gives such layers a way of their own to be copied."""
+    layer = WhitenedConv2d(3, 4, 3)
+    nn.utils.parametrizations.weight_norm(layer)
+    copied = copy.deepcopy(layer)
+    compiled = torch.compile(copied, backend="aot_eager")
+    for _ in range(3):
+        compiled(torch.randn(4, 3, 6, 6))
+    assert [int(each.num_batches_tracked) for each in (layer, copied)] == [0, 3]
+    assert copied.parametrizations.weight is not layer.parametrizations.weight
+
+
+@pytest.mark.parametrize(("mode", "smallest"), [("reflect", 3), ("circular", 2)])
+def test_maps_too_small_for_their_padding_spoil_nothing(mode: str, smallest: int) -> None:
+    layer = WhitenedConv2d(3, 4, 3, padding=2, padding_mode=mode)
+    with pytest.raises(ValueError, match=f"too small for {mode} padding of 2 rows"):
+        layer(torch.randn(2, 3, smallest - 1, 8))
+    assert int(layer.num_batches_tracked) == 0
+    assert layer(torch.randn(2, 3, smallest, smallest)).shape == (2, 4, smallest + 2, smallest + 2)
+
+
 def test_compiled_code_is_shared_and_every_call_counts() -> None:
     """More many than torch.compile makes versions of one function, and calls that look superfluous."""
     torch._dynamo.reset()  # versions of other tests count
