@@ -7,10 +7,11 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -765,6 +766,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # As Ctrl-C does, a request to end must not leave temporary files behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.unraisablehook = _end_all_the_same
     try:
         code = app(standalone_mode=False)  # what a command gave typer.Exit, otherwise None
         if code:
@@ -793,6 +795,17 @@ def main() -> None:
         _fail(f"{message}; see {command} --help")
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = sys.__unraisablehook__
+
+
+def _end_all_the_same(lost: Any) -> None:
+    """Python drops what is raised in callbacks of the garbage collector: a request to end is sent again."""
+    if not isinstance(lost.exc_value, (SystemExit, KeyboardInterrupt)):
+        return sys.__unraisablehook__(lost)
+    number = signal.SIGTERM if isinstance(lost.exc_value, SystemExit) else signal.SIGINT
+    again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _fail(message: str, code: int = 2) -> None:

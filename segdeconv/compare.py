@@ -24,6 +24,7 @@ class Entry:
     """Runs of one recipe.
 
     Attributes:
+        seeds: ``train.seed`` of each run.
         recipe: every key that sets this recipe apart from the others, with its value.
         curve, loss: the validation metric and the training loss, averaged over the runs.
         best: the best value of each run: mean, standard error of the mean, smallest, largest.
@@ -31,6 +32,7 @@ class Entry:
 
     label: str
     folders: list[Path]
+    seeds: list[int]
     recipe: dict[str, Any]
     curve: list[Point]
     loss: list[Point]
@@ -59,6 +61,7 @@ def _entries(folders: Sequence[Path]) -> tuple[str, list[Entry]]:
     groups: list[tuple[dict[str, Any], list[Path]]] = []
     metrics: dict[str, Path] = {}
     seen: set[Path] = set()
+    seeds: dict[Path, int] = {}
     for folder in folders:
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder}: no run (it has no recipe.yaml); give the folder of segdeconv train")
@@ -77,6 +80,7 @@ def _entries(folders: Sequence[Path]) -> tuple[str, list[Entry]]:
             told = " and ".join(f"{run} has {metric}" for metric, run in metrics.items())
             raise UserError(f"runs of different tasks cannot be compared: {told}")
         recipe = flat(recipe_to_dict(load_recipe(folder / "recipe.yaml")))
+        seeds[folder] = recipe["train.seed"]
         recipe = {key: value for key, value in recipe.items() if key not in (*FREE_KEYS, "train.seed")}
         same = [runs for other, runs in groups if other == recipe]
         if same:
@@ -97,7 +101,11 @@ def _entries(folders: Sequence[Path]) -> tuple[str, list[Entry]]:
             raise UserError(f"{label}: runs of one recipe, but no epoch is scored in all of them")
         best = [max(line[metric] for line in run if line.get(metric) is not None) for run in lines]
         apart = {key: recipe.get(key) for key in differ}
-        entries.append(Entry(label, runs, apart, points, curve(lines, "loss"), spread(best)))
+        entries.append(
+            Entry(
+                label, runs, [seeds[run] for run in runs], apart, points, curve(lines, "loss"), spread(best)
+            )
+        )
     return metric, entries
 
 
@@ -133,6 +141,10 @@ def legend(entries: list[Entry]) -> list[str]:
         apart = ", ".join(f"{key} = {value}" for key, value in entry.recipe.items())
         runs = f"mean of {', '.join(map(str, entry.folders))}" if len(entry.folders) > 1 else ""
         lines.append(f"{entry.label}: {'; '.join(filter(None, (apart, runs))) or 'one run'}")
+        if len(set(entry.seeds)) < len(entry.seeds):
+            lines.append(
+                f"note: {entry.label}: some have the same train.seed, so they do not count as several"
+            )
     return lines
 
 

@@ -550,7 +550,12 @@ def scores_folder(run: str | Path) -> Path:
         if not os.access(path, os.W_OK):  # better said before the evaluation than after it
             raise UserError(f"{path}: cannot be written; choose a folder for the scores with --out")
         return path
-    return make_folder(Path("runs") / path.name)
+    own = Path("runs") / path.name
+    if (own / "recipe.yaml").exists():
+        raise UserError(
+            f"{own}: holds a run of your own of that name; choose a folder for the scores with --out"
+        )
+    return make_folder(own)
 
 
 def write_scores(folder: Path, scores: dict[str, Any]) -> Path:

@@ -130,6 +130,8 @@ def to_rgb(image: Image.Image, path: Path) -> Picture:
     load_pixels(image, path)
     if image.mode in _DEEP:
         raise UserError(f"{path}: has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
+    if image.mode == "P" and "transparency" in image.info:  # Pillow would warn, with a path of its own
+        image = image.convert("RGBA")
     turn = exif_turn(image)
     return np.asarray((image if turn is None else image.transpose(turn)).convert("RGB"))
 

@@ -445,6 +445,10 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
     inputs = {path.resolve() for path in images}
     if len(images) == 1:  # of a whole folder no two share a name
         inputs |= {path.resolve() for path in images[0].parent.glob(f"{glob.escape(images[0].stem)}.*")}
+    elif out.resolve() in {
+        path.parent.resolve() for path in images
+    }:  # the next time they would be pictures to predict
+        raise UserError(f"{out}: is the folder of the pictures to predict; choose another --out")
     targets = [(out / f"{path.stem}.png", out / f"{path.stem}_overlay.jpg") for path in images]
     for target in itertools.chain(*targets):
         if target.resolve() in inputs:

@@ -9,6 +9,8 @@ Under torchrun every process works on its share of each batch; see `segdeconv.di
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import math
 import os
 import random
@@ -363,6 +365,7 @@ class _Run:
             "best": self.best,
             "seconds": self.seconds,
             "scaler": self.scaler.state_dict(),
+            "pictures": self.pictures,
         }
         save_state(out, tensors, values)
 
@@ -374,10 +377,33 @@ class _Run:
                 self.ema.load_state_dict(named("ema", tensors))
         except RuntimeError as error:
             raise UserError(f"{out}: its state does not fit the network ({first_line(error)})") from None
+        if values["finished_epochs"] < self.recipe.train.epochs:
+            self._check_pictures(out, values.get("pictures", self.pictures))
         self.scaler.load_state_dict(values["scaler"])
         self.loss_total = tensors["loss_total"].to(self.device)
         self.step, self.finished_epochs = values["step"], values["finished_epochs"]
         self.best, self.seconds = values["best"], values["seconds"]
+
+    @functools.cached_property
+    def pictures(self) -> dict[str, list[Any]]:
+        """How many there are to train on and to validate on, and a hash of their names."""
+        found = {}
+        for split, samples in (("training", self.samples), ("validation", self.held_out)):
+            digest = hashlib.sha256()
+            for index in range(len(samples)):
+                digest.update(f"{samples.name(index)}\n".encode(errors="surrogateescape"))
+            found[split] = [len(samples), digest.hexdigest()]
+        return found
+
+    def _check_pictures(self, out: Path, before: dict[str, list[Any]]) -> None:
+        for split, (count, names) in self.pictures.items():
+            was, named = before[split]
+            if (was, named) != (count, names):
+                now = f"there are {count}" if was != count else "some have other names"
+                raise UserError(
+                    f"{out}: was begun with {was} {split} pictures, now {now}, so it would be another run; "
+                    "restore them, or choose another --out"
+                )
 
     # The run.
 

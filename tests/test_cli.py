@@ -371,3 +371,24 @@ def test_what_the_terminal_cannot_encode_ends_no_command() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert b"mIoU" in done.stdout
+
+
+def test_a_request_to_end_that_a_callback_swallows_is_made_again() -> None:
+    code = """
+import os, signal, time
+from segdeconv import cli
+
+class Collected:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+def app(**_):
+    Collected()
+    time.sleep(60)
+
+cli.app = app
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (143, "")

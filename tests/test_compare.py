@@ -74,6 +74,13 @@ def test_seeds_are_one_entry_with_mean_and_spread(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out" / "compare.png").size[0] > 1300
 
 
+def test_runs_of_one_seed_are_pointed_out(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / str(i), [f"train.seed={seed}"]) for i, seed in enumerate((0, 1, 0))]
+    for folders, notes in ((runs[:2], 0), (runs, 1)):
+        _, (entry,) = compare_runs(folders, tmp_path / "out")
+        assert sum("some have the same train.seed" in line for line in legend([entry])) == notes
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name / "run", [f"train.lr=0.{i}"]) for i, name in enumerate(("a", "b"), 1)]
     _, entries = compare_runs(runs, tmp_path / "out")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -60,6 +61,24 @@ def test_palette_masks_are_read_as_numbers(tmp_path: Path) -> None:
     assert Image.open(path).mode == "P"
     _, got = open_samples(own(tmp_path), "train").load(0)
     assert np.array_equal(got, numbers)
+
+
+def test_masks_that_are_to_be_turned_are_refused(tmp_path: Path) -> None:
+    """Pictures are turned as their EXIF data say; a mask that says so too would part from its picture."""
+    make_set(tmp_path)
+    path = tmp_path / "train" / "masks" / "0.png"
+    for orientation in (1, 3):
+        mask = Image.open(path)
+        mask.load()
+        exif = mask.getexif()
+        exif[0x0112] = orientation
+        mask.save(path, exif=exif)
+        samples = open_samples(own(tmp_path), "train")
+        if orientation == 1:
+            samples.load(0)
+            continue
+        with pytest.raises(UserError, match=r"0\.png: has an EXIF orientation"):
+            samples.load(0)
 
 
 def test_camvid(camvid: Path) -> None:
@@ -150,6 +169,11 @@ def test_other_photographs(tmp_path: Path) -> None:
     for mode, name in (("L", "l.png"), ("P", "p.png"), ("RGBA", "a.png"), ("CMYK", "c.tif"), ("1", "1.png")):
         Image.fromarray(grey).convert(mode).save(tmp_path / name)
         assert read_rgb(tmp_path / name).shape == (4, 4, 3)
+    see_through = Image.fromarray(grey).convert("P")
+    see_through.save(tmp_path / "t.png", transparency=bytes(256))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(read_rgb(tmp_path / "t.png"), np.full((4, 4, 3), 77))
     Image.fromarray(np.full((4, 4), 7000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(UserError, match=r"deep.png: has more than 8 bits"):
         read_rgb(tmp_path / "deep.png")

@@ -241,8 +241,8 @@ def launch(processes: int, out: Path, *changes: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=240)
+def finish(process: subprocess.Popen[str], code: int = 0, timeout: int = 240) -> tuple[str, str]:
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == code, err
     return out, err
 
@@ -273,6 +273,21 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         assert torch.allclose(weights[key], value, rtol=0, atol=atol), key
     state = load_file(two / "state.safetensors")
     assert all(torch.equal(state[f"model.{key}"], value) for key, value in weights.items())
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_train_as_one_that_is_not(tmp_path: Path) -> None:
+    """Which refreshes its whitening one step earlier."""
+    changes = ("train.batch_size=4", "train.epochs=3")
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(launch(1, one, *changes))
+    out, _ = finish(launch(2, two, *changes, "train.compile=true"), timeout=900)
+    assert "no effect" not in out
+    want, got = (
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one, two)
+    )
+    assert got == pytest.approx(want, rel=0.05)
 
 
 def test_batch_norms_that_are_kept_validate_as_rank_0_has_them(tmp_path: Path) -> None:

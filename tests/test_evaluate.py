@@ -34,6 +34,7 @@ from segdeconv.evaluate import (
     probabilities,
     resized,
     score,
+    scores_folder,
     sliding_window,
     table,
 )
@@ -380,6 +381,16 @@ def test_central_crops_are_evaluated_in_batches(tmp_path: Path, monkeypatch: pyt
     )
     evaluate_run(untrained(load_recipe("cifar10_resnet18", changes), tmp_path / "run"))
     assert batches == [4, 2]
+
+
+def test_scores_of_an_entry_do_not_go_into_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert scores_folder("unet_r.nd_mine") == Path("runs/unet_r.nd_mine")
+    assert scores_folder("runs/unet_r.nd_mine") == Path("runs/unet_r.nd_mine")
+    Path("runs/unet_r.nd_mine/recipe.yaml").touch()
+    assert scores_folder("runs/unet_r.nd_mine") == Path("runs/unet_r.nd_mine")
+    with pytest.raises(UserError, match=r"runs/unet_r\.nd_mine: holds a run of your own"):
+        scores_folder("unet_r.nd_mine")
 
 
 def test_top_five() -> None:

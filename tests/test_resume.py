@@ -225,6 +225,24 @@ def test_resume_wants_the_same_recipe(tmp_path: Path) -> None:
     train(tiny("train.epochs=1", "data.num_workers=1"), tmp_path / "run", resume=True)
 
 
+def test_resume_wants_the_same_pictures(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny("train.epochs=2"), run)
+    tensors, values = load_state(run)
+    pictures = values["pictures"]
+    assert [count for count, _ in pictures.values()] == [12, 4]
+    for split, was, says in (
+        ("training", [10, pictures["training"][1]], "10 training pictures, now there are 12,"),
+        ("validation", [4, "another"], "4 validation pictures, now some have other names,"),
+    ):
+        save_state(run, tensors, values | {"finished_epochs": 1, "pictures": pictures | {split: was}})
+        with pytest.raises(UserError, match=f"was begun with {says}.*restore them"):
+            train(tiny("train.epochs=2"), run, resume=True)
+    del values["pictures"]  # as states from before they were noted
+    save_state(run, tensors, values | {"finished_epochs": 1})
+    assert train(tiny("train.epochs=2"), run, resume=True)["epoch"] == 2
+
+
 @pytest.mark.parametrize("norm", ["nd", "bn"])
 def test_resume_needs_nothing_of_what_the_run_started_from(norm: str, tmp_path: Path) -> None:
     train(tiny(f"model.norm={norm}", "train.epochs=1"), tmp_path / "first")

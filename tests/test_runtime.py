@@ -118,6 +118,14 @@ def test_pictures_are_never_overwritten(tmp_path: Path, exported: tuple[Path, to
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture(30, 50))
 
 
+def test_predictions_do_not_join_the_pictures(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        Image.fromarray(picture(30, 50)).save(tmp_path / name)
+    with pytest.raises(UserError, match="is the folder of the pictures to predict"):
+        list(predict_images(Segmenter(exported[0]), find_images(tmp_path), tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jpg", "b.jpg"}
+
+
 def test_painting() -> None:
     labels = np.array([[0, 1], [2, 255]], np.uint8)
     assert colored(labels, PALETTE).tolist() == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]]

@@ -132,7 +132,7 @@ def read_mask(path: Path) -> Picture:
     """Class numbers (H, W) uint8 from an 8-bit grey or palette picture in a lossless format.
 
     Raises:
-        UserError: the file is damaged, has colour channels or another depth, or is lossy.
+        UserError: the file is damaged, has colour channels or another depth, is lossy, or is to be turned.
     """
     image = open_image(path)
     if image.format in ("JPEG", "WEBP"):
@@ -145,7 +145,12 @@ def read_mask(path: Path) -> Picture:
         raise UserError(
             f"{path}: a mask must be an 8-bit grey or palette picture of class numbers, not {kind}"
         )
-    return np.asarray(load_pixels(image, path))
+    load_pixels(image, path)
+    if exif_turn(image) is not None:  # which pictures are turned by, and few tools that write masks mean
+        raise UserError(
+            f"{path}: has an EXIF orientation, which a mask must not have; save it upright and without"
+        )
+    return np.asarray(image)
 
 
 def read_pair(
