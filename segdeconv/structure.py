@@ -309,18 +309,19 @@ class _Reader:
         if not any(module.children()) or isinstance(module, (*NORMS, *WEIGHTED, *NEVER_WHITENED)):
             return  # a layer on its own says nothing about pairs
         if type(module) not in (nn.ModuleList, nn.ModuleDict):  # those have no forward
-            defaults = _defaults(module)
             try:
-                graph = _trace(module, None if prefix else defaults)
+                defaults = _defaults(module)
+                graphs = [_trace(module, None if prefix else defaults)]
             except Exception as error:  # fx raises whatever the traced Python raises
                 reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 self.structure.untraced.append((prefix[:-1], reason))
                 self._pair_by_order(module, prefix)
             else:
-                self._read_graph(graph, module, prefix)
                 if prefix and defaults:  # only what holds either way does
                     with contextlib.suppress(Exception):  # then its callers always give them
-                        self._read_graph(_trace(module, defaults), module, prefix)
+                        graphs.append(_trace(module, defaults))
+                for graph in graphs:
+                    self._read_graph(graph, module, prefix)
                 return
         for name, child in module.named_children():
             self._visit(child, f"{prefix}{name}.")
