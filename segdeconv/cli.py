@@ -766,7 +766,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # As Ctrl-C does, a request to end must not leave temporary files behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.unraisablehook = _end_all_the_same
+    hook, again = sys.unraisablehook, _Again()
+    sys.unraisablehook = again
     try:
         code = app(standalone_mode=False)  # what a command gave typer.Exit, otherwise None
         if code:
@@ -795,17 +796,25 @@ def main() -> None:
         _fail(f"{message}; see {command} --help")
     finally:
         signal.signal(signal.SIGTERM, before)
-        sys.unraisablehook = sys.__unraisablehook__
+        sys.unraisablehook = hook
+        if again.timer is not None:
+            again.timer.cancel()
 
 
-def _end_all_the_same(lost: Any) -> None:
+class _Again:
     """Python drops what is raised in callbacks of the garbage collector: a request to end is sent again."""
-    if not isinstance(lost.exc_value, (SystemExit, KeyboardInterrupt)):
-        return sys.__unraisablehook__(lost)
-    number = signal.SIGTERM if isinstance(lost.exc_value, SystemExit) else signal.SIGINT
-    again = threading.Timer(0.1, os.kill, (os.getpid(), number))
-    again.daemon = True
-    again.start()
+
+    def __init__(self) -> None:
+        self.before = sys.unraisablehook
+        self.timer: threading.Timer | None = None
+
+    def __call__(self, lost: Any) -> None:
+        if not isinstance(lost.exc_value, SystemExit):
+            self.before(lost)
+            return
+        self.timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+        self.timer.daemon = True
+        self.timer.start()
 
 
 def _fail(message: str, code: int = 2) -> None:

@@ -6,7 +6,6 @@ metadata, so this file imports nothing of the training side, and no torch.
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import os
@@ -438,21 +437,14 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
     Yields the label file of each picture when it is written.
 
     Raises:
-        UserError: a picture, or a PNG that is no earlier prediction, would be overwritten; ``out`` cannot be
-            written; or, when all others are done, pictures could not be read.
+        UserError: ``out`` is a picture's folder, or cannot be written; a PNG that is no earlier prediction
+            would be overwritten; or, when all others are done, pictures could not be read.
     """
     out = make_folder(Path(out))
-    inputs = {path.resolve() for path in images}
-    if len(images) == 1:  # of a whole folder no two share a name
-        inputs |= {path.resolve() for path in images[0].parent.glob(f"{glob.escape(images[0].stem)}.*")}
-    elif out.resolve() in {
-        path.parent.resolve() for path in images
-    }:  # the next time they would be pictures to predict
-        raise UserError(f"{out}: is the folder of the pictures to predict; choose another --out")
+    folders = {path.parent.resolve() for path in images} | {path.resolve().parent for path in images}
+    if out.resolve() in folders:  # predictions would be pictures to predict the next time
+        raise UserError(f"{out}: is the folder of what is to be predicted; choose another --out")
     targets = [(out / f"{path.stem}.png", out / f"{path.stem}_overlay.jpg") for path in images]
-    for target in itertools.chain(*targets):
-        if target.resolve() in inputs:
-            raise UserError(f"{target}: is a picture to predict, or beside it; choose another --out")
     for label_file, overlay_file in targets:
         if label_file.exists() and not overlay_file.exists():  # somebody's mask
             raise UserError(f"{label_file}: is there and is no earlier prediction; choose another --out")

@@ -211,7 +211,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
         lambda r, t: ["train", "demo", "--dry-run", *changes("model.encoder=null", "model.architecture=dpt", "model.options={}")], "cannot train on batches"),
     "graph of other weights": (
         lambda r, t: ["eval", r / "run", "--onnx", other_run(r, t, weights_sha256="0" * 64)], "from other weights"),
-    "a prediction over a picture": (lambda r, t: ["predict", r / "model.onnx", two_of_a_name(t), "--out", t], "p.png: is a picture"),
+    "a prediction over a picture": (lambda r, t: ["predict", r / "model.onnx", two_of_a_name(t), "--out", t], "is the folder of what is to be predicted"),
     "threads beyond count": (
         lambda r, t: ["predict", r / "model.onnx", picture(t), "--threads", 3 * 10**9], "expected 1 to 1024"),
     "a gate that is no number": (

@@ -111,19 +111,16 @@ def test_a_picture_that_cannot_be_read_stops_no_other(
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a.png", "c.png"}
 
 
-def test_pictures_are_never_overwritten(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
-    Image.fromarray(picture(30, 50)).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"a.png: is a picture to predict"):
-        list(predict_images(Segmenter(exported[0]), find_images(tmp_path), tmp_path))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture(30, 50))
-
-
-def test_predictions_do_not_join_the_pictures(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
-    for name in ("a.jpg", "b.jpg"):
+@pytest.mark.parametrize("names", [["a.png"], ["a.jpg"], ["a.jpg", "b.png"]])
+def test_predictions_do_not_join_the_pictures(
+    names: list[str], tmp_path: Path, exported: tuple[Path, torch.nn.Module]
+) -> None:
+    for name in names:
         Image.fromarray(picture(30, 50)).save(tmp_path / name)
-    with pytest.raises(UserError, match="is the folder of the pictures to predict"):
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="is the folder of what is to be predicted"):
         list(predict_images(Segmenter(exported[0]), find_images(tmp_path), tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"a.jpg", "b.jpg"}
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_painting() -> None:
