@@ -766,8 +766,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     # As Ctrl-C does, a request to end must not leave temporary files behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    hook, again = sys.unraisablehook, _Again()
-    sys.unraisablehook = again
+    sys.unraisablehook = again = _Again()
     try:
         code = app(standalone_mode=False)  # what a command gave typer.Exit, otherwise None
         if code:
@@ -796,7 +795,7 @@ def main() -> None:
         _fail(f"{message}; see {command} --help")
     finally:
         signal.signal(signal.SIGTERM, before)
-        sys.unraisablehook = hook
+        sys.unraisablehook = again.before
         if again.timer is not None:
             again.timer.cancel()
 

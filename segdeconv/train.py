@@ -339,8 +339,7 @@ class _Run:
             return self.model
         if world_size() > 1:  # else it would cut the graph, which older torch cannot do to ours
             torch._dynamo.config.optimize_ddp = False
-        compiled: Any = torch.compile(self.model)
-        return cast(nn.Module, compiled)
+        return cast(nn.Module, torch.compile(self.model))
 
     @property
     def evaluated(self) -> nn.Module:
