@@ -11,6 +11,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+# torch has this question since 2.7.
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+
 LAYERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 NUMBERS = itertools.count()
 # torch has this tag since 2.8.
@@ -33,7 +36,9 @@ def follow_outside_graph(
     """`Whitened._follow`; returns copies of the running moments and the whitening matrix (empty if there is
     none) afterwards. Before, they are given for their shapes only.
     """
-    layer = LAYERS[int(number)]
+    layer = LAYERS.get(int(number))
+    if layer is None:
+        raise RuntimeError("the network that this graph was compiled of is gone; compile another")
     layer._follow(x, moments, x.numel() // x.shape[1] if samples is None else samples)
     return tuple(
         moments.new_empty(0) if running is None else running.clone()

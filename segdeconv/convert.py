@@ -99,8 +99,9 @@ def convert_to_network_deconv(
     the batch norm behind each (or before it, in pre-activation networks) goes; the activation of a batch norm
     that carries one stays. Biases are added where there are none, and a warm start makes Parameters anew, so
     make the optimiser afterwards. Kept, with a reason in the report: transposed, 1d and 3d convolutions,
-    layers that see 1x1 maps, layers in a part of the network that another norm looks after, subclasses with a
-    forward of their own, what the forward pass does not use, and the batch norms of kept layers.
+    layers that see 1x1 maps, layers in a part of the network that another norm looks after, layers before a
+    frozen batch norm, subclasses with a forward of their own, what the forward pass does not use, and the
+    batch norms of kept layers.
 
     Args:
         filter: ``(module, qualified name) -> bool``, asked for every convolution, linear layer and batch
@@ -207,7 +208,8 @@ def convert_to_network_deconv(
 def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Measure every whitened layer's statistics and rewrite its weights so that the function stays the same.
 
-    In evaluation, so layers that only run in training (GoogLeNet's auxiliary heads) stay as they are.
+    In evaluation, so layers that only run in training (GoogLeNet's auxiliary heads) stay as they are. Where
+    several processes train together, all of them call it, with as many batches each: statistics are of all.
 
     W <- W D^-1 and b <- b + w'·μ, so that folding gives back what the layer computed before. Together with
     ``convert_to_network_deconv(model, warm_start=True)`` a trained batch-norm network becomes a deconvolved
@@ -430,6 +432,10 @@ def _reason_to_keep(
         return f"{type(module).__name__} has a forward of its own"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed, not a parameter"
+    if module.bias is not None and not isinstance(module.bias, nn.Parameter):
+        return "its bias is computed, not a parameter"
+    if name in structure.before_frozen:
+        return f"followed by {structure.before_frozen[name]}, so it is not to be trained"
     if name in structure.weight_read:
         return "its weight is read by the forward pass itself"
     if name in structure.sees_1x1:

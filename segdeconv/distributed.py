@@ -34,16 +34,13 @@ class _SumOverRanks(torch.autograd.Function):
         return values
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         # Every rank's loss depends on every rank's values, so the gradients are summed as well.
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+        return _SumOverRanks.apply(grad)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The elementwise sum over all processes, differentiable once.
+    """The elementwise sum over all processes, differentiable.
 
     A loss made of such sums is the same on every rank. Each rank's gradient is then that of its own share
     times the number of ranks, which the average of DistributedDataParallel takes out again.
@@ -53,7 +50,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def mean_over_ranks(count: int, *values: Tensor) -> tuple[list[Tensor], Tensor]:
     """The mean of each tensor over all processes, this one's weighted by ``count``: one all-reduce of eight
-    bytes a number, differentiable once.
+    bytes a number, differentiable.
 
     Returns:
         The means in float64, in which differences of second moments lose nothing, and the total count.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from segdeconv.compiling import LAYERS, NUMBERS, follow_outside_graph, snapshot
+from segdeconv.compiling import LAYERS, NUMBERS, follow_outside_graph, is_exporting, snapshot
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.distributed import mean_over_ranks, sum_over_ranks, world_size
 from segdeconv.whitening import (
@@ -163,7 +163,9 @@ class Whitened(nn.Module):
         # As every module's. Parametrized layers would bring one that makes copies without `__setstate__`.
         copied = self.__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        # What `compile()` made of this layer would run this layer.
+        state = {key: value for key, value in self.__dict__.items() if key != "_compiled_call_impl"}
+        copied.__setstate__(copy.deepcopy(state, memo))
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -195,7 +197,8 @@ class Whitened(nn.Module):
     def _start_anew(self, decorrelates: bool) -> None:
         groups, blocks, block, taps = self._shape
         features = block * taps
-        like = self.weight.new_empty((), dtype=_at_least_float32(self.weight.dtype))
+        # Not of the weight itself, which may be sharded over processes; every one has the whole statistics.
+        like = torch.empty((), dtype=_at_least_float32(self.weight.dtype), device=self.weight.device)
         counter = torch.tensor(0, device=self.weight.device)
         identity = None
         if decorrelates:
@@ -256,6 +259,9 @@ class Whitened(nn.Module):
             like = state[f"{prefix}running_moments"]
             state.setdefault(f"{prefix}gain", like.new_ones((), dtype=torch.float32))  # from before the rule
         super()._load_from_state_dict(state, prefix, *args)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.is_floating_point():  # `assign=True` brings what was saved in fewer bits
+                setattr(self, name, buffer.to(_at_least_float32(buffer.dtype)))
         self._step = self.refresh_now = None
 
     def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[Any, Any] | None = None) -> Tensor:
@@ -476,6 +482,11 @@ class Whitened(nn.Module):
         with no_autocast(x):
             x, moments, samples = self._channel_moments(x)
             outside = self.refresh_now is None or (self.refresh_now and world_size() > 1)
+            if outside and is_exporting():
+                raise RuntimeError(
+                    "network deconvolution is exported in evaluation or folded; a graph for training would "
+                    "leave out the whitening"
+                )
             if torch.compiler.is_compiling() and outside:
                 running, refreshed = follow_outside_graph(
                     x.detach(),

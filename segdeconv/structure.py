@@ -78,6 +78,7 @@ class Structure:
         shared_in_place: batch norms whose output a function overwrites while others read their input.
         sees_1x1: layers whose input is a globally pooled map, classifier heads excepted.
         weight_read: layers and batch norms whose weight the forward pass reads itself, as tied networks do.
+        before_frozen: layers whose output a frozen batch norm reads -> its class.
         unused: layers and batch norms that no traced forward calls.
         untraced: modules whose own forward could not be traced, with the reason.
     """
@@ -90,6 +91,7 @@ class Structure:
     shared_in_place: set[str] = field(default_factory=set)
     sees_1x1: set[str] = field(default_factory=set)
     weight_read: set[str] = field(default_factory=set)
+    before_frozen: dict[str, str] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
     untraced: list[tuple[str, str]] = field(default_factory=list)
 
@@ -178,6 +180,11 @@ def is_plain_norm(module: nn.Module) -> bool:
     return plain and "forward" not in vars(module)
 
 
+def is_frozen_norm(module: Any) -> bool:
+    """Whether it is what torchvision, timm and detectron2 make of a batch norm that is not to change."""
+    return type(module).__name__.startswith("FrozenBatchNorm")
+
+
 def out_channels(layer: Any) -> int:
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
@@ -203,7 +210,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Whitened layers are Conv2d and Linear too. Pools of timm's compute with the input's size.
         leaves = (*NORMS, *WEIGHTED, *NEVER_WHITENED, nn.AvgPool2d, nn.MaxPool2d)
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+        leaf = isinstance(m, leaves) or is_frozen_norm(m)
+        return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         # smp's Linknet asks whether a skip connection has channels; tensors of networks have.
@@ -339,6 +347,9 @@ class _Reader:
                 if previous and out_channels(previous[1]) == child.num_features:
                     self.by_order[self.canonical[prefix + name]] = self.canonical[prefix + previous[0]]
                 previous = None
+            elif previous and is_frozen_norm(child):
+                layer = self.canonical[prefix + previous[0]]
+                self.structure.before_frozen[layer] = type(child).__name__
             elif isinstance(child, (*WEIGHTED, *NEVER_WHITENED)):
                 previous = (name, child)
             elif not isinstance(child, _UNCHANGED):
@@ -384,6 +395,9 @@ class _Reader:
                 head = isinstance(module, nn.Linear) and not _gates(node)
                 if not head:
                     self.structure.sees_1x1.add(name_of(node))
+            elif is_frozen_norm(module) and isinstance(module_of(_input(node)), WEIGHTED):
+                layer = name_of(node.all_input_nodes[0])
+                self.structure.before_frozen[layer] = type(module).__name__
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

@@ -22,7 +22,9 @@ Shape suffixes
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -193,6 +195,41 @@ def _dense(rows: Tensor, x: Tensor) -> Tensor:
     return rows if x.dtype in (torch.float32, torch.float64) else rows.contiguous()
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient that depends on all that is given, in a way that nobody has worked out."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *given: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "network deconvolution has no second derivatives in fast mode; "
+            "NetworkDeconvConfig(mode='exact') has"
+        )
+
+
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a Function's backward pass. torch's own of this name is passed over without an error by
+    `torch.autograd.grad`, which asks for no gradient of what is new: second derivatives would be zero.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return results
+        given = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        return tuple(
+            None if result is None else _NoSecondDerivative.apply(result.detach(), *given)
+            for result in results
+        )
+
+    return once
+
+
 class _ChannelMoments(torch.autograd.Function):
     """x and its moments; their gradient is added into that of x as it passes."""
 
@@ -215,7 +252,7 @@ class _ChannelMoments(torch.autograd.Function):
         return x.view_as(x), torch.stack((mean, var))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, grad_x: Tensor, grad_moments: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         rows, grad_rows = _moment_rows(x), _moment_rows(grad_x)
@@ -383,7 +420,7 @@ class _StandardiseAndFold(torch.autograd.Function):
         return folded, shifted
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
         folded, mean_GKF, scale_GKF, whitening_GFF = ctx.saved_tensors
         weight_dtype, bias_dtype, dtype = ctx.dtypes
@@ -404,7 +441,8 @@ class _StandardiseAndFold(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # w' = w D s
             grad_weight = grad_GOP.mul_(scale_G1P).view(groups, -1, features)
             if whitening_GFF is not None:
-                grad_weight = grad_weight @ whitening_GFF.to(dtype).mT
+                with no_autocast(folded):  # where the backward pass is made inside autocast
+                    grad_weight = grad_weight @ whitening_GFF.to(dtype).mT
             grad_weight = grad_weight.view(folded.shape).to(weight_dtype)
         return grad_weight, grad_shifted.to(bias_dtype), grad_moments, None, None, None, None
 
@@ -448,7 +486,7 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
         return folded, shifted
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
         folded, moments_2C, matrix_GFF = ctx.saved_tensors
         weight_dtype, bias_dtype, dtype = ctx.dtypes

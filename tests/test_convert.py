@@ -17,6 +17,7 @@ from networks import NETWORKS, images, logits, scramble_batch_norms
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torchvision.ops import FrozenBatchNorm2d
 
 from segdeconv.config import DataConfig, NetworkDeconvConfig
 from segdeconv.convert import ConversionReport, calibrate, convert_to_network_deconv
@@ -287,6 +288,42 @@ def test_module_order_is_never_folded_on(wiring: Callable) -> None:
     assert "by module order" in reasons(report, "removed")["norm"]
 
 
+def frozen_by_timm(stem: nn.Module) -> nn.Module:
+    from timm.utils import freeze
+
+    freeze(stem)
+    return stem
+
+
+def frozen_by_torchvision(stem: nn.Module) -> nn.Module:
+    stem[1] = FrozenBatchNorm2d(8)  # type: ignore[operator]
+    return stem
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("freeze", [frozen_by_timm, frozen_by_torchvision])
+def test_what_a_frozen_batch_norm_reads_is_kept(freeze: Callable, traced: bool) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = freeze(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+            self.rest = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rest(self.stem(x if traced or x.sum() < 1e9 else -x))
+
+    x = torch.randn(4, 3, 12, 12)
+    model = Network().train()
+    with torch.no_grad():
+        model(x)
+    want = model.stem(x)
+    model, report = convert_to_network_deconv(model, warm_start=True)
+    assert [layer.action for layer in report.layers] == ["kept", "swapped", "removed"]
+    assert "FrozenBatchNorm" in report.layers[0].reason
+    calibrate(model, [x])
+    torch.testing.assert_close(model.train().stem(x)[:2], want[:2], rtol=0, atol=0)
+
+
 def test_what_cannot_be_traced_may_take_a_sequential_apart() -> None:
     def taps(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
         seen = []
@@ -504,6 +541,17 @@ def test_computed_weights_are_kept() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), nn.Conv2d(4, 4, 1))
     _, report = convert_to_network_deconv(model)
     assert list(reasons(report, "kept")) == ["0"]
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_computed_biases_are_kept(warm_start: bool) -> None:
+    layers = (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model, x = scramble_batch_norms(nn.Sequential(*layers)).eval(), torch.randn(2, 4, 5, 5)
+    torch.nn.utils.prune.l1_unstructured(model[2], "bias", 0.5)
+    want = model(x)
+    _, report = convert_to_network_deconv(model, warm_start=warm_start)
+    assert reasons(report, "kept")["2"] == "its bias is computed, not a parameter"
+    assert torch.allclose(model(x), want, rtol=0, atol=1e-6) == warm_start
 
 
 @pytest.mark.parametrize("own_activation", [False, True])

@@ -65,6 +65,9 @@ def run_case(name: str, rank: int, world: int) -> dict[str, Tensor]:
         probe = torch.randn(shape[0], *out.shape[1:], generator=generator, dtype=torch.float64)[begin:end]
         (out * probe).sum().backward()
         assert x.grad is not None
+        if "exact" in name:
+            (first,) = torch.autograd.grad((layer(x) * probe).sum(), x, create_graph=True)
+            found[f"second {step}"] = torch.autograd.grad(first.square().sum(), x)[0]
         found |= {f"out {step}": out.detach(), f"grad {step}": x.grad}
     found |= {f"weight {key}": p.grad.clone() for key, p in layer.named_parameters() if p.grad is not None}
     return found | {f"buffer {key}": value.clone() for key, value in layer.named_buffers()}

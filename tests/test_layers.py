@@ -1100,3 +1100,90 @@ def test_state_from_before_wide_linear_layers_were_held_back() -> None:
     layer.load_state_dict(state)
     x = torch.randn(4, 200)
     assert torch.equal(layer.eval()(x), old.eval()(x))
+
+
+def first_and_second_derivatives(layer: WhitenedConv2d) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    loss = layer(x).pow(3).sum()
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(2).sum() + loss, layer.weight)
+    return first, second
+
+
+@pytest.mark.parametrize("decorrelates", [True, False])
+def test_second_derivatives_are_refused(decorrelates: bool) -> None:
+    """torch.autograd.grad passes over torch's own `once_differentiable`: they would be zero."""
+    layer = WhitenedConv2d(4, 4, 3).double()
+    layer.decorrelate(decorrelates)
+    with pytest.raises(RuntimeError, match=r"no second derivatives in fast mode; .*exact"):
+        first_and_second_derivatives(layer)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.functional.jvp(
+            layer, torch.randn(2, 4, 5, 5).double(), torch.ones(2, 4, 5, 5).double()
+        )
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    again = copy.deepcopy(layer)
+    (plain,) = torch.autograd.grad(again(x).pow(3).sum(), x)
+    (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+    torch.testing.assert_close(first, plain, rtol=0, atol=0)
+
+
+def test_exact_mode_has_second_derivatives() -> None:
+    layer = WhitenedConv2d(4, 4, 3, config=NetworkDeconvConfig(mode="exact")).double()
+    _, second = first_and_second_derivatives(layer)
+    step = 1e-6 * torch.randn(layer.weight.shape, dtype=torch.float64)
+    values = []
+    x = torch.randn(
+        2, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
+    for sign in (1, -1):
+        moved = copy.deepcopy(layer)
+        moved.weight.data += sign * step
+        loss = moved(x).pow(3).sum()
+        values.append(torch.autograd.grad(loss, x)[0].pow(2).sum() + loss)
+    torch.testing.assert_close((second * step).sum(), (values[0] - values[1]) / 2, rtol=1e-5, atol=0)
+
+
+def test_a_copy_of_a_layer_compiled_in_place_is_a_layer_of_its_own() -> None:
+    layer = WhitenedConv2d(4, 4, 3)
+    layer.compile(backend="eager")
+    copied = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert not copied(torch.randn(2, 4, 5, 5)).any()
+    assert (layer.num_batches_tracked, copied.num_batches_tracked) == (0, 1)
+
+
+def test_running_values_stay_wide_where_state_is_assigned() -> None:
+    layer = WhitenedConv2d(4, 4, 3)
+    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.running_moments.dtype == layer.running_whitening.dtype == torch.float32
+    layer(torch.randn(2, 4, 5, 5).bfloat16()).sum().backward()
+
+
+def test_a_backward_pass_inside_autocast_is_as_precise() -> None:
+    grads = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        layer, x = WhitenedConv2d(8, 8, 3), torch.randn(2, 8, 9, 9)
+        layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(x).float().pow(2).sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        grads.append(layer.weight.grad)
+    assert torch.equal(*grads)
+
+
+def test_a_graph_for_training_is_not_exported() -> None:
+    layer, x = WhitenedConv2d(4, 4, 3), torch.randn(2, 4, 5, 5)
+    with pytest.raises(RuntimeError, match="exported in evaluation or folded"):
+        torch.export.export(layer, (x,))
+    layer.eval()
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x), rtol=0, atol=0)
