@@ -27,6 +27,7 @@ reproduce_linear = paper_page.reproduce_linear
 reproduce_table1 = paper_page.reproduce_table1
 bench_step = importlib.import_module("bench_step")
 bench_whitening = importlib.import_module("bench_whitening")
+convert_timm = importlib.import_module("convert_timm")
 gradient_by_sampling = importlib.import_module("gradient_by_sampling")
 
 
@@ -397,3 +398,32 @@ def test_bad_input_is_one_sentence(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("tool: error: ")
     assert says in last
+
+
+# Networks of timm.
+
+
+def test_networks_of_timm_are_converted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert_timm.py", "lcnet_035", "efficientnet_cc_b0_4e"])
+    with pytest.raises(SystemExit) as ended:
+        convert_timm.main()
+    out = capsys.readouterr().out
+    assert not ended.value.code
+    assert re.search(r"lcnet_035 +27 -> +0 +\S+e[-+]\d+ +\d+e-1\d", out)
+    assert "efficientnet_cc_b0_4e                    refused: batch norms" in out
+    assert out.endswith("1 networks stay what they were, 0 do not, 1 are refused\n")
+
+
+def test_a_network_that_converts_wrongly_is_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert_timm.py", "lcnet_035"])
+    monkeypatch.setattr(
+        convert_timm, "calibrate", lambda model, _: [p.data.mul_(1.01) for p in model.parameters()]
+    )
+    with pytest.raises(SystemExit) as ended:
+        convert_timm.main()
+    assert ended.value.code
+    assert "0 networks stay what they were, 1 do not" in capsys.readouterr().out
