@@ -476,17 +476,17 @@ class Whitened(nn.Module):
     def _whiten_fast(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.numel() == x.shape[1] and world_size() == 1:
             return x, *self.folded_parameters()
+        outside = self.refresh_now is None or (self.refresh_now and world_size() > 1)
+        if torch.jit.is_tracing() or (outside and is_exporting()):
+            raise RuntimeError(
+                "network deconvolution is exported or traced in evaluation or folded; a graph for training "
+                "would leave out the whitening"
+            )
         out = _low_precision(x)
         low_precision = out if self._pays_in_low_precision() else None
         matrix = None
         with no_autocast(x):
             x, moments, samples = self._channel_moments(x)
-            outside = self.refresh_now is None or (self.refresh_now and world_size() > 1)
-            if outside and is_exporting():
-                raise RuntimeError(
-                    "network deconvolution is exported in evaluation or folded; a graph for training would "
-                    "leave out the whitening"
-                )
             if torch.compiler.is_compiling() and outside:
                 running, refreshed = follow_outside_graph(
                     x.detach(),

@@ -1181,9 +1181,12 @@ def test_a_backward_pass_inside_autocast_is_as_precise() -> None:
     assert torch.equal(*grads)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_graph_for_training_is_not_exported() -> None:
     layer, x = WhitenedConv2d(4, 4, 3), torch.randn(2, 4, 5, 5)
-    with pytest.raises(RuntimeError, match="exported in evaluation or folded"):
+    with pytest.raises(RuntimeError, match="exported or traced in evaluation or folded"):
         torch.export.export(layer, (x,))
+    with pytest.raises(RuntimeError, match="exported or traced in evaluation or folded"):
+        torch.jit.trace(layer, (x,))
     layer.eval()
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x), rtol=0, atol=0)
