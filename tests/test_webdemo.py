@@ -166,26 +166,27 @@ def test_what_npm_can_do_wrong(
 
 
 class FakeSession:
-    def __init__(self, outputs: list[str], shape: list[Any]) -> None:
+    def __init__(self, outputs: list[str], shape: list[Any], kind: str = "tensor(float)") -> None:
         self.get_outputs = lambda: [onnx.ValueInfoProto(name=name) for name in outputs]
-        self.get_inputs = lambda: [type("Input", (), {"shape": shape})]
+        self.get_inputs = lambda: [type("Input", (), {"shape": shape, "type": kind})]
 
 
 @pytest.mark.parametrize(
-    ("task", "outputs", "shape", "message"),
+    ("task", "session", "message"),
     [
-        ("classification", ["labels"], ["n", 3, "h", "w"], "needs a segmentation graph"),
-        ("segmentation", ["logits"], ["n", 3, "h", "w"], "with --output labels"),
-        ("segmentation", ["labels"], [1, 3, 96, 160], "without --static"),
+        ("classification", FakeSession(["labels"], ["n", 3, "h", "w"]), "needs a segmentation graph"),
+        ("segmentation", FakeSession(["logits"], ["n", 3, "h", "w"]), "with --output labels"),
+        ("segmentation", FakeSession(["labels"], [1, 3, 96, 160]), "without --static"),
+        ("segmentation", FakeSession(["labels"], ["n", 3, "h", "w"], "tensor(float16)"), "without --half-io"),
     ],
 )
 def test_graphs_that_the_page_cannot_run(
-    task: str, outputs: list[str], shape: list[Any], message: str, tmp_path: Path, monkeypatch: Any
+    task: str, session: FakeSession, message: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     class Fake:
         def __init__(self, *_: Any) -> None:
             self.metadata, self.classes = {"task": task}, ("a", "b")
-            self.session = FakeSession(outputs, shape)
+            self.session = session
 
     monkeypatch.setattr(webdemo, "Segmenter", Fake)
     with pytest.raises(UserError, match=message):
