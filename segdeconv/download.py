@@ -147,7 +147,7 @@ def _attempt(url: str, part: Path, size: int, title: str) -> bool:
     headers = {"User-Agent": "segdeconv"}
     if offset:
         headers |= {"Range": f"bytes={offset}-", "If-Range": version}
-    with _open(urllib.request.Request(url, headers=headers)) as response:
+    with _open(url, headers) as response:
         validator = _validator(response.headers) if response.status else None  # a file:// has no ranges
         ranged = response.status in (206, 416)
         told = response.headers.get("Content-Range" if ranged else "Content-Length", "")
@@ -179,8 +179,9 @@ def _attempt(url: str, part: Path, size: int, title: str) -> bool:
 
 
 @contextlib.contextmanager
-def _open(request: urllib.request.Request) -> Iterator[Any]:
+def _open(url: str, headers: dict[str, str]) -> Iterator[Any]:
     try:
+        request = urllib.request.Request(url, headers=headers)
         # An opener of its own: the global one keeps the proxies that it was made with.
         response = urllib.request.build_opener().open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -206,16 +207,19 @@ def _open(request: urllib.request.Request) -> Iterator[Any]:
 def _chunks(response: Any, missing: int) -> Iterator[bytes]:
     """What arrives, but no more than is missing: what a server says of lengths is not relied on."""
     while missing:
-        try:
-            chunk = response.read(min(_CHUNK, missing))
-        except http.client.IncompleteRead as error:
-            chunk = error.partial
+        chunk, cut = bytearray(), None
+        try:  # `read` would lose what arrives before the line is cut
+            while piece := response.read1(min(_CHUNK, missing) - len(chunk)):
+                chunk += piece
         except (OSError, http.client.HTTPException) as error:
-            raise _Interrupted(f"cuts the connection ({_short(error)})") from None
+            cut = f"cuts the connection ({_short(error)})"
+        if chunk:
+            missing -= len(chunk)
+            yield bytes(chunk)
+        if cut:
+            raise _Interrupted(cut)
         if not chunk:
             return
-        missing -= len(chunk)
-        yield chunk
 
 
 def _validator(headers: Any) -> str | None:

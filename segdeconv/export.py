@@ -435,7 +435,7 @@ def _answer(output: str, logits: Tensor, size: Sequence[int]) -> NDArray[Any]:
 def _nearest(maps: Tensor, size: Sequence[int]) -> Tensor:
     if maps.ndim == 1 or maps.shape[1:] == tuple(size):
         return maps
-    return F.interpolate(maps[:, None].byte(), tuple(size), mode="nearest-exact")[:, 0]
+    return F.interpolate(maps[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].long()
 
 
 def _largest(found: NDArray[Any], expected: NDArray[Any]) -> float:

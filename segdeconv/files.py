@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     if not path.name:
         raise UserError(f"{path}: is a folder, not a file to write")
-    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}.tmp{path.suffix}")  # names have 255 bytes
+    # Names have 255 bytes; of two writers at once, threads or in containers, each has its own.
+    temporary = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors leaves files to their owner alone
@@ -32,7 +34,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, mode)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # it is there, whether or not the folder may be read
+            _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:

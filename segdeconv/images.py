@@ -6,6 +6,7 @@ Training, evaluation and the deployed runtime read pictures through here, so tha
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 from pathlib import Path
@@ -186,9 +187,13 @@ def colored(labels: Picture, palette: Palette) -> Picture:
 
 def overlay(image: Picture, labels: Picture, palette: Palette, alpha: float = 0.55) -> Picture:
     """The picture with its labels painted over it at strength ``alpha``; ignored pixels stay as they are."""
-    mixed = (1 - alpha) * image + alpha * colored(labels, palette)
-    counts = (labels < len(palette))[..., None]
-    return np.where(counts, np.round(mixed), image).astype(np.uint8)
+    painted = np.empty(image.shape, np.uint8)
+    for top in range(0, len(image), 256):  # floating-point numbers of all of a large picture are gigabytes
+        rows = slice(top, top + 256)
+        mixed = (1 - alpha) * image[rows] + alpha * colored(labels[rows], palette)
+        counts = (labels[rows] < len(palette))[..., None]
+        painted[rows] = np.where(counts, np.round(mixed), image[rows])
+    return painted
 
 
 def label_png(labels: Picture, palette: Palette) -> Image.Image:
@@ -204,4 +209,6 @@ def save_image(image: Image.Image, path: Path) -> None:
     Raises:
         UserError: the place cannot be written.
     """
-    write_atomically(path, lambda temporary: image.save(temporary, quality=92))
+    file = io.BytesIO()  # Pillow takes no notice of a JPEG that a full disk cuts off
+    image.save(file, Image.registered_extensions()[path.suffix.lower()], quality=92)
+    write_atomically(path, lambda temporary: temporary.write_bytes(file.getvalue()))

@@ -60,6 +60,16 @@ def _size(metadata: dict[str, Any]) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _value(key: str, text: str) -> Any:
+    """Of the graph's metadata, to which other tools may have added texts of their own."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        if key in _REQUIRED:
+            raise
+        return text
+
+
 def usable_cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -174,7 +184,7 @@ class Segmenter:
         if missing:
             raise UserError(f"{path}: has no metadata {missing[0]!r}; it was not made by segdeconv export")
         try:
-            self.metadata: dict[str, Any] = {key: json.loads(value) for key, value in metadata.items()}
+            self.metadata: dict[str, Any] = {key: _value(key, text) for key, text in metadata.items()}
             self.classes = tuple(self.metadata["classes"])
             self.palette: Palette = tuple(tuple(color) for color in self.metadata["palette"])
             self._raw = self.metadata.get("preprocess", "none") == "graph"  # takes uint8 NHWC of any size
@@ -437,9 +447,12 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
     Yields the label file of each picture when it is written.
 
     Raises:
-        UserError: ``out`` is a picture's folder, or cannot be written; a PNG that is no earlier prediction
-            would be overwritten; or, when all others are done, pictures could not be read.
+        UserError: more than 256 classes; ``out`` is a picture's folder, or cannot be written; a PNG that is
+            no earlier prediction would be overwritten; or, when all others are done, pictures could not be
+            read.
     """
+    if len(segmenter.classes) > 256:
+        raise UserError(f"the graph has {len(segmenter.classes)} classes; masks are PNGs of at most 256")
     out = make_folder(Path(out))
     folders = {path.parent.resolve() for path in images} | {path.resolve().parent for path in images}
     if out.resolve() in folders:  # predictions would be pictures to predict the next time

@@ -25,6 +25,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
 from segdeconv.errors import UserError
 from segdeconv.images import Picture, label_png, overlay, to_rgb
@@ -57,6 +58,7 @@ WEB = Path(__file__).parent / "web"
 PAGE = {"": "page.html", "page.css": "page.css", "page.js": "page.js", "segment.js": "segment_server.js"}
 
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")  # those of images.SUFFIXES; Pillow knows riskier ones
+_JPEG_SCAN, _MAX_SCANS = b"\xff\xda", 100  # a progressive JPEG has some ten; each is a pass over the picture
 _MAX_SIDE = 1 << 14  # pixels; a picture one pixel wide is padded to the graph's size multiple
 _PICTURE = Path("picture")  # what a request's body is called in messages
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds
@@ -284,7 +286,8 @@ def server_config(segmenter: Segmenter, limits: Limits) -> uvicorn.Config:
 
 def _connections(seconds: float) -> type[H11Protocol]:
     """h11, which bounds headers, whatever else is installed; a connection without a request for so long, and
-    as long again, is closed: uvicorn would wait for the rest of its headers for ever.
+    as long again, is closed: uvicorn would wait for the rest of its headers for ever. So is one that takes
+    nothing of its answer.
     """
 
     class Connection(H11Protocol):
@@ -292,12 +295,16 @@ def _connections(seconds: float) -> type[H11Protocol]:
             super().connection_made(transport)
             self.loop.call_later(seconds, self._look, self.cycle)
 
-        def _look(self, seen: Any) -> None:
+        def _look(self, seen: Any, unread: int = 0) -> None:
             waits = self.cycle is None or self.cycle.response_complete
+            left = self.transport.get_write_buffer_size()
+            if left and left == unread:  # closing would wait until the client has read its answer
+                self.transport.abort()
+                return
             if waits and self.cycle is seen:
                 self.transport.close()
-            elif not self.transport.is_closing():
-                self.loop.call_later(seconds, self._look, self.cycle)
+            if left or not self.transport.is_closing():
+                self.loop.call_later(seconds, self._look, self.cycle, left)
 
     return Connection
 
@@ -353,11 +360,17 @@ def _decode(body: bytes, limits: Limits) -> Picture:
         raise HTTPException(413, "the picture has too many pixels; Pillow does not open it") from None
     except Exception:  # Pillow's parsers raise all sorts of things
         raise HTTPException(415, f"the body is no picture; expected {', '.join(_FORMATS)}") from None
-    if image.width * image.height > limits.megapixels * 1e6 or max(image.size) > _MAX_SIDE:
+    tags: dict[int, int] = getattr(image, "tag_v2", {})
+    tile = tags.get(TILEWIDTH, 0) * tags.get(TILELENGTH, 0)  # decoded whole
+    if max(image.width * image.height, tile) > limits.megapixels * 1e6 or max(image.size) > _MAX_SIDE:
         raise HTTPException(
             413,
             f"the picture has {image.width} x {image.height} pixels; expected at most "
             f"{limits.megapixels:g} megapixels and {_MAX_SIDE} a side",
+        )
+    if image.format in ("JPEG", "MPO") and body.count(_JPEG_SCAN) > _MAX_SCANS:
+        raise HTTPException(
+            422, f"the picture has more than {_MAX_SCANS} scans, each of which takes a decoding"
         )
     return to_rgb(image, _PICTURE)
 

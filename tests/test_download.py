@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import http.server
 import re
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -44,6 +46,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.status: Callable[[int], int] = lambda request: 200
         self.ranges = self.heeds_if_range = True
         self.claim: Callable[[int], int] = lambda request: 0  # added to the length that is told
+        self.reset = False  # what is cut is cut by a reset of the line, not by its end
         self.silence = 0.0  # seconds before an answer
         self.pause = 0.0  # seconds between its pieces
 
@@ -90,6 +93,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except OSError:  # whoever asked has gone
                 return
             time.sleep(server.pause)
+        if server.reset and server.cut(number) is not None:
+            time.sleep(0.05)  # a reset overtakes what is on its way
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
 
 @contextlib.contextmanager
@@ -161,6 +168,15 @@ def test_a_cut_transfer_goes_on_where_it_stopped(server: Server, target: Path) -
     check(get(target, f"{server.url}/a"))
     assert ranges(server) == [None, "bytes=120000-", "bytes=240000-"]
     assert {headers.get("If-Range") for _, headers in server.requests[1:]} == {'"one"'}
+
+
+def test_what_arrived_before_a_reset_is_kept(
+    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_CHUNK", 2**20)  # more than arrives at once
+    server.cut, server.reset = lambda request: 120_000 if request < 2 else None, True
+    check(get(target, f"{server.url}/a"))
+    assert ranges(server) == [None, "bytes=120000-", "bytes=240000-"]
 
 
 def test_more_cuts_than_attempts_are_fine_while_something_arrives(server: Server, target: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,7 +21,7 @@ from segdeconv import doctor, runtime
 from segdeconv.errors import UserError
 from segdeconv.export import export_onnx
 from segdeconv.fold import fold_network_deconv
-from segdeconv.images import colored, label_png, overlay, window_starts
+from segdeconv.images import colored, label_png, overlay, save_image, window_starts
 from segdeconv.interface import Interface
 from segdeconv.runtime import Segmenter, find_images, open_session, predict_images
 
@@ -438,3 +439,43 @@ def test_no_cuda_on_this_machine(tmp_path: Path) -> None:
     assert segmenter.device == "cpu"
     assert segmenter.why_cpu == Segmenter(path).why_cpu != ""
     assert Segmenter(path, "cpu").why_cpu == ""
+
+
+# Files.
+
+
+def test_writers_in_one_process_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    """Names that are alike for 40 characters: threads wrote each other's pictures."""
+
+    def work(value: int) -> None:
+        for number in range(20):
+            name = f"camera_front_left_2026-11-27T10-00-00_frame_{value}_{number}.png"
+            save_image(Image.fromarray(np.full((40, 40, 3), value, np.uint8)), tmp_path / name)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    written = list(tmp_path.iterdir())
+    assert len(written) == 80
+    for path in written:
+        assert np.array(Image.open(path))[0, 0, 0] == int(path.stem.split("_")[-2])
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_picture_on_a_full_disk_is_not_there(suffix: str, tmp_path: Path, monkeypatch: Any) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left"):
+        save_image(Image.new("RGB", (40, 40)), tmp_path / f"a.{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("height", [1, 255, 256, 257, 600])
+def test_overlays_in_bands(height: int) -> None:
+    rng = np.random.default_rng(0)
+    image, labels = rng.integers(0, 256, (height, 5, 3), np.uint8), rng.integers(0, 4, (height, 5), np.uint8)
+    palette = ((200, 0, 0), (0, 200, 0), (0, 0, 200))
+    colors = np.array([*palette, (0, 0, 0)])[labels]
+    want = np.where((labels < 3)[..., None], np.round(0.45 * image + 0.55 * colors), image)
+    assert np.abs(overlay(image, labels, palette).astype(int) - want).max() <= 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -7,10 +8,12 @@ import os
 import runpy
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -216,6 +219,46 @@ def test_connections_without_a_whole_request_are_closed(earlier: bool) -> None:
         half.settimeout(10)
         while half.recv(1 << 16):
             pass  # the rest of the answer; then the end
+
+
+def test_a_client_that_does_not_read_its_answer_is_dropped() -> None:
+    body = png(picture(1500, 1500))
+    head = "POST /predict?output=overlay HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    with serving(Fake(), Limits(timeout=1.0)) as port, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port))
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert client.recv(12) == b"HTTP/1.1 200"
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ConnectionResetError):
+                client.send(b"x")
+                time.sleep(0.2)
+                continue
+            return
+        pytest.fail("the connection is still there")
+
+
+def test_a_picture_of_a_thousand_passes_is_refused(port: int) -> None:
+    file = io.BytesIO()
+    Image.fromarray(picture()).save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    assert ask(port, "/predict", whole)[0].status == 200
+    response, body = ask(port, "/predict", whole[:-2] + 1000 * last + whole[-2:])
+    assert response.status == 422
+    assert "more than 100 scans" in json.loads(body)["detail"]
+
+
+@pytest.mark.parametrize(("side", "status"), [(64, 200), (26000, 413)])
+def test_a_tile_larger_than_its_picture_counts(side: int, status: int, port: int) -> None:
+    data = zlib.compress(bytes(64 * 64))
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    tiff = head + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+    response, _ = ask(port, "/predict", tiff, headers={"Content-Type": "image/tiff"})
+    assert response.status == status
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to answer")
