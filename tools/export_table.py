@@ -72,7 +72,9 @@ def page(rows: list[list[str]]) -> str:
         "Written by `python tools/export_table.py`, which says how. The largest difference is of logits, "
         "over the largest logit, at three sizes and three batch sizes; export refuses more than 1e-4, unless "
         "PyTorch's own float32 is less exact than that. A graph takes any batch, height and width, the "
-        "latter two in multiples of the number given (--preprocess graph pads).",
+        "latter two in multiples of the number given (--preprocess graph pads). PAN pools its deepest map "
+        "three times: below 113 pixels a side PyTorch refuses it, and onnxruntime puts out labels that mean "
+        "nothing.",
         "",
         f"| {' | '.join(_HEADER)} |",
         "|---" * len(_HEADER) + "|",
