@@ -13,6 +13,7 @@ import asyncio
 import io
 import json
 import logging
+import math
 import socket
 import time
 import warnings
@@ -360,8 +361,8 @@ def _decode(body: bytes, limits: Limits) -> Picture:
         raise HTTPException(413, "the picture has too many pixels; Pillow does not open it") from None
     except Exception:  # Pillow's parsers raise all sorts of things
         raise HTTPException(415, f"the body is no picture; expected {', '.join(_FORMATS)}") from None
-    tags: dict[int, int] = getattr(image, "tag_v2", {})
-    tile = tags.get(TILEWIDTH, 0) * tags.get(TILELENGTH, 0)  # decoded whole
+    sides = map(getattr(image, "tag_v2", {}).get, (TILEWIDTH, TILELENGTH))
+    tile = math.prod(side for side in sides if isinstance(side, int))  # of a TIFF; decoded whole
     if max(image.width * image.height, tile) > limits.megapixels * 1e6 or max(image.size) > _MAX_SIDE:
         raise HTTPException(
             413,

@@ -26,7 +26,7 @@ import onnx.numpy_helper
 import onnx.parser
 import pytest
 import uvicorn
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from segdeconv.errors import UserError
 from segdeconv.images import overlay
@@ -259,6 +259,14 @@ def test_a_tile_larger_than_its_picture_counts(side: int, status: int, port: int
     tiff = head + data + struct.pack("<H", len(tags)) + entries + bytes(4)
     response, _ = ask(port, "/predict", tiff, headers={"Content-Type": "image/tiff"})
     assert response.status == status
+
+
+def test_a_tile_of_two_widths_is_no_failure_of_the_server(port: int) -> None:
+    file, tags = io.BytesIO(), TiffImagePlugin.ImageFileDirectory_v2()
+    tags[TiffImagePlugin.TILEWIDTH], tags[TiffImagePlugin.TILELENGTH] = (16, 16), 16
+    Image.fromarray(picture()).save(file, "TIFF", tiffinfo=tags)
+    response, _ = ask(port, "/predict", file.getvalue(), headers={"Content-Type": "image/tiff"})
+    assert response.status < 500
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to answer")

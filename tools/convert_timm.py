@@ -1,6 +1,6 @@
 """Every kind of timm network that has batch norms: converted, folded, and compared with what it was.
 
-    python tools/convert_timm.py                       # some 200 networks, 40 minutes on two cores
+    python tools/convert_timm.py                       # some 200 networks, an hour or so
     python tools/convert_timm.py resnet18 mixnet_s     # these alone
 
 Networks of one file of timm that are made of the same classes of modules are one kind; the smallest is taken.
