@@ -477,7 +477,9 @@ class Whitened(nn.Module):
         if x.numel() == x.shape[1] and world_size() == 1:
             return x, *self.folded_parameters()
         outside = self.refresh_now is None or (self.refresh_now and world_size() > 1)
-        if torch.jit.is_tracing() or (outside and is_exporting()):
+        # Inside torch.compile torch 2.11 says yes to the question whether it exports.
+        exports = outside and not torch.compiler.is_dynamo_compiling() and is_exporting()
+        if torch.jit.is_tracing() or exports:
             raise RuntimeError(
                 "network deconvolution is exported or traced in evaluation or folded; a graph for training "
                 "would leave out the whitening"
