@@ -405,8 +405,10 @@ def bench(
     """Time graphs in turns: p50, p95, p99, images/s, parts of the time, peak memory; a Markdown table."""
     from segdeconv.bench import bench as measure
     from segdeconv.bench import table
-    from segdeconv.files import to_json, write_text
+    from segdeconv.files import check_place, to_json, write_text
 
+    if json_file is not None:
+        check_place(json_file)
     result = measure(models, _pair("--size", size), batch, threads, runs, device, allow_cpu)
     print(table(result))
     if json_file is not None:

@@ -32,7 +32,7 @@ from segdeconv.data.cityscapes import Cityscapes
 from segdeconv.distributed import sum_over_ranks
 from segdeconv.errors import UserError, first_line
 from segdeconv.figures import confusion_picture, triptych
-from segdeconv.files import make_folder, to_json, write_atomically, write_text
+from segdeconv.files import check_place, make_folder, to_json, write_atomically, write_text
 from segdeconv.images import Picture, check_windows, label_png, save_image, window_starts
 from segdeconv.metrics import (
     MAIN_METRIC,
@@ -530,8 +530,9 @@ def _check_submission(path: Path, dataset: str, split: str) -> None:
         )
     if split != "test":
         raise UserError(f"--submit: the server scores the split test, not {split}; add --split test")
-    if path.suffix != ".zip" or not path.parent.is_dir():
-        raise UserError(f"--submit {path}: expected a file name that ends in .zip, in a folder that is there")
+    if path.suffix != ".zip":
+        raise UserError(f"--submit {path}: the file's name must end in .zip")
+    check_place(path)
 
 
 def _zip(path: Path, files: list[Path]) -> None:

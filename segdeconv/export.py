@@ -28,7 +28,7 @@ from segdeconv import __version__
 from segdeconv.checkpoint import CheckpointInfo
 from segdeconv.entries import DATA
 from segdeconv.errors import UserError, first_line
-from segdeconv.files import write_atomically
+from segdeconv.files import check_place, write_atomically
 from segdeconv.fold import fold_network_deconv
 from segdeconv.interface import Interface, Preparation, around
 from segdeconv.metrics import MAIN_METRIC
@@ -83,7 +83,7 @@ def export_onnx(
         UserError: the network cannot be exported, the graph disagrees with PyTorch (nothing is written), or
             ``path`` cannot be written.
     """
-    path, interface = check_place(path), interface or Interface()
+    path, interface = check_graph_place(path), interface or Interface()
     preparation = preparation_of(info, model)
     model = detached_copy(model).cpu()
     set_to_evaluation(model)
@@ -106,17 +106,16 @@ def check(results: Sequence[Parity], path: Path) -> None:
         )
 
 
-def check_place(path: str | Path) -> Path:
+def check_graph_place(path: str | Path) -> Path:
     """The path of a graph that is going to be written.
 
     Raises:
-        UserError: its suffix is another, or its folder is not there.
+        UserError: its suffix is another, it is a folder, or its folder is not there.
     """
     path = Path(path)
     if path.suffix != ".onnx":
         raise UserError(f"{path}: the file's name must end in .onnx")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent} to write into")
+    check_place(path)
     return path
 
 

@@ -58,6 +58,18 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def check_place(path: Path) -> None:
+    """Before long work: whether a file can be written here, as far as the path tells.
+
+    Raises:
+        UserError: the path is a folder, or its folder is not there.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent} to write into")
+
+
 def make_folder(path: Path) -> Path:
     """Make a folder and its parents; one that is there already is fine.
 

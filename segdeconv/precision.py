@@ -31,7 +31,7 @@ from segdeconv.errors import Refused, UserError
 from segdeconv.evaluate import evaluate_run, ignore_index_of, score
 from segdeconv.export import (
     check,
-    check_place,
+    check_graph_place,
     compare_all,
     finish,
     network_graph,
@@ -132,7 +132,7 @@ def export_smaller(
             times as fast; nothing is written.
         UserError: the run, its data or the place is not as it should be.
     """
-    path, interface, gates = check_place(path), interface or Interface(), gates or Gates()
+    path, interface, gates = check_graph_place(path), interface or Interface(), gates or Gates()
     model, info = load_checkpoint(run)
     preparation = preparation_of(info, model)
     # Accuracy is that of the network, on pictures of any size; the outside is for speed and for the file.

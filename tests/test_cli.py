@@ -220,6 +220,8 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
     "a picture of no pixels": (lambda r, t: ["bench", r / "model.onnx", "--size", "-1,5"], "--size -1,5"),
     "numbers into a folder": (
         lambda r, t: ["bench", r / "model.onnx", "--size", "32,32", "--runs", "1", "--json", "/"], "is a folder"),
+    "numbers into no folder": (
+        lambda r, t: ["bench", r / "model.onnx", "--runs", "100000000", "--json", t / "no/b.json"], "is no folder"),
     "publishing somewhere unknown": (lambda r, t: ["zoo", "publish", "--to", "s3://bucket/x"], "expected a folder or hf://"),
     "override without =": (lambda r, t: ["train", "demo", "--set", "train.lr"], "expected key=value"),
     "override into a value": (lambda r, t: ["train", "demo", "--set", "name.x=3"], "is a value, not a section"),
