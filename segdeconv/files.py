@@ -129,13 +129,22 @@ def read_json_lines(path: Path, missing_ok: bool = False) -> list[dict[str, Any]
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Add a line; a last one that was cut short gives way to it."""
-    with path.open("a+b") as file:
-        file.seek(0)
-        there = file.read()
-        if not there.endswith(b"\n"):  # else left alone: another process may be adding to it
-            file.truncate(there.rfind(b"\n") + 1)
-        file.write(f"{to_json(value)}\n".encode())
+    """Add a line and have it on the disk; a last one that was cut short gives way to it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with path.open("a+b") as file:
+            file.seek(0)
+            there = file.read()
+            if not there.endswith(b"\n"):  # else left alone: another process may be adding to it
+                file.truncate(there.rfind(b"\n") + 1)
+            file.write(f"{to_json(value)}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

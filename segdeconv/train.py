@@ -58,7 +58,7 @@ from segdeconv.distributed import rank, sum_over_ranks, world_size
 from segdeconv.errors import UserError, first_line
 from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
 from segdeconv.figures import read_metrics, training_curves, triptych
-from segdeconv.files import make_folder, to_json, write_text
+from segdeconv.files import append_json_line, make_folder, to_json, write_text
 from segdeconv.graphs import StepGraphs
 from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
@@ -678,14 +678,7 @@ class _Run:
 
     def _keep(self, line: dict[str, Any], score_now: float) -> None:
         """Leave an epoch's results: its line, checkpoints, TensorBoard's scalars and pictures."""
-        path = self.out / "metrics.jsonl"
-        try:
-            with open(path, "a") as file:
-                file.write(to_json(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # the state that follows says that the epoch is finished
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        append_json_line(self.out / "metrics.jsonl", line)  # before a state says that the epoch is finished
         scalars = {key: value for key, value in line.items() if not isinstance(value, dict)}
         held_out = self.held_out
         info = CheckpointInfo(
@@ -781,10 +774,14 @@ class _Stoppable:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            if world_size() == 1 and self.run.stop.signal is not None:
-                self.run._leave()
-            yield batch
+        batches = iter(self.loader)
+        try:
+            for batch in batches:
+                if world_size() == 1 and self.run.stop.signal is not None:
+                    self.run._leave()
+                yield batch
+        finally:
+            end_workers(batches)
 
 
 def memory_mib(device: torch.device) -> float:

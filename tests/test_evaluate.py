@@ -11,6 +11,8 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +42,7 @@ from segdeconv.evaluate import (
 )
 from segdeconv.images import window_starts
 from segdeconv.models import build_model
+from segdeconv.train import _Stoppable
 
 TOOLS = Path(__file__).parents[1] / "tools"
 SIZES = [(32, 64), (33, 47), (7, 100), (1, 1), (5, 9)]
@@ -327,14 +330,18 @@ def test_what_fails_after_pictures_of_that_shape_is_no_bad_input() -> None:
         score(predict, eval_loader(samples, config, 1, 1), samples, 255, "cpu")
 
 
-def test_no_process_stays_behind_a_damaged_picture(tmp_path: Path) -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_no_process_stays_behind_a_damaged_picture(training: bool, tmp_path: Path) -> None:
     """The traceback holds the loader, whose processes would hang Python's exit."""
     make_set(tmp_path, 1, "val")
     write(tmp_path / "val/masks/0.png", np.full((20, 30), 7, np.uint8))
     config = own(tmp_path, num_workers=1)
     samples = open_samples(config, "val")
+    loader: Any = eval_loader(samples, config, 1, 1)
+    if training:
+        loader = _Stoppable(loader, SimpleNamespace(stop=SimpleNamespace(signal=None)))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="holds label 7") as raised:
-        score(lambda images: images, eval_loader(samples, config, 1, 1), samples, 255, "cpu")
+        score(lambda images: images, loader, samples, 255, "cpu")
     assert raised.traceback
     assert not multiprocessing.active_children()
 

@@ -239,11 +239,13 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 def end_workers(batches: Any) -> None:
-    """End the processes of a loader's iterator. They ignore SIGTERM, so they would hang Python's exit where a
-    traceback holds the iterator.
+    """End the processes of a loader's iterator, or of a generator that ends them when it is closed. They
+    ignore SIGTERM, so they would hang Python's exit where a traceback holds the iterator.
     """
     if hasattr(batches, "_shutdown_workers"):  # there is no public way
         batches._shutdown_workers()
+    elif hasattr(batches, "close"):
+        batches.close()
 
 
 def eval_loader(
