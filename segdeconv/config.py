@@ -89,7 +89,8 @@ class ModelConfig:
         encoder: an smp or timm encoder, for architectures that take one.
         norm: 'nd' converts the network with network deconvolution, 'bn' keeps its batch norm.
         options: further keyword arguments of the builder, such as ``decoder_channels``.
-        keep: names of layers and batch norms that stay as they are in the twin, with * and ? as wildcards.
+        keep: names of layers, batch norms and whole parts (``encoder``) that stay as they are in the twin,
+            with * and ? as wildcards.
         init: a run, checkpoint or zoo entry of this architecture to start from, whatever its classes. Its
             norm is batch norm or, for a deconvolved network, either.
 

@@ -5,6 +5,7 @@ import segmentation_models_pytorch as smp
 import torch
 from networks import logits
 from segmentation_models_pytorch.encoders import encoders as smp_encoders
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from segdeconv.config import ModelConfig, NetworkDeconvConfig
@@ -99,6 +100,13 @@ def test_keep_patterns() -> None:
     kept = [layer.name for layer in report.layers if layer.action == "kept"]
     assert len(kept) == 7
     assert "segmentation_head.0" in kept
+
+
+def test_keep_a_whole_part() -> None:
+    network, _ = build_model(ModelConfig("unet_resnet18", keep=("encoder",)), 4)
+    assert not any(isinstance(module, Whitened) for module in network.encoder.modules())
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in network.encoder.modules()) == 20
+    assert any(isinstance(module, Whitened) for module in network.decoder.modules())
 
 
 @pytest.mark.parametrize(

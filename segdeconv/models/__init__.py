@@ -109,8 +109,10 @@ def as_configured(
         if not fnmatch.filter(names, pattern):
             raise UserError(f"model.keep: {pattern!r} matches no layer of {config.architecture}")
 
+    patterns = [*config.keep, *(f"{pattern}.*" for pattern in config.keep)]  # a part, and what is in it
+
     def wanted(module: nn.Module, name: str) -> bool:
-        return not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.keep)
+        return not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
     return convert_to_network_deconv(model, config.network_deconv, wanted, warm_start)
 
