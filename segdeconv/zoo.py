@@ -49,7 +49,7 @@ from segdeconv.files import make_folder, sha256_of, to_json, write_atomically, w
 from segdeconv.fold import fold_network_deconv
 from segdeconv.images import overlay, save_image
 from segdeconv.metrics import MAIN_METRIC
-from segdeconv.models import resolve, size_multiple
+from segdeconv.models import resolve, size_multiple, starts_trained
 
 Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
 
@@ -362,7 +362,7 @@ def _card(
     }[entry.norm]
     size = f"{entry.input[1]}x{entry.input[0]}"
     place = f" The recipe expects the data in `{recipe.data.root}`." if recipe.data.root else ""
-    start = "from trained weights" if recipe.model.init or recipe.model.options.get("encoder_weights") else ""
+    start = "from pretrained weights" if starts_trained(recipe.model) else "from scratch"
     facts = {
         f"{_UNIT[metric]} ({scores['split']}, {scores['samples']} pictures)": f"{scores[metric]:.4f}",
         f"{_UNIT[metric]} of the run, before storage": f"{before[metric]:.4f}",
@@ -385,7 +385,7 @@ def _card(
         [
             f"# {entry.name}",
             "",
-            f"{entry.task.capitalize()}, {network}, trained {start or 'from scratch'}. {what}",
+            f"{entry.task.capitalize()}, {network}, trained {start}. {what}",
             "",
             "| | |",
             "|---|---|",

@@ -25,7 +25,7 @@ from test_train import tiny
 
 import segdeconv
 from segdeconv import entries
-from segdeconv.checkpoint import CheckpointInfo, find_checkpoint, load_checkpoint, read_info
+from segdeconv.checkpoint import CheckpointInfo, build_started, find_checkpoint, load_checkpoint, read_info
 from segdeconv.config import load_recipe
 from segdeconv.entries import WEIGHTS, entry_json, entry_names, find_weights, read_entry, zoo_folder
 from segdeconv.errors import UserError
@@ -222,18 +222,26 @@ def test_a_name_is_good_wherever_a_run_is(zoo: Path, runs: Path) -> None:
         assert torch.equal(model(x), expected(x))
     assert not model.training
     recipe = tiny(f"model.init={TWIN}")
-    begun, _ = build_model(recipe.model, len(info.classes))  # the twin's weights, converted
+    begun, _ = build_started(recipe.model, len(info.classes))  # the twin's weights, converted
     assert sum(p.numel() for p in begun.parameters()) == read_entry(NAME).parameters
+    twin = segdeconv.load(TWIN)
+    with torch.no_grad():
+        torch.testing.assert_close(begun.eval()(x), twin(x), rtol=0, atol=1e-5 * twin(x).abs().max().item())
 
 
 def test_a_card_names_a_class_that_does_not_occur(zoo: Path, runs: Path) -> None:
     scores = evaluate_run(runs / "nd")
     scores["iou"] |= {"person": math.nan}
     info = read_info(runs / "nd" / "best.safetensors")
-    text = _card(read_entry(NAME), info, scores, scores, 60.0, Origin("drawn", "a loom"), "overlay.jpg")
+    drawn = Origin("drawn", "a loom")
+    text = _card(read_entry(NAME), info, scores, scores, 60.0, drawn, "overlay.jpg")
     assert "nan" not in text
+    assert "trained from scratch." in text
     assert re.search(r"\d person\b(?! \()", text)
     assert re.search(r"\d road \(0\.\d{3}\)", text)
+    info.recipe.model.options["pretrained"] = True
+    text = _card(read_entry(NAME), info, scores, scores, 60.0, drawn, "overlay.jpg")
+    assert "trained from pretrained weights." in text
 
 
 def test_a_run_folder_goes_before_an_entry_of_its_name(zoo: Path, runs: Path, tmp_path: Path) -> None:
