@@ -6,7 +6,9 @@ import gzip
 import pickle
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import pytest
 import torchvision
@@ -15,7 +17,7 @@ from scipy.io import savemat
 from test_data import write
 
 from segdeconv.config import DataConfig
-from segdeconv.data import find_samples, open_samples
+from segdeconv.data import find_samples, open_samples, torchvision_sets
 from segdeconv.errors import UserError
 
 WNIDS = ("n03", "n01", "n02")  # in the devkit's order, which is not the sorted one
@@ -135,6 +137,17 @@ def test_missing_files_are_named(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"has the splits train and test \(or val\), not 'mine'"):
         open_samples(DataConfig(name, root=str(tmp_path), train="mine"), "train")
+
+
+def test_one_process_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(root: str, train: bool, download: bool) -> SimpleNamespace:
+        assert download
+        with pytest.raises(filelock.Timeout):  # another process would wait
+            filelock.FileLock(tmp_path / "new/.download.lock", blocking=False).acquire()
+        return SimpleNamespace(classes=["0", "1"], data=np.zeros((1, 2, 2), np.uint8), targets=[0])
+
+    monkeypatch.setitem(torchvision_sets.TORCHVISION, "mnist", fetch)
+    assert len(open_samples(DataConfig("mnist", root=str(tmp_path / "new"), download=True), "train")) == 1
 
 
 def test_mnist_as_published() -> None:

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "fold": {"convert", "layers", "structure"},
     "metrics": set(),
     "figures": PICTURES,
-    "data": LEAVES | {"images", "config", "progress"},
+    "data": PICTURES | {"config", "progress"},
     "models": LEAVES | {"config", "convert"},
     "download": FILES | {"progress"},
     "entries": FILES | {"download", "progress"},

@@ -7,12 +7,18 @@ them. Those of MNIST are plain arrays.
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import filelock
 import numpy as np
 import torchvision
 
 from segdeconv.config import DataConfig
 from segdeconv.data.samples import Samples, even_palette, root_of
 from segdeconv.errors import UserError, first_line
+from segdeconv.files import make_folder
 from segdeconv.images import Picture, resize_image
 
 TORCHVISION = {
@@ -21,6 +27,12 @@ TORCHVISION = {
     "mnist": torchvision.datasets.MNIST,
     "fashion_mnist": torchvision.datasets.FashionMNIST,
 }
+
+
+def _alone(root: Path) -> AbstractContextManager[object]:
+    """While one process fetches, others of this run or another would read what is half there."""
+    writable = os.access(make_folder(root), os.W_OK)
+    return filelock.FileLock(root / ".download.lock") if writable else nullcontext()
 
 
 class TorchvisionSet(Samples):
@@ -38,7 +50,8 @@ class TorchvisionSet(Samples):
             raise UserError(f"data: {config.dataset} has the splits train and test (or val), not {split!r}")
         root = root_of(config)
         try:
-            data = TORCHVISION[config.dataset](str(root), split == "train", download=config.download)
+            with _alone(root) if config.download else nullcontext():
+                data = TORCHVISION[config.dataset](str(root), split == "train", download=config.download)
         except (OSError, RuntimeError, ValueError) as error:
             if config.download:
                 what = f"cannot be downloaded ({first_line(error)}); check the connection"
