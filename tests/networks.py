@@ -75,7 +75,7 @@ def images(name: str, batch: int = 2) -> torch.Tensor:
 
 
 def logits(output: object) -> torch.Tensor:
-    return output["out"] if isinstance(output, dict) else output  # type: ignore[return-value]
+    return output["out"] if isinstance(output, dict) else output
 
 
 @torch.no_grad()

@@ -224,7 +224,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("mode", ["fast", "exact"])
 def test_means_and_variances_are_not_halved(mode: str, tmp_path: Path) -> None:
-    layer = WhitenedConv2d(2048, 8, 3, config=NetworkDeconvConfig(mode=mode))  # type: ignore[arg-type]
+    layer = WhitenedConv2d(2048, 8, 3, config=NetworkDeconvConfig(mode=mode))
     kept = layer.running_moments if mode == "fast" else layer.running_mean
     assert kept.numel() >= 4096
     kept.fill_(1000.3)

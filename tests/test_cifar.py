@@ -37,7 +37,7 @@ def test_table_1_is_complete() -> None:
 
 
 def build(name: str, norm: str) -> tuple[nn.Module, ConversionReport | None]:
-    return build_model(ModelConfig(name, norm=norm), 10)  # type: ignore[arg-type]
+    return build_model(ModelConfig(name, norm=norm), 10)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -49,7 +49,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def cityscapes(root: Path, split: str, **changes: object) -> Cityscapes:
-    samples = open_samples(DataConfig("cityscapes", root=str(root), train=split, **changes), "train")  # type: ignore[arg-type]
+    samples = open_samples(DataConfig("cityscapes", root=str(root), train=split, **changes), "train")
     assert isinstance(samples, Cityscapes)
     return samples
 

@@ -52,10 +52,10 @@ def imagenet(root: Path) -> DataConfig:
 @pytest.mark.parametrize("add", [add_kaggle, add_devkit])
 def test_flat_imagenet(tmp_path: Path, add: object) -> None:
     add_flat_split(tmp_path)
-    add(tmp_path)  # type: ignore[operator]
+    add(tmp_path)
     samples = open_samples(imagenet(tmp_path), "val")
     assert samples.classes == ("n01", "n02", "n03")
-    assert [samples.classes[samples.load(i)[1]] for i in range(4)] == ["n02", "n03", "n03", "n01"]  # type: ignore[index]
+    assert [samples.classes[samples.load(i)[1]] for i in range(4)] == ["n02", "n03", "n03", "n01"]
     assert [int(samples.load(i)[0].mean().round()) for i in range(4)] == [40, 80, 120, 160]
 
 

@@ -27,7 +27,7 @@ def test_own_recipes(name: str) -> None:
     assert recipe.name == name
     assert recipe.data.dataset in DATASETS
     architecture, _ = resolve(recipe.model)
-    assert architecture.task == DATASETS[recipe.data.dataset].task  # type: ignore[attr-defined]
+    assert architecture.task == DATASETS[recipe.data.dataset].task
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(recipe_to_dict(recipe))), name) == recipe
 
 
@@ -106,7 +106,7 @@ def test_frozen() -> None:
     recipe = recipe_from_dict(GOOD, "x")
     assert isinstance(recipe, Recipe)
     with pytest.raises(AttributeError):
-        recipe.name = "y"  # type: ignore[misc]
+        recipe.name = "y"
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_warm_start_on_photographs_with_default_settings(name: str, camvid: Path
 @pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
 def test_calibration_gives_every_batch_the_same_weight(mode: str) -> None:
     everywhere = {} if mode == "fast" else {"sampling_stride": 1}
-    config = NetworkDeconvConfig(mode=mode, block_size=4, **everywhere)  # type: ignore[arg-type]
+    config = NetworkDeconvConfig(mode=mode, block_size=4, **everywhere)
     layer = WhitenedConv2d(8, 4, 3, config=config).double()
     batches = [torch.randn(2, 8, 7, 7, dtype=torch.float64) + i for i in range(3)]
     calibrate(nn.Sequential(layer), batches)
@@ -131,7 +131,7 @@ def test_calibration_in_every_mode(mode: str, options: dict) -> None:
     conv = nn.Conv2d(8, 8, 3, padding=1, **options).double()
     x = torch.randn(4, 8, 9, 9, dtype=torch.float64)
     want = conv(x)
-    config = NetworkDeconvConfig(mode=mode, block_size=4)  # type: ignore[arg-type]
+    config = NetworkDeconvConfig(mode=mode, block_size=4)
     layer = WhitenedConv2d.from_conv(conv, config)
     calibrate(nn.Sequential(layer), [x])
     torch.testing.assert_close(layer.eval()(x), want, rtol=0, atol=1e-10)
@@ -296,7 +296,7 @@ def frozen_by_timm(stem: nn.Module) -> nn.Module:
 
 
 def frozen_by_torchvision(stem: nn.Module) -> nn.Module:
-    stem[1] = FrozenBatchNorm2d(8)  # type: ignore[operator]
+    stem[1] = FrozenBatchNorm2d(8)
     return stem
 
 
@@ -1028,7 +1028,7 @@ def _with_forward_of_its_own() -> nn.Module:
         return torch.cat((y, self.b(y)), 1)
 
     model = _Simple()
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
     return model
 
 

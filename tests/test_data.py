@@ -35,7 +35,7 @@ def make_set(root: Path, count: int = 3, split: str = "train", size: tuple[int, 
 
 
 def own(root: Path, **changes: object) -> DataConfig:
-    return DataConfig("image_mask", **{"root": str(root), "classes": ("a", "b"), **changes})  # type: ignore[arg-type]
+    return DataConfig("image_mask", **{"root": str(root), "classes": ("a", "b"), **changes})
 
 
 def test_image_and_mask_folders(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_worker_processes_change_nothing(tmp_path: Path) -> None:
     for workers in (0, 2):
         config = augmented(tmp_path, num_workers=workers)
         loader = train_loader(open_samples(config, "train"), config, 3, seed=5, multiple=1)
-        loader.batch_sampler.epoch = 3  # type: ignore[attr-defined]
+        loader.batch_sampler.epoch = 3
         batches.append(list(loader))
     for (images, masks), (same_images, same_masks) in zip(*batches, strict=True):
         assert torch.equal(images, same_images)
@@ -306,7 +306,7 @@ def test_epochs_have_their_own_order(tmp_path: Path) -> None:
     loader = train_loader(open_samples(config, "train"), config, 4, seed=0, multiple=1)
     orders = []
     for epoch in range(2):
-        loader.batch_sampler.epoch = epoch  # type: ignore[attr-defined]
+        loader.batch_sampler.epoch = epoch
         items = [item for batch in loader.batch_sampler for item in batch]
         assert sorted(i % 12 for i in items) == list(range(12))
         assert {i // 12 for i in items} == {epoch}
@@ -372,7 +372,7 @@ def small(root: Path, count: int = 5, size: tuple[int, int] = (6, 7), **changes:
     rng = np.random.default_rng(0)
     for i in range(count):
         write(root / "train" / f"c{i % 2}" / f"{i}.png", rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-    return DataConfig("image_folder", root=str(root), size=size, **changes)  # type: ignore[arg-type]
+    return DataConfig("image_folder", root=str(root), size=size, **changes)
 
 
 def normalised(picture: np.ndarray, config: DataConfig) -> torch.Tensor:
@@ -495,7 +495,7 @@ def test_shares_of_an_evaluation_are_all_pictures_once(count: int, world: int) -
     config = DataConfig("toy", size=(32, 64), count=(count, 1))
     samples = open_samples(config, "train")
     loaders = [eval_loader(samples, config, 2, 1, rank, world) for rank in range(world)]
-    shares = [list(loader.dataset.indices) for loader in loaders]  # type: ignore[attr-defined]
+    shares = [list(loader.dataset.indices) for loader in loaders]
     assert sorted(index for share in shares for index in share) == list(range(count))
     for loader, share in zip(loaders, shares, strict=True):
         pictures = [image for images, _ in loader for image in images]

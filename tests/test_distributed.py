@@ -46,7 +46,7 @@ CASES = {
     "reference conv": (lambda: WhitenedConv2d(8, 6, 3, config=CONFIG["reference"]), (8, 8, 9, 10)),
     "exact linear": (lambda: WhitenedLinear(6, 5, config=CONFIG["exact"]), (8, 6)),
 }
-CONFIG = {mode: NetworkDeconvConfig(mode=mode, block_size=4) for mode in ("exact", "reference")}  # type: ignore[arg-type]
+CONFIG = {mode: NetworkDeconvConfig(mode=mode, block_size=4) for mode in ("exact", "reference")}
 SPLITS = {2: (5, 3), 4: (2, 2, 2, 2)}
 
 
@@ -149,7 +149,7 @@ def run_score(rank: int) -> dict[str, Tensor]:
         task, classes = "classification", tuple("abcdefghi")
 
     loader = [(torch.arange(9.0)[None], torch.tensor([5]))] if rank == 0 else []
-    scores = score(lambda images: images, loader, Faces(), -100, "cpu")  # type: ignore[arg-type]
+    scores = score(lambda images: images, loader, Faces(), -100, "cpu")
     return {key: torch.tensor(scores[key]) for key in ("top1", "top5")}
 
 

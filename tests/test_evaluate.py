@@ -259,7 +259,7 @@ def test_submission(tree: Path, tmp_path: Path) -> None:
         labels.load()
     assert labels.size == (480, 360)
     assert labels.mode == "L"
-    ids = set(open_samples(tree_recipe(tree).data, "val").label_ids)  # type: ignore[attr-defined]
+    ids = set(open_samples(tree_recipe(tree).data, "val").label_ids)
     assert set(np.unique(np.asarray(labels)).tolist()) <= ids
     assert {path.name for path in tmp_path.iterdir()} == {"run", "s.zip"}
 
@@ -339,7 +339,7 @@ def test_no_process_stays_behind_a_damaged_picture(training: bool, tmp_path: Pat
     samples = open_samples(config, "val")
     loader: Any = eval_loader(samples, config, 1, 1)
     if training:
-        loader = _Stoppable(loader, SimpleNamespace(stop=SimpleNamespace(signal=None)))  # type: ignore[arg-type]
+        loader = _Stoppable(loader, SimpleNamespace(stop=SimpleNamespace(signal=None)))
     with pytest.raises(UserError, match="holds label 7") as raised:
         score(lambda images: images, loader, samples, 255, "cpu")
     assert raised.traceback
@@ -408,11 +408,11 @@ def test_top_five() -> None:
     class Faces:
         task, classes = "classification", tuple("abcdefghi")
 
-    got = score(lambda images: images, batches, Faces(), -100, "cpu")  # type: ignore[arg-type]
+    got = score(lambda images: images, batches, Faces(), -100, "cpu")
     ranks = [int((row > row[t]).sum()) for row, t in zip(scores, truth, strict=True)]
     assert got["top1"] == np.mean([rank < 1 for rank in ranks])
     assert got["top5"] == pytest.approx(np.mean([rank < 5 for rank in ranks]), abs=1e-7)
-    numbers = score(lambda images: images.argmax(1), batches, Faces(), -100, "cpu")  # type: ignore[arg-type]
+    numbers = score(lambda images: images.argmax(1), batches, Faces(), -100, "cpu")
     assert numbers["top1"] == got["top1"]
     assert "top5" not in numbers
 
@@ -423,7 +423,7 @@ def test_scores_are_brought_to_the_labels_size() -> None:
 
     small = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
     targets = torch.tensor([[[0, 0, 1, 1], [0, 0, 1, 1]]])
-    scores = score(lambda images: small, [(torch.zeros(1, 3, 1, 2), targets)], Two(), 255, "cpu")  # type: ignore[arg-type]
+    scores = score(lambda images: small, [(torch.zeros(1, 3, 1, 2), targets)], Two(), 255, "cpu")
     assert scores["miou"] == 1.0
     assert resized(small, (1, 2)) is small
 

@@ -35,7 +35,7 @@ def test_folded_network_is_the_network_in_evaluation(
         model.eval()
         seen = {}
 
-        def remember(layer_name: str):  # type: ignore[no-untyped-def]
+        def remember(layer_name: str):
             def hook(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
                 seen[layer_name] = args[0].clone(), out.clone()  # activations work in place
 

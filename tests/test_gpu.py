@@ -46,7 +46,7 @@ def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 def layer_of(name: str, config: NetworkDeconvConfig) -> Whitened:
     sizes, options, _ = LAYERS[name]
     make = WhitenedLinear if name == "linear" else WhitenedConv2d
-    return make(*sizes, **options, config=config)  # type: ignore[arg-type]
+    return make(*sizes, **options, config=config)
 
 
 def steps(
@@ -151,7 +151,7 @@ def test_compiled_steps_are_the_same(mode: str) -> None:
         torch._dynamo.reset()
         want = learn(eager, batches, None, RefreshSchedule(eager) if scheduled else None)
         graphs = torch.compile(compiled, fullgraph=True, mode=mode)
-        got = learn(graphs, batches, None, RefreshSchedule(compiled) if scheduled else None)  # type: ignore[arg-type]
+        got = learn(graphs, batches, None, RefreshSchedule(compiled) if scheduled else None)
         torch.testing.assert_close(torch.stack(got[:10]), torch.stack(want[:10]), rtol=0, atol=1e-3)
         assert torch.stack(got[-10:]).mean().item() < 0.6
         for mine, theirs in zip(compiled.buffers(), eager.buffers(), strict=True):
@@ -226,7 +226,7 @@ def test_peak_memory_is_batch_norms(architecture: str, batch: int, size: tuple[i
     for norm in ("bn", "nd"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        model = build_model(ModelConfig(architecture, norm=norm), 19)[0].cuda()  # type: ignore[arg-type]
+        model = build_model(ModelConfig(architecture, norm=norm), 19)[0].cuda()
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         for _ in range(2):
             optimizer.zero_grad()

@@ -42,7 +42,7 @@ def blurred(count: int = 8) -> Tensor:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("channels", "groups"), [(3, 1), (8, 1), (8, 4)])
 def test_whitened_patches_are_what_the_layer_computes_with(mode: str, channels: int, groups: int) -> None:
-    config = NetworkDeconvConfig(mode=mode, block_size=4)  # type: ignore[arg-type]
+    config = NetworkDeconvConfig(mode=mode, block_size=4)
     layer = WhitenedConv2d(channels, 8, 3, stride=2, padding=1, groups=groups, config=config).double()
     x = torch.randn(3, channels, 11, 8, dtype=torch.float64).cumsum(3)
     layer(x)
@@ -110,7 +110,7 @@ def test_difference_of_gaussians_is_found() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_layer_filters_are_rows_of_the_whitening(mode: str) -> None:
-    config = NetworkDeconvConfig(mode=mode)  # type: ignore[arg-type]
+    config = NetworkDeconvConfig(mode=mode)
     layer = WhitenedConv2d(3, 4, 3, config=config)
     images = blurred()
     for _ in range(3):

@@ -261,7 +261,7 @@ def test_as_few_layers_stay_in_float_as_will_do(
 
     monkeypatch.setattr(precision, "_Training", lambda *_: Training())
     core = chain([1.0] * 6)
-    graph, ranges, in_float = precision._quantize(core, *[None] * 2, 0.005 + 1e-9, None)  # type: ignore[arg-type]
+    graph, ranges, in_float = precision._quantize(core, *[None] * 2, 0.005 + 1e-9, None)
     assert len(in_float) == kept
     assert len(ranges) == 3
     names = [tensor.name for tensor in graph.graph.initializer]
@@ -270,7 +270,7 @@ def test_as_few_layers_stay_in_float_as_will_do(
 
 def test_windows_of_pictures_that_keep_their_sizes() -> None:
     samples = [(torch.arange(3 * 5 * 7).view(3, 5, 7), torch.arange(35).view(5, 7)) for _ in range(20)]
-    windows = precision._Windows(samples, (4, 32))  # type: ignore[arg-type]
+    windows = precision._Windows(samples, (4, 32))
     tops = set()
     for index in range(20):
         image, target = windows[index]

@@ -333,7 +333,7 @@ def test_what_is_no_array_of_a_picture(tmp_path: Path) -> None:
     image = Image.fromarray(picture(20, 30))
     for given in (image, [image], [picture(20, 30), image]):
         with pytest.raises(UserError, match=r"not Image; of a Pillow image np\.asarray"):
-            segmenter(given)  # type: ignore[call-overload]
+            segmenter(given)
 
 
 @pytest.mark.parametrize(

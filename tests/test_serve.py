@@ -66,7 +66,7 @@ def png(image: np.ndarray) -> bytes:
 def serving(segmenter: Fake, limits: Limits = Limits()) -> Iterator[int]:  # noqa: B008
     """The application in a thread of this process; gives the port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(server_config(segmenter, limits))  # type: ignore[arg-type]
+    server = uvicorn.Server(server_config(segmenter, limits))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

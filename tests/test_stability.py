@@ -92,6 +92,6 @@ def test_compiled_steps_are_the_same() -> None:
     eager, _ = convert_to_network_deconv(network())
     compiled = copy.deepcopy(eager)
     train(eager, 0.1, 4, False, "plain", steps=25)
-    train(torch.compile(compiled, backend="aot_eager", fullgraph=True), 0.1, 4, False, "plain", steps=25)  # type: ignore[arg-type]
+    train(torch.compile(compiled, backend="aot_eager", fullgraph=True), 0.1, 4, False, "plain", steps=25)
     for mine, theirs in zip(compiled.state_dict().values(), eager.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)

@@ -279,7 +279,7 @@ def test_the_layer_that_went_first_is_named(
         self.patience = patience
         layer = self.model.get_submodule(name)
         if self.step == 1 and what == "weights":
-            layer.weight.data[0] = torch.inf  # type: ignore[union-attr]
+            layer.weight.data[0] = torch.inf
         elif self.step == 1 and what == "output":
             layer.register_forward_hook(lambda module, inputs, output: output * torch.inf)
         return step(self, images * torch.inf if self.step == 1 and what == "images" else images, targets)

@@ -69,7 +69,7 @@ def trained(name: str) -> nn.Module:
 
 def images_for(model: nn.Module) -> Tensor:
     """As small as it takes them."""
-    full = model.default_cfg["input_size"]  # type: ignore[index, union-attr]
+    full = model.default_cfg["input_size"]  # type: ignore[index]
     for side in (64, 96, 128):
         images = torch.randn(2, 3, side, side, dtype=torch.float64)
         try:

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from segdeconv import layers
 from segdeconv.config import ModelConfig, NetworkDeconvConfig, load_recipe
@@ -25,12 +26,13 @@ from segdeconv.models import build_model
 from segdeconv.whitening import shrunk_inverse_sqrt
 
 
-def first_layer_gradient(model_config, batch) -> float:  # type: ignore[no-untyped-def]
+def first_layer_gradient(model_config: ModelConfig, batch: tuple[Tensor, Tensor]) -> float:
     torch.manual_seed(0)
     model, _ = build_model(model_config, 8)
     images, targets = batch
     F.cross_entropy(model(images), targets).backward()
     weight = next(p for p in model.parameters() if p.ndim == 4)
+    assert weight.grad is not None
     return float(weight.grad.norm() * weight.detach().norm())
 
 
