@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segdeconv.errors import UserError
+from segdeconv.markdown import markdown_table
 from segdeconv.runtime import Segmenter, import_onnxruntime, usable_cores
 
 Stages = tuple[float, float, float]  # seconds: preparing the pictures, the graph, its output to labels
@@ -164,26 +165,39 @@ def machine(device: str) -> dict[str, Any]:
     return {"device": device, "device_name": name, "cores": usable_cores()}
 
 
+_TITLES = (
+    "model",
+    "p50 ms",
+    "p95 ms",
+    "p99 ms",
+    "images/s",
+    "pre / inference / post ms",
+    "peak MiB",
+    "ratio",
+)
+
+
 def table(result: dict[str, Any]) -> str:
     """What `bench` found: a line about the machine and a Markdown table."""
     threads = f"{result['threads']} threads" if result["threads"] else "onnxruntime's choice of threads"
     height, width = result["size"]
-    lines = [
+    where = (
         f"{result['device_name']} ({result['device']}, {result['cores']} cores), {threads}, "
         f"onnxruntime {result['onnxruntime']}, batch {result['batch']}, {height}x{width}, "
-        f"{result['runs']} runs",
-        "",
-        "| model | p50 ms | p95 ms | p99 ms | images/s | pre / inference / post ms | peak MiB | ratio |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["timings"]:
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        lines.append(
-            f"| {row['name']} | {row['p50']:.1f} | {row['p95']:.1f} | {row['p99']:.1f} | "
-            f"{row['images_per_s']:.2f} | {row['pre']:.1f} / {row['inference']:.1f} / {row['post']:.1f} | "
-            f"{peak} | {row['ratio']:.3f} |"
+        f"{result['runs']} runs"
+    )
+    rows = [
+        (
+            row["name"],
+            *(f"{row[part]:.1f}" for part in ("p50", "p95", "p99")),
+            f"{row['images_per_s']:.2f}",
+            f"{row['pre']:.1f} / {row['inference']:.1f} / {row['post']:.1f}",
+            "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+            f"{row['ratio']:.3f}",
         )
-    return "\n".join(lines)
+        for row in result["timings"]
+    ]
+    return f"{where}\n\n{markdown_table(_TITLES, rows)}"
 
 
 def noise(batch: int, height: int, width: int) -> NDArray[np.uint8]:

@@ -14,6 +14,7 @@ from segdeconv.config import flat, load_recipe, recipe_to_dict
 from segdeconv.errors import UserError
 from segdeconv.figures import Point, curve, read_metrics, spread, training_curves
 from segdeconv.files import make_folder, to_json, write_text
+from segdeconv.markdown import markdown_table
 from segdeconv.metrics import MAIN_METRIC
 
 _HEADER = ("run", "epoch", "step", "minutes", "loss", "metric", "± s.e.", "min to max")
@@ -62,13 +63,15 @@ def _entries(folders: Sequence[Path]) -> tuple[str, list[Entry]]:
     metrics: dict[str, Path] = {}
     seen: set[Path] = set()
     seeds: dict[Path, int] = {}
+    lines_of: dict[Path, list[dict[str, Any]]] = {}
     for folder in folders:
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder}: no run (it has no recipe.yaml); give the folder of segdeconv train")
         if folder.resolve() in seen:
             raise UserError(f"{folder}: is given twice")
         seen.add(folder.resolve())
-        logged = {key for line in read_metrics(folder) for key, value in line.items() if value is not None}
+        lines_of[folder] = read_metrics(folder)
+        logged = {key for line in lines_of[folder] for key, value in line.items() if value is not None}
         found = [metric for metric in MAIN_METRIC.values() if metric in logged]
         if not found:
             raise UserError(
@@ -95,7 +98,7 @@ def _entries(folders: Sequence[Path]) -> tuple[str, list[Entry]]:
     for recipe, runs in groups:
         name = runs[0].name if names.count(runs[0].name) == 1 else str(runs[0])
         label = f"{name} and {len(runs) - 1} more" if len(runs) > 1 else name
-        lines = [read_metrics(run) for run in runs]
+        lines = [lines_of[run] for run in runs]
         points = curve(lines, metric)
         if not points:
             raise UserError(f"{label}: runs of one recipe, but no epoch is scored in all of them")
@@ -159,9 +162,8 @@ def table(metric: str, entries: list[Entry]) -> Table:
 
 
 def _markdown(metric: str, entries: list[Entry]) -> str:
-    rows = [_header(metric), ["---"] * len(_HEADER), *(row for rows in _rows(entries) for row in rows)]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*(f"- {line}" for line in legend(entries)), "", *lines, ""])
+    table = markdown_table(_header(metric), (row for rows in _rows(entries) for row in rows))
+    return "\n".join([*(f"- {line}" for line in legend(entries)), "", table])
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from segdeconv.errors import UserError, first_line
-from segdeconv.runtime import TYPES, import_onnxruntime, open_session
+from segdeconv.markdown import markdown_table
+from segdeconv.runtime import CPU, TYPES, import_onnxruntime, open_session
 
-_CPU = "CPUExecutionProvider"
 _DEFAULT_SIDE = 256  # pixels, where a graph takes any height and width
 _SHAPE_NUMBERS = 16  # what puts out no more numbers than this computes shapes
 
@@ -43,7 +43,7 @@ class Placement:
     @property
     def off_accelerator(self) -> Counter[str]:
         """Operators that compute on the CPU."""
-        return self.nodes.get(_CPU, Counter()) - self.shape_nodes
+        return self.nodes.get(CPU, Counter()) - self.shape_nodes
 
 
 def read_profile(events: Iterable[dict[str, Any]], why_cpu: str = "") -> Placement:
@@ -60,7 +60,7 @@ def read_profile(events: Iterable[dict[str, Any]], why_cpu: str = "") -> Placeme
             copies[operator] += 1
             continue
         nodes.setdefault(details["provider"], Counter())[operator] += 1
-        if details["provider"] == _CPU and _is_small(details.get("output_type_shape", [])):
+        if details["provider"] == CPU and _is_small(details.get("output_type_shape", [])):
             shapes[operator] += 1
     return Placement(nodes, shapes, copies, why_cpu)
 
@@ -120,11 +120,9 @@ def _black(source: Any, size: tuple[int, int] | None) -> np.ndarray:
 
 def table(found: Placement) -> str:
     """A Markdown table: execution provider, nodes, operators."""
-    lines = ["| execution provider | nodes | operators |", "|---|---|---|"]
-    for provider, operators in found.nodes.items():
-        lines.append(f"| {provider} | {operators.total()} | {_listed(operators)} |")
-    lines.append(f"| memory copies | {found.copies.total()} | {_listed(found.copies)} |")
-    return "\n".join(lines)
+    counted = {**found.nodes, "memory copies": found.copies}
+    rows = [(name, operators.total(), _listed(operators)) for name, operators in counted.items()]
+    return markdown_table(("execution provider", "nodes", "operators"), rows)
 
 
 def _listed(operators: Counter[str]) -> str:

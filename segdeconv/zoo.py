@@ -48,6 +48,7 @@ from segdeconv.figures import read_metrics, with_legend
 from segdeconv.files import make_folder, sha256_of, to_json, write_atomically, write_text
 from segdeconv.fold import fold_network_deconv
 from segdeconv.images import overlay, save_image
+from segdeconv.markdown import markdown_table
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import resolve, size_multiple, starts_trained
 
@@ -112,8 +113,7 @@ def table(entries: Sequence[Entry]) -> Table:
 def markdown(entries: Sequence[Entry]) -> str:
     """Entries as a table for the README, with links to their cards."""
     rows = [(f"[{entry.name}](zoo/{entry.name}/card.md)", *_cells(entry)) for entry in entries]
-    lines = [_HEADER, ("---",) * len(_HEADER), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(_HEADER, rows)
 
 
 _HEADER = ("entry", "metric", "parameters", "GFLOP", "at", "MB")

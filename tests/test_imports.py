@@ -22,12 +22,13 @@ ALLOWED: dict[str, set[str]] = {
     "whitening": set(),
     "files": LEAVES,
     "images": FILES,
+    "markdown": set(),
     "config": LEAVES,
     "progress": set(),
     "doctor": {"files"},
     "runtime": PICTURES | {"doctor"},
-    "placement": LEAVES | {"runtime"},
-    "bench": LEAVES | {"runtime"},
+    "placement": LEAVES | {"markdown"} | {"runtime"},
+    "bench": LEAVES | {"markdown"} | {"runtime"},
     "serve": LEAVES | {"images", "runtime"},
     "webdemo": FILES | {"runtime"},
     "distributed": set(),
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": PICTURES
     | {"checkpoint", "config", "data", "distributed", "export", "figures", "metrics", "models"}
     | {"progress", "runtime"},
-    "compare": FILES | {"checkpoint", "config", "figures", "metrics"},
+    "compare": FILES | {"markdown"} | {"checkpoint", "config", "figures", "metrics"},
     "inspection": {"files"}
     | {"checkpoint", "config", "data", "figures", "layers", "models", "structure", "whitening"},
     "graphs": LEAVES | {"schedule"},
@@ -61,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "precision": LEAVES
     | {"bench", "checkpoint", "data", "evaluate", "export", "interface", "metrics", "progress", "runtime"},
     "zoo": PICTURES
+    | {"markdown"}
     | {"bench", "checkpoint", "config", "data", "download", "entries", "evaluate", "figures", "fold"}
     | {"metrics", "models"},
     "demo": PICTURES

@@ -25,10 +25,13 @@ paper_page = importlib.import_module("paper_page")
 accuracy_vs_time = paper_page.accuracy_vs_time
 reproduce_linear = paper_page.reproduce_linear
 reproduce_table1 = paper_page.reproduce_table1
+bench_deploy = importlib.import_module("bench_deploy")
 bench_step = importlib.import_module("bench_step")
 bench_whitening = importlib.import_module("bench_whitening")
 convert_timm = importlib.import_module("convert_timm")
+export_table = importlib.import_module("export_table")
 gradient_by_sampling = importlib.import_module("gradient_by_sampling")
+int8_twins = importlib.import_module("int8_twins")
 
 
 def test_the_papers_page_holds_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,6 +365,53 @@ def test_a_table_of_training_steps(
     assert bn[6] > 4 * 11.2e6 / 2**20  # the weights, MiB
 
 
+# Deployment.
+
+
+def test_the_page_of_exports_is_what_its_tool_writes() -> None:
+    text = (ROOT / "docs/export.md").read_text()
+    reasons = dict(re.findall(r"^- (\w+)(?:, any size)?: (.+)$", text, re.M))
+    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    assert export_table.page([[*row, reasons.get(row[0], "")] for row in rows]) == text
+
+
+def test_the_page_of_latencies() -> None:
+    fp32 = {"p50": 12.4, "p95": 20.0, "images_per_s": 80.645, "peak_mib": 99.6, "ratio": 1.0}
+    timings = [
+        {"name": "onnxruntime fp32 bn", **fp32},
+        {"name": "PyTorch eager fp32 bn", **fp32, "peak_mib": None},
+        {"name": "onnxruntime fp32 nd", **fp32, "ratio": 1.0304},
+    ]
+    (network, title), *_ = bench_deploy.NETWORKS.items()
+    result = {
+        "network": network, "size": [32, 64], "device": "cpu", "device_name": "abacus", "cores": 2,
+        "threads": 2, "batch": 1, "runs": 10, "onnxruntime": "1", "torch": "2", "timings": timings,
+    }  # fmt: skip
+    lines = bench_deploy.page([result]).splitlines()
+    assert "- abacus (cpu, 2 cores), 2 threads, batch 1, onnxruntime 1, PyTorch 2, 10 runs" in lines
+    rows = lines[lines.index(f"## {title}, 32x64") + 4 :]
+    assert rows == [
+        "| CPU | onnxruntime fp32 | bn | 12 | 20 | 80.64 |  | 100 |",
+        "| CPU | onnxruntime fp32 | nd | 12 | 20 | 80.64 | 1.030 | 100 |",
+        "| CPU | PyTorch eager fp32 | bn | 12 | 20 | 80.64 |  |  |",
+    ]
+
+
+@torch.inference_mode()
+def test_rounding_to_int8() -> None:
+    conv = torch.nn.Conv2d(1, 2, (1, 2), bias=False)
+    conv.weight.copy_(torch.tensor([[1.27, 0.014], [-0.0, 0.0]]).reshape(2, 1, 1, 2))
+    int8_twins.round_weights(conv)
+    torch.testing.assert_close(conv.weight.flatten(1), torch.tensor([[1.27, 0.01], [0.0, 0.0]]))
+    x = torch.tensor([[-1.0, 0.004, 0.013, 1.55]])  # 255 steps of 0.01
+    read = []
+    int8_twins.round_activations(conv)
+    conv.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten()))
+    conv(x[None, None])
+    torch.testing.assert_close(read[0], torch.tensor([-1.0, 0.0, 0.01, 1.55]))
+
+
 # Bad input.
 
 
@@ -384,6 +434,10 @@ def test_a_table_of_training_steps(
         (bench_step, ["--device", "abacus"], "abacus"),
         (bench_whitening, ["--channels", "0"], "--channels"),
         (gradient_by_sampling, ["--encoder", "nonsense"], "nonsense"),
+        (bench_deploy, ["--device", "abacus"], "abacus"),
+        (bench_deploy, ["--batch", "0"], "--batch"),
+        (export_table, ["nonsense"], "nonsense"),
+        (int8_twins, ["nonsense", "nonsense"], "nonsense"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -51,6 +51,7 @@ from segdeconv.evaluate import ignore_index_of, score, torch_predictor
 from segdeconv.figures import new_figure, save_figure, spread
 from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.losses import loss_of
+from segdeconv.markdown import markdown_table
 from segdeconv.models import build_model, size_multiple
 from segdeconv.models.cifar import mobilenet_v2, resnet18, six_conv
 from segdeconv.train import lr_factor, seed_everything
@@ -107,7 +108,8 @@ class OwnBlocks(layers.Whitened):
         super()._refresh(*args)
         self._shape = groups, blocks, block, taps
 
-    def _fold(self, whitening: Tensor, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _fold(self, whitening: Tensor | None, mean: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert whitening is not None
         assert scale is not None
         return fold_own(*self._weight_and_bias(), whitening, mean, scale)
 
@@ -287,7 +289,7 @@ class CamVid:
         return build_model(self.recipe.model, len(self.samples.classes))[0]
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self.loader.batch_sampler.epoch = epoch  # type: ignore[attr-defined]
+        self.loader.batch_sampler.epoch = epoch  # type: ignore[union-attr]
         yield from self.loader
 
     def score(self, model: nn.Module) -> float:
@@ -358,10 +360,6 @@ def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any
     }
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return read_json_lines(path, missing_ok=True)
-
-
 Key = tuple[str, int, str]  # task, epochs, arm
 
 
@@ -381,7 +379,7 @@ def best(lines: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     rows = [[*key, rates(lines, key), *measured(runs)] for key, runs in sorted(best(lines).items())]
-    return markdown(["task", "epochs", "arm", "rates tried", *_MEASURED], rows)
+    return markdown_table(["task", "epochs", "arm", "rates tried", *_MEASURED], rows)
 
 
 def rates(lines: list[dict[str, Any]], key: Key) -> int:
@@ -394,7 +392,7 @@ def explained(lines: list[dict[str, Any]]) -> str:
     for key in sorted(chosen, key=lambda key: (key[1], rank(key[2]))):
         _, epochs, arm = key
         rows.append([epochs, arm, described(arm), rates(lines, key), *measured(chosen[key])])
-    return markdown(["epochs", "arm", "what it is", "rates tried", *_MEASURED], rows)
+    return markdown_table(["epochs", "arm", "what it is", "rates tried", *_MEASURED], rows)
 
 
 def rank(arm: str) -> tuple[Any, ...]:
@@ -413,11 +411,6 @@ def measured(runs: list[dict[str, Any]]) -> list[Any]:
     took = statistics.mean(r["curve"][-1][1] if r["curve"] else 0 for r in runs)
     shown = "" if math.isnan(error) else f"{error:.4f}"
     return [f"{runs[0]['lr']:g}", len(runs), f"{mean:.4f}", shown, f"{took:.0f}"]
-
-
-def markdown(titles: list[str], rows: list[list[Any]]) -> str:
-    lines = [f"| {' | '.join(map(str, columns))} |" for columns in (titles, *rows)]
-    return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]]) + "\n"
 
 
 def figure(lines: list[dict[str, Any]], path: Path) -> None:
@@ -472,7 +465,7 @@ def measure(arguments: argparse.Namespace) -> None:
     for seed, task, arm in itertools.product(arguments.seeds, arguments.tasks, arguments.arms):
         lrs, epochs = arguments.lrs, arguments.epochs or TASKS[task][2]
         if arguments.at_best:
-            tuned = best(read(arguments.out)).get((task, epochs, arm))
+            tuned = best(read_json_lines(arguments.out, missing_ok=True)).get((task, epochs, arm))
             if tuned is None:
                 raise UserError(
                     f"--at-best: no run of {arm} on {task} is in {arguments.out}; give --lrs first"
@@ -480,17 +473,17 @@ def measure(arguments: argparse.Namespace) -> None:
             lrs = [tuned[0]["lr"]]
         for lr in lrs:
             key = {"task": task, "arm": arm, "lr": lr, "seed": seed, "epochs": epochs}
-            if any(key.items() <= line.items() for line in read(arguments.out)):
+            if any(key.items() <= line.items() for line in read_json_lines(arguments.out, missing_ok=True)):
                 continue
             line = run(task, arm, lr, seed, epochs)
             append_json_line(arguments.out, line)
             print(f"{task} {arm} lr {lr:g} seed {seed}: {line['final']:.4f}", flush=True)
-    if arguments.table and not read(arguments.out):
+    if arguments.table and not read_json_lines(arguments.out, missing_ok=True):
         raise UserError(f"--table: {arguments.out} holds no run yet; name a task to train")
     if arguments.table:
-        print(table(read(arguments.out)))
+        print(table(read_json_lines(arguments.out, missing_ok=True)))
     if arguments.figure:
-        figure(read(arguments.out), arguments.figure)
+        figure(read_json_lines(arguments.out, missing_ok=True), arguments.figure)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,11 @@ from segdeconv.export import finish, network_graph, preparation_of, write_graph
 from segdeconv.files import make_folder, to_json, write_text
 from segdeconv.fold import fold_network_deconv
 from segdeconv.interface import Interface
+from segdeconv.markdown import markdown_table
 from segdeconv.models import build_model, main_output
 from segdeconv.precision import find_ranges, to_fp16, to_int8
 from segdeconv.runtime import Segmenter, import_onnxruntime
+from segdeconv.train import pick_device
 
 NETWORKS = {
     "unet_mobilenet_v2": "U-Net, MobileNetV2",
@@ -133,7 +135,7 @@ def measure(architecture: str, size: tuple[int, int], options: argparse.Namespac
             if "eager" in options.engines:
                 arms[f"PyTorch eager fp32 {norm}"] = torch_stages(folded, pictures, device)
             if "compiled" in options.engines:
-                compiled = torch.compile(folded, dynamic=False)
+                compiled: Any = torch.compile(folded, dynamic=False)
                 arms[f"PyTorch compiled fp32 {norm}"] = torch_stages(compiled, pictures, device)
         over = {name: name[:-2] + "bn" for name in arms}
         timings = interleave(arms, options.runs, options.batch, warm_up=1, over=over)
@@ -174,19 +176,18 @@ def page(results: list[dict[str, Any]]) -> str:
     for architecture, title in NETWORKS.items():
         for result in (r for r in results if r["network"] == architecture and r["device"] == "cpu"):
             height, width = result["size"]
-            lines += ["", f"## {title}, {height}x{width}", ""]
-            lines += [
-                "| device | engine | norm | p50 | p95 | images/s | nd/bn | peak MiB |",
-                "|---" * 8 + "|",
-            ]
             on_gpu = [
                 r
                 for r in results
                 if (r["network"], r["size"]) == (architecture, result["size"]) and r["device"] != "cpu"
             ]
-            lines += [_row("CPU", timing) for timing in _by_engine(result["timings"])]
-            lines += [_row("CUDA", timing) for timing in _by_engine(on_gpu[0]["timings"] if on_gpu else [])]
+            rows = [_row("CPU", timing) for timing in _by_engine(result["timings"])]
+            rows += [_row("CUDA", timing) for timing in _by_engine(on_gpu[0]["timings"] if on_gpu else [])]
+            lines += ["", f"## {title}, {height}x{width}", "", markdown_table(_TITLES, rows).rstrip()]
     return "\n".join(lines) + "\n"
+
+
+_TITLES = ("device", "engine", "norm", "p50", "p95", "images/s", "nd/bn", "peak MiB")
 
 
 def _by_engine(timings: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -203,14 +204,12 @@ def _conditions(result: dict[str, Any]) -> str:
     )
 
 
-def _row(device: str, timing: dict[str, Any]) -> str:
+def _row(device: str, timing: dict[str, Any]) -> tuple[str, ...]:
     engine, _, norm = timing["name"].rpartition(" ")
     ratio = f"{timing['ratio']:.3f}" if norm == "nd" else ""
     peak = f"{timing['peak_mib']:.0f}" if timing["peak_mib"] else ""
-    return (
-        f"| {device} | {engine} | {norm} | {timing['p50']:.0f} | {timing['p95']:.0f} | "
-        f"{timing['images_per_s']:.2f} | {ratio} | {peak} |"
-    )
+    times = (f"{timing['p50']:.0f}", f"{timing['p95']:.0f}", f"{timing['images_per_s']:.2f}")
+    return device, engine, norm, *times, ratio, peak
 
 
 def height_and_width(text: str) -> tuple[int, int]:
@@ -232,6 +231,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="measure nothing, write the page")
     parser.add_argument("--out", type=Path, default=Path("docs/latency.md"))
     options = parser.parse_args()
+    if min(options.runs, options.batch, options.threads or 1) < 1:
+        parser.error("--runs, --batch and --threads must be positive")
+    options.device = str(pick_device(options.device))
     if options.threads:
         torch.set_num_threads(options.threads)
     make_folder(RESULTS)
@@ -243,7 +245,7 @@ def main() -> None:
             result = measure(architecture, (height, width), options)
             write_text(path, to_json(result, indent=2))
             for timing in result["timings"]:
-                print(f"{architecture} {height}x{width} {_row(options.device, timing)}", flush=True)
+                print(architecture, f"{height}x{width}", *_row(options.device, timing), flush=True)
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     write_text(options.out, page(found))
     print(f"wrote {options.out}")

@@ -16,10 +16,11 @@ from pathlib import Path
 import onnx
 from bench_deploy import make
 
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, one_sentence
 from segdeconv.export import export_onnx
 from segdeconv.files import write_text
 from segdeconv.interface import Interface
+from segdeconv.markdown import markdown_table
 from segdeconv.models import size_multiple
 from segdeconv.models.segmentation import ARCHITECTURES
 
@@ -76,16 +77,15 @@ def page(rows: list[list[str]]) -> str:
         "three times: below 113 pixels a side PyTorch refuses it, and onnxruntime puts out labels that mean "
         "nothing.",
         "",
-        f"| {' | '.join(_HEADER)} |",
-        "|---" * len(_HEADER) + "|",
-        *(f"| {' | '.join(cells[:-1])} |" for cells in rows),
+        markdown_table(_HEADER, (cells[:-1] for cells in rows)),
     ]
     reasons = [
         f"- {cells[0]}{', any size' if cells[2] == 'yes' else ''}: {cells[-1]}" for cells in rows if cells[-1]
     ]
-    return "\n".join([*lines, *(["", *reasons] if reasons else [])]) + "\n"
+    return "\n".join([*lines, *reasons, ""] if reasons else lines)
 
 
+@one_sentence()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architectures", nargs="*", choices=[*ARCHITECTURES, []], metavar="ARCHITECTURE")

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from segdeconv.bench import machine
 from segdeconv.checkpoint import load_checkpoint
-from segdeconv.data import EvalSet, open_samples
+from segdeconv.data import EvalSet, evenly_spread, open_samples
 from segdeconv.errors import one_sentence
 from segdeconv.files import write_text
 from segdeconv.fold import fold_network_deconv
+from segdeconv.markdown import markdown_table
 from segdeconv.models import main_output, size_multiple
 from segdeconv.precision import Gates, export_smaller
 
@@ -86,21 +87,22 @@ def spreads(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def harm(run: str, root: str | None) -> list[str]:
+def harm(run: str, root: str | None) -> list[tuple[str, ...]]:
     """Cells by what is rounded: labels changed on training pictures, the logits' relative error, spread."""
     model, info = load_checkpoint(run)
     data = info.recipe.data.at(root)
     samples = open_samples(data, "train")
     pictures = EvalSet(samples, data, size_multiple(model))
-    images = torch.stack([pictures[i * len(samples) // _PICTURES][0] for i in range(_PICTURES)])
+    images = torch.stack([pictures[index][0] for index in evenly_spread(_PICTURES, len(samples))])
     folded = fold_network_deconv(model)
     expected = main_output(folded(images))
-    spread, rows = spreads(copy.deepcopy(folded), images), []
+    spread = spreads(copy.deepcopy(folded), images)
+    rows: list[tuple[str, ...]] = []
     for name, change in (("weights", round_weights), ("activations", round_activations)):
         logits = main_output(change(copy.deepcopy(folded))(images))
         changed = (logits.argmax(1) != expected.argmax(1)).float().mean().item()
         error = ((logits - expected).norm() / expected.norm()).item()
-        rows.append(f"| {run} | {name} | {changed:.2%} | {error:.4f} | {spread[name]:.1f} |")
+        rows.append((run, name, f"{changed:.2%}", f"{error:.4f}", f"{spread[name]:.1f}"))
     return rows
 
 
@@ -114,30 +116,25 @@ def main() -> None:
     parser.add_argument("--root", help="where the data lies, if not where the recipe says")
     parser.add_argument("--out", type=Path, default=Path("docs/int8.md"))
     options = parser.parse_args()
-    exported = [
-        "| | fp32 | int8 | times as fast | MB | in float | labels changed on training pictures |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    by_part = [
-        "| | rounded | labels changed | relative error of logits | spread |",
-        "|---|---|---|---|---|",
-    ]
+    titles = ["", "fp32", "int8", "times as fast", "MB", "in float", "labels changed on training pictures"]
+    exported: list[tuple[str, ...]] = []
+    parts: list[tuple[str, ...]] = []
     for run in (options.nd, options.bn):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
             made = export_smaller(run, path, "int8", gates=Gates(1.0, 0.0), root=options.root, device="cpu")
         ranges = ", ".join(f"{way} {share:.2%}" for way, share in made.ranges.items())
-        exported.append(
-            f"| {run} | {made.before:.4f} | {made.after:.4f} | {made.speedup:.2f} | "
-            f"{made.megabytes[0]:.1f} to {made.megabytes[1]:.1f} | {len(made.in_float)} of {made.layers} | "
-            f"{ranges} |"
-        )
-        by_part += harm(run, options.root)
+        scores = (f"{made.before:.4f}", f"{made.after:.4f}", f"{made.speedup:.2f}")
+        size = f"{made.megabytes[0]:.1f} to {made.megabytes[1]:.1f}"
+        exported.append((run, *scores, size, f"{len(made.in_float)} of {made.layers}", ranges))
+        parts += harm(run, options.root)
     text = PAGE.format(
         runs=f"{options.nd} {options.bn}",
         device=machine("cpu")["device_name"],
-        exported="\n".join(exported),
-        by_part="\n".join(by_part),
+        exported=markdown_table(titles, exported).rstrip(),
+        by_part=markdown_table(
+            ["", "rounded", "labels changed", "relative error of logits", "spread"], parts
+        ).rstrip(),
     )
     write_text(options.out, text)
     print(text)

@@ -117,7 +117,7 @@ def bad_pictures() -> list[Request]:
 @contextmanager
 def serving(model: Path, report: Report) -> Iterator[int]:
     """A server process and its port; its exit code is in the report afterwards."""
-    command = [sys.executable, "-m", "segdeconv", "serve", model, "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "segdeconv", "serve", str(model), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(
         [*command, "--megabytes", str(MEGABYTES), "--queue", "64"], stdout=subprocess.PIPE, text=True
     )
@@ -243,8 +243,9 @@ def main() -> None:
         print(f"{count:6} {kind}")
     total = sum(report.answers.values())
     print(f"{total} of {options.requests} requests in {report.seconds:.1f} s, {total / report.seconds:.0f}/s")
-    cuts = statistics.quantiles(report.latencies, n=100)
-    print("good pictures: " + ", ".join(f"p{p} {1000 * cuts[p - 1]:.0f} ms" for p in (50, 95, 99)))
+    if len(report.latencies) > 1:
+        cuts = statistics.quantiles(report.latencies, n=100)
+        print("good pictures: " + ", ".join(f"p{p} {1000 * cuts[p - 1]:.0f} ms" for p in (50, 95, 99)))
     print(f"memory {report.memory_before:.0f} -> {report.memory_after:.0f} MiB; exit code {report.exit_code}")
     for line in report.wrong:
         print(f"wrong: {line}")

@@ -27,8 +27,9 @@ from torch import nn
 from segdeconv.config import ModelConfig, load_recipe
 from segdeconv.entries import entry_folder, entry_names
 from segdeconv.errors import one_sentence
-from segdeconv.files import make_folder, write_text
+from segdeconv.files import make_folder, read_json_lines, write_text
 from segdeconv.inspection import TITLES, VIEWS, inspect_run, median_of
+from segdeconv.markdown import markdown_table
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import build_model
 from segdeconv.zoo import listed, measured
@@ -220,15 +221,10 @@ def inspection_part() -> str:
 def of_entry(name: str, report: dict[str, Any], pictures: list[str]) -> str:
     layers = report["layers"]
     views = [view for view in VIEWS if any(view in layer["condition"] for layer in layers)]
-    rows = [
-        f"### {name}, {len(layers)} layers\n",
-        f"| median over layers | {' | '.join(views)} |",
-        f"|---|{'---:|' * len(views)}",
-    ]
-    for key, title in TITLES.items():
-        medians = [median_of(layers, key, view) for view in views]
-        rows.append(f"| {title} | {' | '.join(f'{m:.0f}' if m >= 100 else f'{m:.3f}' for m in medians)} |")
-    rows.append("")
+    medians = {title: [median_of(layers, key, view) for view in views] for key, title in TITLES.items()}
+    cells = [[title, *(f"{m:.0f}" if m >= 100 else f"{m:.3f}" for m in of)] for title, of in medians.items()]
+    table = markdown_table(["median over layers", *views], cells, numbers_from=1)
+    rows = [f"### {name}, {len(layers)} layers\n", table]
     if "whitened" in views:
         whitening = [x for x in layers if x["whitens"]]
         if len(whitening) < len(layers):
@@ -265,12 +261,12 @@ def of_entry(name: str, report: dict[str, Any], pictures: list[str]) -> str:
 
 def measured_part() -> str:
     """What docs/measured and the zoo's metrics say: all but what layers read, for which data is needed."""
-    table1, ablation, linear = (accuracy_vs_time.read(path) for path in MEASURED)
+    table1, ablation, linear = (read_json_lines(path, missing_ok=True) for path in MEASURED)
     return "\n".join(
         [
             "## Networks converge in fewer steps (table 1)\n",
             table1_part(table1) if table1 else "Not measured yet.\n",
-            free_heads_part(accuracy_vs_time.read(FREE_HEADS), table1),
+            free_heads_part(read_json_lines(FREE_HEADS, missing_ok=True), table1),
             "## Networks converge to better accuracy\n",
             twins_part(),
             "## What of it matters\n",
@@ -299,7 +295,7 @@ def page() -> str:
 
 
 def draw_measured() -> None:
-    table1, _, linear = (accuracy_vs_time.read(path) for path in MEASURED)
+    table1, _, linear = (read_json_lines(path, missing_ok=True) for path in MEASURED)
     for epochs, lines in of_table1(table1).items():
         reproduce_table1.picture(lines, PICTURES / f"table1_{epochs}.png")
     reproduce_linear.picture(linear, PICTURES / "linear.png")

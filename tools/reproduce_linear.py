@@ -34,6 +34,7 @@ from segdeconv.errors import one_sentence
 from segdeconv.figures import new_figure, save_figure, spread
 from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.layers import WhitenedLinear
+from segdeconv.markdown import markdown_table
 from segdeconv.train import seed_everything
 
 ARMS = {"plain": "no normalisation", "bn": "batch norm", "nd": "network deconvolution"}
@@ -145,15 +146,14 @@ def smooth(losses: list[float]) -> np.ndarray:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    rows = [
+    said = (
         f"MNIST, {STEPS} steps of {BATCH}, SGD with momentum 0.9 at the best constant learning rate; means "
         "over seeds. `steps` is how many it takes until the loss, averaged over five steps, is below what "
         f"plain training ends with (the mean of its last {LAST} steps). A block of `nd` holds all inputs of "
-        "a layer, and no head is held back.",
-        "",
-        "| task | arm | lr | seeds | training loss | test loss | top-1, % | steps | seconds |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+        "a layer, and no head is held back."
+    )
+    titles = ["task", "arm", "lr", "seeds", "training loss", "test loss", "top-1, %", "steps", "seconds"]
+    rows = []
     for task, (title, _, _) in TASKS.items():
         goal = statistics.fmean([x["final"] for x in best(lines, task, "plain")] or [math.nan])
         for arm, name in ARMS.items():
@@ -163,11 +163,10 @@ def table(lines: list[dict[str, Any]]) -> str:
             reached = np.mean([smooth(x["losses"]) for x in runs], 0) < goal
             steps = str(int(reached.argmax()) + 5) if reached.any() else "-"
             values = [spread([x[key] for x in runs])[0] for key in ("final", "test_loss", "top1", "seconds")]
-            rows.append(
-                f"| {title} | {name} | {runs[0]['lr']:g} | {len(runs)} | {values[0]:.4f} | {values[1]:.4f} "
-                f"| {100 * values[2]:.2f} | {steps} | {values[3]:.1f} |"
-            )
-    return "\n".join(rows) + "\n"
+            losses = [f"{value:.4f}" for value in values[:2]]
+            rest = [f"{100 * values[2]:.2f}", steps, f"{values[3]:.1f}"]
+            rows.append([title, name, f"{runs[0]['lr']:g}", len(runs), *losses, *rest])
+    return f"{said}\n\n{markdown_table(titles, rows, numbers_from=2)}"
 
 
 def picture(lines: list[dict[str, Any]], path: Path) -> None:

@@ -43,8 +43,10 @@ from segdeconv.evaluate import AMP, score, torch_predictor
 from segdeconv.figures import new_figure, save_figure, spread
 from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.losses import loss_of
+from segdeconv.markdown import markdown_table
 from segdeconv.models import build_model
 from segdeconv.train import lr_factor, make_optimizer, pick_device, seed_everything
+from segdeconv.zoo import count_parameters
 
 # Title, and top-1 in percent after so many epochs: batch norm and network deconvolution in the paper (arXiv
 # 1905.11926, table 1), and the same in its reproduction study (ReScience C 10(1)#4, means of three).
@@ -143,7 +145,7 @@ def train(
         "amp": config.amp,
         "weight_decay": config.weight_decay,
         **({"pace": ratio} if ratio else {}),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count_parameters(model),
         "steps": step,  # fewer where it diverged
         "seconds": round(seconds, 2) if device.type == "cpu" else None,
         "top1": curve[-1][3] if whole else 1 / len(samples.classes),
@@ -192,18 +194,16 @@ def table(lines: list[dict[str, Any]], epochs: int) -> str:
     pictures = max((line["pictures"] for line in lines), default=0)
     known = ["paper bn", "paper nd", "study bn", "study nd"]
     titles = ["network", "M parameters", *known, *ARMS, "seeds", "nd/bn", "precision"]
-    rows = [
+    said = (
         f"CIFAR-10 (JPEG, {pictures} training pictures), epochs: {epochs}, of {steps // epochs} steps of "
         "128: top-1 in percent on the test pictures, the mean over seeds and its standard error. "
         "`nd/bn` is how long a step of `nd` takes over one of batch norm, each trained on one core beside "
         "the other; `bn_for_nds_time` is batch norm with as many steps as that gives it. Weight decay is "
         "5e-4 for batch norm and 1e-3, the authors' setting, for `nd`. "
         "`paper` is arXiv 1905.11926, table 1; `study` its reproduction, ReScience C 10(1)#4."
-        + ("" if pictures == ALL else " **Not all pictures: a trial of the program, not a result.**"),
-        "",
-        f"| {' | '.join(titles)} |",
-        f"|---|{'---:|' * (len(titles) - 1)}",
-    ]
+        + ("" if pictures == ALL else " **Not all pictures: a trial of the program, not a result.**")
+    )
+    rows = []
     for network, (title, known_figures) in NETWORKS.items():
         runs = by_arm(lines, network)
         if not any(runs.values()):
@@ -216,8 +216,8 @@ def table(lines: list[dict[str, Any]], epochs: int) -> str:
         ratios = paces(runs)
         columns.append(f"{np.mean(ratios):.2f}" if ratios else "")
         columns.append("/".join(sorted({how(x) for arm in runs.values() for x in arm})))
-        rows.append(f"| {' | '.join(columns)} |")
-    return "\n".join(rows) + "\n"
+        rows.append(columns)
+    return f"{said}\n\n{markdown_table(titles, rows, numbers_from=1)}"
 
 
 def how(line: dict[str, Any]) -> str:
