@@ -274,6 +274,7 @@ def inspect(
 
 @app.command()
 def export(
+    ctx: typer.Context,
     run: Run,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
     output: Annotated[
@@ -332,8 +333,10 @@ def export(
         raise UserError("--fp16 and --int8: choose one; each is a file of its own")
     if half_io and not fp16:
         raise UserError("--half-io goes with --fp16")
-    if not (fp16 or int8) and (max_drop, min_speedup, root, device) != (0.01, 1.0, None, "auto"):
-        raise UserError("--max-drop, --min-speedup, --root and --device go with --fp16 or --int8")
+    for name in ("max_drop", "min_speedup", "root", "device"):
+        source = ctx.get_parameter_source(name)
+        if not (fp16 or int8) and source is not None and source.name != "DEFAULT":
+            raise UserError(f"--{name.replace('_', '-')} goes with --fp16 or --int8")
     if fp16 or int8:
         from segdeconv.precision import Gates, export_smaller, summary
 
@@ -410,7 +413,7 @@ def bench(
     if json_file is not None:
         check_place(json_file)
     result = measure(models, _pair("--size", size), batch, threads, runs, device, allow_cpu)
-    print(table(result))
+    print(table(result), end="")
     if json_file is not None:
         write_text(json_file, to_json(result, indent=1) + "\n")
 
@@ -433,7 +436,7 @@ def placement(
     from segdeconv.placement import table
 
     found = look(model, device, allow_cpu, _pair("--size", size))
-    print(table(found))
+    print(table(found), end="")
     if found.why_cpu:
         print(f"no accelerator: {found.why_cpu}")
     if found.off_accelerator:

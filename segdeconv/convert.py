@@ -1,4 +1,4 @@
-"""The only module walker: from a network with batch norm to its deconvolved twin.
+"""From a network with batch norm to its deconvolved twin.
 
 `convert_to_network_deconv` swaps convolutions and linear layers for whitened ones and removes the batch norms
 that belonged to them (structure.py says which); `calibrate` lets a trained network start as a deconvolved one
@@ -10,6 +10,7 @@ Source: Network Deconvolution, Ye et al., ICLR 2020 (arXiv 1905.11926), section 
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from segdeconv.structure import (
     Structure,
     is_plain_layer,
     is_plain_norm,
+    modes_kept,
     qualified_class,
     read_structure,
     set_to_evaluation,
@@ -104,7 +106,7 @@ def convert_to_network_deconv(
     batch norms of kept layers.
 
     Args:
-        filter: ``(module, qualified name) -> bool``, asked for every convolution, linear layer and batch
+        filter: ``(module, qualified name) -> bool``, asked for every 2d convolution, linear layer and batch
             norm; what it says no to is kept.
         warm_start: keep the function the network computes in evaluation: batch norms are folded into the
             layers before them, or stay as a depthwise 1x1 convolution where there is none. Follow with
@@ -156,32 +158,28 @@ def convert_to_network_deconv(
         raise UserError(f"{type(model).__name__} has no convolution or linear layer to whiten{why}")
 
     # Nothing below can fail, so an error leaves the network as it was.
+    removed = [layer.name for layer in report.layers if layer.action == "removed"]
     swaps: dict[nn.Module, nn.Module] = {}
-    for layer in report.layers:
-        module = modules[layer.name]
-        if layer.action != "removed":
-            continue
+    for name in removed:
+        module = modules[name]
         swaps[module] = leftover(module)
-        shares_its_input = layer.name in structure.norm_before or layer.name in structure.guessed
+        shares_its_input = name in structure.norm_before or name in structure.guessed
         for part in swaps[module].modules() if shares_its_input else ():
             if getattr(part, "inplace", False):
                 part.inplace = False  # type: ignore[assignment]
         if warm_start:
-            if layer.name in structure.norm_after and layer.name not in structure.guessed:
-                fold_batch_norm(modules[structure.norm_after[layer.name]], module)
+            if name in structure.norm_after and name not in structure.guessed:
+                fold_batch_norm(modules[structure.norm_after[name]], module)
             else:
                 swaps[module] = nn.Sequential(_as_affine(module), swaps[module]).train(module.training)
-        elif layer.name in structure.norm_after:
-            _normalise_filters(modules[structure.norm_after[layer.name]])
+        elif name in structure.norm_after:
+            _normalise_filters(modules[structure.norm_after[name]])
     # Frozen batch norms are in evaluation, in a network that trains: so is the layer that takes their place.
     modes: dict[str, bool] = {}
-    for layer in report.layers:
-        if layer.action == "removed":
-            after, before = structure.norm_after.get(layer.name), structure.norm_before.get(layer.name, [])
-            modes |= dict.fromkeys(before if after is None else [after], modules[layer.name].training)
-    normalised = {
-        structure.norm_after.get(layer.name) for layer in report.layers if layer.action == "removed"
-    }
+    for name in removed:
+        after, before = structure.norm_after.get(name), structure.norm_before.get(name, [])
+        modes |= dict.fromkeys(before if after is None else [after], modules[name].training)
+    normalised = {structure.norm_after.get(name) for name in removed}
     owners = collections.Counter(p for module in modules.values() for p in module.parameters(recurse=False))
     for offset, layer in enumerate(report.layers):
         module = modules[layer.name]
@@ -257,13 +255,11 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
 
         return hook
 
-    modes = {module: module.training for module in model.modules()}
-    set_to_evaluation(model)
-    handles = [
-        layer.register_forward_pre_hook(observe(name), with_kwargs=True) for name, layer in layers.items()
-    ]
     count = 0
-    try:
+    with modes_kept(model), contextlib.ExitStack() as hooks:
+        set_to_evaluation(model)
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(observe(name), with_kwargs=True))
         for batch in batches:
             if not (isinstance(batch, Tensor) and batch.is_floating_point() and batch.numel()):
                 what = (
@@ -277,11 +273,6 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
                 )
             model(batch)
             count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not count:
         raise UserError("calibrate: no batch was given; pass a few image batches")
     for name, layer in layers.items():

@@ -9,7 +9,6 @@ The folder zoo/ becomes segdeconv/zoo_entries in a wheel. Entries are made, chec
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from segdeconv.download import fetch
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, did_you_mean
 from segdeconv.files import cache_folder, sha256_of
 from segdeconv.progress import notes
 
@@ -105,9 +104,7 @@ def entry_folder(name: str) -> Path:
 
 def near(name: str) -> str:
     """A hint for one who mistook the name of an entry."""
-    by_lower = {known.lower(): known for known in entry_names()}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f"did you mean {by_lower[close[0]]}?" if close else "segdeconv zoo list shows what there is"
+    return did_you_mean(name, entry_names(), "segdeconv zoo list shows what there is")
 
 
 def read_entry(name: str) -> Entry:

@@ -28,8 +28,9 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     """The end of a sentence about a name that is unknown: what is near to it, or else ``otherwise``."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else otherwise
+    by_lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f"did you mean {by_lower[near[0]]!r}?" if near else otherwise
 
 
 def sentence_of(error: Exception) -> str:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint
 from segdeconv.config import DataConfig
-from segdeconv.data import EvalSet, Samples, end_workers, eval_loader, open_samples
+from segdeconv.data import EvalSet, Samples, end_workers, eval_loader, evenly_spread, open_samples
 from segdeconv.data.cityscapes import Cityscapes
 from segdeconv.distributed import sum_over_ranks
 from segdeconv.errors import UserError, first_line
@@ -421,11 +421,9 @@ def evaluate_run(
 def predicted_samples(
     predict: Predict, samples: Samples, val_set: EvalSet, device: torch.device | str
 ) -> list[tuple[Picture, Picture, Picture]]:
-    """Picture, truth and class numbers of up to three samples of one size, evenly spread: neighbours look
-    alike.
-    """
+    """Picture, truth and class numbers of up to three samples of one size, evenly spread."""
     rows = []
-    for index in sorted({i * len(samples) // 3 for i in range(3)}):
+    for index in evenly_spread(3, len(samples)):
         image, truth = samples.load(index)
         assert isinstance(truth, np.ndarray)
         height, width = truth.shape

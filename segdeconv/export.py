@@ -33,7 +33,7 @@ from segdeconv.fold import fold_network_deconv
 from segdeconv.interface import Interface, Preparation, around
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import main_output, size_multiple
-from segdeconv.runtime import import_onnxruntime
+from segdeconv.runtime import cpu_session
 from segdeconv.structure import detached_copy, set_to_evaluation
 
 TOLERANCE = 1e-4  # of the largest logit; more only where float32 itself is less exact, see compare
@@ -390,9 +390,7 @@ def _run(graph: onnx.ModelProto, images: Tensor, values: Sequence[str]) -> dict[
     for value in values:
         if value not in outputs:
             probed.graph.output.append(onnx.ValueInfoProto(name=value))
-    session = import_onnxruntime().InferenceSession(
-        probed.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = cpu_session(probed.SerializeToString())
     half = session.get_inputs()[0].type == "tensor(float16)"
     try:
         found = session.run(list(values), {"image": (images.half() if half else images).numpy()})

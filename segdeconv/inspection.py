@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from segdeconv.checkpoint import load_checkpoint
 from segdeconv.config import NetworkDeconvConfig
-from segdeconv.data import EvalSet, open_samples
+from segdeconv.data import EvalSet, evenly_spread, open_samples
 from segdeconv.figures import new_figure, save_figure
 from segdeconv.files import make_folder, to_json, write_text
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
@@ -154,8 +154,8 @@ def _some_pictures(model: nn.Module, data: Any) -> Tensor:
     samples, multiple = open_samples(data, "val"), size_multiple(model)
     dataset = EvalSet(samples, data, 1)
     first = dataset[0][0]
-    count = min(max(_PIXELS // first[0].numel(), 2), len(dataset))
-    chosen = [dataset[i * len(dataset) // count][0] for i in range(count)]
+    count = max(_PIXELS // first[0].numel(), 2)
+    chosen = [dataset[index][0] for index in evenly_spread(count, len(dataset))]
     # Cut to what the network takes, for padding would count as picture; only what is too small is padded.
     missing = [max(side // multiple, 1) * multiple - side for side in first.shape[1:]]
     return F.pad(

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from segdeconv.bench import default_size, interleave, noise, stages
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint
-from segdeconv.data import EvalSet, open_samples
+from segdeconv.data import EvalSet, evenly_spread, open_samples
 from segdeconv.errors import Refused, UserError
 from segdeconv.evaluate import evaluate_run, ignore_index_of, score
 from segdeconv.export import (
@@ -41,7 +41,7 @@ from segdeconv.export import (
 from segdeconv.interface import Interface, Preparation
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.progress import Bar, console
-from segdeconv.runtime import Segmenter, import_onnxruntime
+from segdeconv.runtime import Segmenter, cpu_session
 
 Precision = Literal["fp16", "int8"]
 Planes = NDArray[np.float32]
@@ -363,9 +363,7 @@ class _Compute:
     """A network's own graph on the CPU: planes to logits."""
 
     def __init__(self, graph: onnx.ModelProto) -> None:
-        self.session = import_onnxruntime().InferenceSession(
-            graph.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
+        self.session = cpu_session(graph.SerializeToString())
 
     def __call__(self, planes: Planes) -> Planes:
         return self.session.run(["logits"], {"image": planes})[0]
@@ -385,8 +383,7 @@ class _Training:
         pictures: Dataset[Any] = EvalSet(self.samples, data, preparation.size_multiple)
         if info.task == "segmentation" and data.size is None and data.crop is not None:
             pictures = _Windows(pictures, preparation.network_size(*data.crop))
-        count = min(2 * _PICTURES, len(self.samples))
-        spread = [index * len(self.samples) // count for index in range(count)]
+        spread = evenly_spread(2 * _PICTURES, len(self.samples))
         self.chosen = Subset(pictures, spread[1::2] or spread)
         self.calibrating = [pictures[index][0][None].numpy() for index in spread[::2]]
         self.choosing = [self.chosen[index][0][None].numpy() for index in range(len(self.chosen))]

@@ -36,7 +36,7 @@ from segdeconv.images import (
 Labels = NDArray[Any]  # uint8, or int32 above 256 classes
 
 _REQUIRED = ("task", "classes", "palette", "mean", "std", "size_multiple", "resize")
-_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -53,6 +53,11 @@ def import_onnxruntime() -> Any:
             "onnxruntime is not installed; pip install 'segdeconv[runtime]' (or '[gpu]')"
         ) from None
     return onnxruntime
+
+
+def cpu_session(graph: bytes) -> Any:
+    """An onnxruntime session on the CPU, of a serialised graph."""
+    return import_onnxruntime().InferenceSession(graph, providers=[CPU])
 
 
 def _size(metadata: dict[str, Any]) -> tuple[int, int]:
@@ -110,14 +115,14 @@ def open_session(
         if hasattr(onnxruntime, "preload_dlls"):  # since 1.21: finds the CUDA that pip installed
             onnxruntime.preload_dlls()
         try:
-            opened = session([(_CUDA, {"device_id": number or "0"}), _CPU])
+            opened = session([(_CUDA, {"device_id": number or "0"}), CPU])
         except Exception as raised:  # onnxruntime raises its own unrelated classes
             error = first_line(raised)
         if opened is not None and _CUDA in opened.get_providers():
             return opened, f"cuda:{number or 0}", ""
     if opened is None:
         try:
-            opened = session([_CPU])
+            opened = session([CPU])
         except Exception as raised:
             raise UserError(f"{path}: onnxruntime cannot load it ({first_line(raised)})") from None
     if kind == "cpu":
@@ -252,13 +257,13 @@ class Segmenter:
                 "np.asarray(image.convert('RGB')) makes that"
             )
         by_shape: dict[tuple[int, ...], list[int]] = {}
-        for index, image in enumerate(images):
+        for index, image in enumerate(pictures):
             by_shape.setdefault(image.shape, []).append(index)
         found: dict[int, Labels] = {}
         for indices in by_shape.values():
-            labels = self._label(np.stack([images[index] for index in indices]))
+            labels = self._label(np.stack([pictures[index] for index in indices]))
             found.update(zip(indices, labels, strict=True))
-        return [found[index] for index in range(len(images))]
+        return [found[index] for index in range(len(pictures))]
 
     def _label(self, images: Picture) -> Labels:
         """Class numbers (n, H, W) of RGB (n, H, W, 3)."""

@@ -196,6 +196,7 @@ def make_app(segmenter: Segmenter, limits: Limits) -> FastAPI:
         response_class=Response,
         responses={
             200: {"content": {"image/png": {}, "application/json": {}}},
+            408: {"description": "The body did not arrive in time."},
             413: {"description": "The body has too many bytes, or the picture too many pixels."},
             415: {"description": "The body is no picture."},
             422: {"description": "The picture is damaged."},

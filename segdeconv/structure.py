@@ -110,17 +110,12 @@ def read_structure(model: nn.Module) -> Structure:
         with contextlib.suppress(Exception):  # of whatever the network holds besides modules
             model = copy.deepcopy(model, memory)
             break
-    modes = {module: module.training for module in model.modules()}
     training, evaluation = _Reader(model), _Reader(model)
-    try:
-        with _without_shape_checks(model), torch.random.fork_rng(devices=[]):
-            model.train()
-            structure = training.read()
-            set_to_evaluation(model)
-            in_evaluation = evaluation.read()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model), _without_shape_checks(model), torch.random.fork_rng(devices=[]):
+        model.train()
+        structure = training.read()
+        set_to_evaluation(model)
+        in_evaluation = evaluation.read()
     structure.unused &= in_evaluation.unused
     structure.weight_read |= in_evaluation.weight_read
     structure.sees_1x1 |= in_evaluation.sees_1x1
@@ -142,6 +137,17 @@ def read_structure(model: nn.Module) -> Structure:
         if norm in evaluation.uses and in_evaluation.norm_after.get(norm) != layer
     }
     return structure
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module is afterwards in the mode it was in, training or evaluation."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def set_to_evaluation(model: nn.Module) -> None:

@@ -187,11 +187,9 @@ def _moment_rows(x: Tensor) -> Tensor:
 
 def _dense(rows: Tensor, x: Tensor) -> Tensor:
     """``rows`` of ``x``, copied where batch norm's kernels are slow on rows of their dtype and layout."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) if x.ndim == 4 else False
-    if channels_last and x.shape[1] < 8:  # with so few, those kernels are slow
-        return rows.contiguous()
-    if channels_last:
-        return rows.contiguous(memory_format=torch.channels_last)
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        few = x.shape[1] < 8  # with so few channels, those kernels are slow in this layout
+        return rows.contiguous(memory_format=torch.contiguous_format if few else torch.channels_last)
     return rows if x.dtype in (torch.float32, torch.float64) else rows.contiguous()
 
 

@@ -174,7 +174,7 @@ def zoo(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def change(zoo: Path, name: str, **values: object) -> None:
-    entry = dataclasses.replace(read_entry(name), **values)  # type: ignore[arg-type]
+    entry = dataclasses.replace(read_entry(name), **values)
     (zoo / name / "entry.json").write_text(entry_json(entry))
 
 
@@ -436,7 +436,7 @@ def test_an_entry_that_cannot_be_measured_is_not_made(
 
 def test_names_that_are_none(zoo: Path, call: Call) -> None:
     for asked in (read_entry, find_checkpoint):
-        with pytest.raises(UserError, match=rf"did you mean {re.escape(NAME)}\?"):
+        with pytest.raises(UserError, match=rf"did you mean '{re.escape(NAME)}'\?"):
             asked("UNet_LCNet_50.nd_toy")
     code, _, error = call("zoo", "info", "nothing")
     assert code == 2

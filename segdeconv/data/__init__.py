@@ -36,6 +36,12 @@ DATASETS: dict[str, Callable[[DataConfig, str], Samples]] = {
 _CACHE_BYTES = 2 << 30  # decoded pictures kept in memory by a loader without worker processes
 
 
+def evenly_spread(count: int, length: int) -> list[int]:
+    """Indices of ``count`` of ``length`` things, or of all where there are fewer: neighbours look alike."""
+    count = min(count, length)
+    return [index * length // count for index in range(count)]
+
+
 def find_samples(config: DataConfig, split: str) -> Samples:
     """The 'train' or 'val' split of the data a recipe names, without the files its ``problems`` tell of.
 
