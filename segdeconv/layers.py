@@ -21,6 +21,7 @@ from segdeconv.compiling import LAYERS, NUMBERS, follow_outside_graph, is_export
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.distributed import mean_over_ranks, sum_over_ranks, world_size
 from segdeconv.whitening import (
+    bounded_step,
     channel_moments,
     channels_per_block,
     channels_per_block_reference,
@@ -86,6 +87,9 @@ _LOW_PRECISION_PAYS, _LOW_PRECISION_PAYS_ON_CUDA = 2**25, 2**22
 # Fast mode: statistics move quickly at first, so the whitening matrix is refreshed at every step to begin
 # with; from the second so many steps on the interval grows by one with each, up to ``config.refresh_every``.
 _STEPS_AN_INTERVAL = 20
+
+# Fast mode: after so many steps running moments are what later batches are measured by (`bounded_step`).
+_SETTLED = 40
 
 
 class Whitened(nn.Module):
@@ -195,6 +199,7 @@ class Whitened(nn.Module):
         """Running values as before the first batch: mean zero, scale one, whitening identity."""
         self._start_anew(self.decorrelates)
 
+    @torch.inference_mode(False)  # or nothing could be written into the buffers later
     def _start_anew(self, decorrelates: bool) -> None:
         groups, blocks, block, taps = self._shape
         features = block * taps
@@ -598,8 +603,14 @@ class Whitened(nn.Module):
         else:
             count = self.num_batches_tracked.to(moments.dtype) + 1
         self.num_batches_tracked.add_(1)  # finite or not: the schedule counts steps
-        finite = (moments.abs() < math.inf).all()  # false where one is NaN
-        _lerp_(self.running_moments, moments, _step_size(momentum, count), finite)
+        running = self.running_moments
+        moments = torch.where((moments.abs() < math.inf).all(), moments, running)  # NaN is not less either
+        step = _step_size(momentum, count)
+        settled: Any = momentum is not None and count > _SETTLED
+        if settled is not False:
+            bounded = bounded_step(step, moments, running, self.config.eps)
+            step = bounded if settled is True else torch.where(settled, bounded, step)
+        running.lerp_(moments, step)
 
     @torch.no_grad()
     def _pool_moments(self, moments: Tensor, zeros: float) -> None:
@@ -652,6 +663,7 @@ class Whitened(nn.Module):
         if self.refresh_now is not None and momentum is not None:
             return
         whitening = shrunk_inverse_sqrt(self.running_cov, self.cov_samples)
+        whitening = torch.where(self.num_refreshes > 0, whitening, self.running_whitening)
         if self.refresh_now is not None:  # graphs read it where it is
             self.running_whitening.copy_(whitening)
             self.update_folding_matrix()

@@ -247,7 +247,8 @@ class _ChannelMoments(torch.autograd.Function):
             var = torch.addcmul(var * (1 - zeros), mean, mean, value=zeros)
         ctx.save_for_backward(x, mean)
         ctx.zeros = zeros
-        return x.view_as(x), torch.stack((mean, var))
+        # Not a view, which would have other strides in a batch of one: not channels-last any more.
+        return torch.ops.aten.alias(x), torch.stack((mean, var))
 
     @staticmethod
     @_once_differentiable
@@ -550,6 +551,24 @@ def standardise_and_fold(
         taps = math.prod(weight.shape[2:])
         matrix_GFF = folding_matrix(whitening_GFF, taps, low_precision or moments_2C.dtype)
     return _CompiledStandardiseAndFold.apply(weight, bias, moments_2C, matrix_GFF, *rest, out)
+
+
+# How many variances off a batch counts in full in running moments: some thirty standard deviations.
+_FAR = 1e3
+
+
+def bounded_step(step: Tensor | float, moments_2C: Tensor, running_2C: Tensor, eps: float) -> Tensor:
+    """The weight of a batch in the running moments of every channel: ``step``, or less for what is farther
+    off than can be.
+
+    Training looks at running moments too (they count as a few samples), so a single picture that is broken,
+    by a fill value for instance, would make thousands of times too large what the next hundred batches are
+    divided by. A change that lasts arrives all the same: a step multiplies the variance by up to a hundred.
+    """
+    mean, var = running_2C
+    away = moments_2C[0] - mean
+    far = torch.addcmul(moments_2C[1], away, away)
+    return ((var + eps) / far * (_FAR * step)).clamp(max=step)
 
 
 def mean_and_scale(
