@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import torch
@@ -134,6 +134,25 @@ def has_state(run: Path) -> bool:
     return any((run / name).exists() for name in (_STATE, _PREVIOUS))
 
 
+def pictures_of(run: Path) -> dict[str, list[Any]] | None:
+    """How many pictures a run trains on and validates on, and a hash of their names; None without a state."""
+    try:
+        return cast(dict[str, list[Any]], _state_values(run / _STATE)["pictures"])
+    except _UNREADABLE:
+        return None
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, safetensors.SafetensorError)
+
+
+def _state_values(path: Path) -> dict[str, Any]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != STATE_FORMAT:
+        raise ValueError(f"its format is not {STATE_FORMAT}")
+    return cast(dict[str, Any], json.loads(metadata["values"]))
+
+
 def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and values of the newest state of a run that can be read.
 
@@ -143,15 +162,11 @@ def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     problems: list[str] = []
     for path in (run / _STATE, run / _PREVIOUS):
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            if metadata.get("format") != STATE_FORMAT:
-                raise ValueError(f"its format is not {STATE_FORMAT}")
-            state = load_file(path), json.loads(metadata["values"])
+            state = load_file(path), _state_values(path)
             if problems:
                 console.print(f"{problems[0]}; going on from the state before, {path.name}")
             return state
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        except _UNREADABLE as error:
             problems.append(f"{path}: {error}")
     raise UserError(
         f"{run}: no state to resume from ({'; '.join(problems)}); choose another --out, or remove the folder"

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from segdeconv.checkpoint import FREE_KEYS
+from segdeconv.checkpoint import FREE_KEYS, pictures_of
 from segdeconv.config import flat, load_recipe, recipe_to_dict
 from segdeconv.errors import UserError
 from segdeconv.figures import Point, curve, read_metrics, spread, training_curves
@@ -28,7 +28,9 @@ class Entry:
         seeds: ``train.seed`` of each run.
         recipe: every key that sets this recipe apart from the others, with its value.
         curve, loss: the validation metric and the training loss, averaged over the runs.
-        best: the best value of each run: mean, standard error of the mean, smallest, largest.
+        best: the best value of each run in the epochs of the curve: mean, standard error of the mean,
+            smallest, largest.
+        notes: a sentence for everything that makes the comparison less than fair.
     """
 
     label: str
@@ -38,6 +40,7 @@ class Entry:
     curve: list[Point]
     loss: list[Point]
     best: tuple[float, float, float, float]
+    notes: list[str]
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> tuple[str, list[Entry]]:
@@ -94,6 +97,8 @@ def _entries(folders: Sequence[Path]) -> tuple[str, list[Entry]]:
     keys = {key: None for recipe, _ in groups for key in recipe}
     differ = [key for key in keys if any(recipe.get(key) != groups[0][0].get(key) for recipe, _ in groups)]
     names = [runs[0].name for _, runs in groups]
+    pictures = {run: held for run in folders if (held := pictures_of(run)) is not None}
+    like = next(iter(pictures), None)
     entries = []
     for recipe, runs in groups:
         name = runs[0].name if names.count(runs[0].name) == 1 else str(runs[0])
@@ -102,11 +107,29 @@ def _entries(folders: Sequence[Path]) -> tuple[str, list[Entry]]:
         points = curve(lines, metric)
         if not points:
             raise UserError(f"{label}: runs of one recipe, but no epoch is scored in all of them")
-        best = [max(line[metric] for line in run if line.get(metric) is not None) for run in lines]
+        epochs = {point.epoch for point in points}
+        best = [max(line[metric] for line in run if line["epoch"] in epochs) for run in lines]
         apart = {key: recipe.get(key) for key in differ}
+        notes = []
+        if len({seeds[run] for run in runs}) < len(runs):
+            notes.append(f"{label}: some have the same train.seed, so they do not count as several")
+        for run in runs:
+            made, planned = lines_of[run][-1]["epoch"], recipe["train.epochs"]
+            if made < planned:
+                cut = ", and the mean ends there" if len(runs) > 1 else ""
+                notes.append(f"{run}: has {made} of {planned} epochs{cut}")
+            if like is not None and pictures.get(run, pictures[like]) != pictures[like]:
+                notes.append(f"{run}: has other pictures than {like}")
         entries.append(
             Entry(
-                label, runs, [seeds[run] for run in runs], apart, points, curve(lines, "loss"), spread(best)
+                label,
+                runs,
+                [seeds[run] for run in runs],
+                apart,
+                points,
+                curve(lines, "loss"),
+                spread(best),
+                notes,
             )
         )
     return metric, entries
@@ -138,16 +161,13 @@ def _header(metric: str) -> list[str]:
 
 
 def legend(entries: list[Entry]) -> list[str]:
-    """A line an entry: what sets its recipe apart, and which runs it averages."""
+    """A line an entry: what sets its recipe apart, and which runs it averages; and its notes."""
     lines = []
     for entry in entries:
         apart = ", ".join(f"{key} = {value}" for key, value in entry.recipe.items())
         runs = f"mean of {', '.join(map(str, entry.folders))}" if len(entry.folders) > 1 else ""
         lines.append(f"{entry.label}: {'; '.join(filter(None, (apart, runs))) or 'one run'}")
-        if len(set(entry.seeds)) < len(entry.seeds):
-            lines.append(
-                f"note: {entry.label}: some have the same train.seed, so they do not count as several"
-            )
+        lines += [f"note: {note}" for note in entry.notes]
     return lines
 
 

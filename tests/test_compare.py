@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from segdeconv.checkpoint import save_state
 from segdeconv.compare import compare_runs, legend, table
 from segdeconv.config import load_recipe, recipe_to_dict
 from segdeconv.errors import UserError
@@ -23,7 +24,7 @@ def make_run(
     metric: str = "miou",
 ) -> Path:  # fmt: skip
     folder.mkdir(parents=True)
-    recipe = recipe_to_dict(load_recipe("demo", list(changes)))
+    recipe = recipe_to_dict(load_recipe("demo", [f"train.epochs={len(scores)}", *changes]))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with open(folder / "metrics.jsonl", "w") as file:
         for epoch, value in enumerate(scores, 1):
@@ -41,12 +42,12 @@ def make_run(
 
 
 def test_seeds_are_one_entry_with_mean_and_spread(tmp_path: Path) -> None:
-    scores = [[0.1, None, 0.3, 0.5], [0.2, None, 0.6, 0.4], [0.3, None, 0.3, 0.6, 0.9]]
+    scores = [[0.1, None, 0.3, 0.5], [0.2, None, 0.6, 0.4], [0.3, None, 0.9, 0.6]]
     nd = [
         make_run(tmp_path / f"nd{i}", [f"train.seed={i}", f"data.root=at{i}"], s)
         for i, s in enumerate(scores)
     ]
-    bn = make_run(tmp_path / "bn", ["model.norm=bn"], [0.1, 0.2, 0.25])
+    bn = make_run(tmp_path / "bn", ["model.norm=bn", "train.epochs=4"], [0.1, 0.2, 0.25])
     metric, (first, second) = compare_runs([nd[0], bn, *nd[1:]], tmp_path / "out")
     assert metric == "miou"
     assert (first.label, second.label) == ("nd0 and 2 more", "bn")
@@ -61,7 +62,7 @@ def test_seeds_are_one_entry_with_mean_and_spread(tmp_path: Path) -> None:
         (2 / 3, statistics.stdev([0.5, 0.6, 0.9]) / 3**0.5, 0.5, 0.9), abs=1e-15
     )
     assert math.isnan(second.curve[0].error)
-    assert legend([second]) == ["bn: model.norm = bn"]
+    assert legend([second]) == ["bn: model.norm = bn", f"note: {bn}: has 3 of 4 epochs"]
 
     assert table(metric, [first, second]).row_count == (3 + 1) + (3 + 1)
     lines = (tmp_path / "out" / "compare.md").read_text().splitlines()
@@ -79,6 +80,26 @@ def test_runs_of_one_seed_are_pointed_out(tmp_path: Path) -> None:
     for folders, notes in ((runs[:2], 0), (runs, 1)):
         _, (entry,) = compare_runs(folders, tmp_path / "out")
         assert sum("some have the same train.seed" in line for line in legend([entry])) == notes
+
+
+def test_an_unfinished_seed_is_pointed_out(tmp_path: Path) -> None:
+    """The mean ends with its epochs, and so does what the best is chosen from."""
+    runs = [
+        make_run(tmp_path / str(i), [f"train.seed={i}", "train.epochs=4"], scores)
+        for i, scores in enumerate([[0.1, 0.2, 0.3, 0.9], [0.2, 0.1]])
+    ]
+    _, (entry,) = compare_runs(runs, tmp_path / "out")
+    assert legend([entry])[1:] == [f"note: {runs[1]}: has 2 of 4 epochs, and the mean ends there"]
+    assert [point.epoch for point in entry.curve] == [1, 2]
+    assert (entry.best[0], entry.best[2:]) == (0.2, (0.2, 0.2))
+
+
+def test_runs_on_other_pictures_are_pointed_out(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, [f"train.seed={i}"]) for i, name in enumerate("abcd")]
+    for run, count in zip(runs, (8, 8, 7), strict=False):
+        save_state(run, {}, {"pictures": {"training": [count, "names"], "validation": [2, "names"]}})
+    _, (entry,) = compare_runs(runs, tmp_path / "out")
+    assert entry.notes == [f"{runs[2]}: has other pictures than {runs[0]}"]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -99,7 +120,9 @@ def test_bad_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"good has miou and .*cifar has top1"):
         compare_runs([good, make_run(tmp_path / "cifar", metric="top1")], out)
     with pytest.raises(UserError, match="no epoch is scored in all of them"):
-        compare_runs([good, make_run(tmp_path / "late", ["train.seed=1"], [None, None, 0.4])], out)
+        compare_runs(
+            [good, make_run(tmp_path / "late", ["train.seed=1", "train.epochs=2"], [None, None, 0.4])], out
+        )
     (good / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be read \(No such file"):
         compare_runs([good], out)
