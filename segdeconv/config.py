@@ -201,7 +201,8 @@ class TrainConfig:
         cuda_graphs: record training steps as CUDA graphs (on a GPU, in one process). Where launching kernels
             takes longer than they do, steps take a fraction of the time.
         label_smoothing: as in cross-entropy.
-        class_weights: one weight a class in the cross-entropy; `segdeconv data check` suggests some.
+        class_weights: one weight a class in the cross-entropy; `segdeconv data check` suggests some. A class
+            of weight 0 is ignored there.
         ohem: share of the labelled pixels, the hardest, that count in the cross-entropy (online hard example
             mining, arXiv 1604.03540); None takes all.
         dice_weight: weight of a soft Dice loss over classes beside the cross-entropy (arXiv 1606.04797).

@@ -37,7 +37,7 @@ def loss_of(output: Any, targets: Tensor, config: TrainConfig, ignore_index: int
 
 def _cross_entropy(logits: Tensor, targets: Tensor, config: TrainConfig, ignore_index: int) -> Tensor:
     weights = _on(logits.device, config.class_weights) if config.class_weights else None
-    if weights is not None and config.label_smoothing:  # torch smooths labels of weight 0 as it does others
+    if weights is not None and 0 in (config.class_weights or ()):  # as if ignored, smoothed or not
         counts = weights[targets.where(targets != ignore_index, 0)] > 0
         targets = targets.where(counts, ignore_index)
     losses = F.cross_entropy(

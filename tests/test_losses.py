@@ -35,8 +35,9 @@ def slow_loss(logits: Tensor, targets: Tensor, config: TrainConfig) -> float:
             continue
         exps = [math.exp(score) for score in scores]
         p = np.array(exps) / sum(exps)
-        losses.append(-math.log(p[target]) * weights[target])
-        counts.append(weights[target])
+        if weights[target]:
+            losses.append(-math.log(p[target]) * weights[target])
+            counts.append(weights[target])
         both[target] += p[target]
         predicted += p
         true[target] += 1
@@ -78,10 +79,11 @@ def test_auxiliary_outputs_and_smoothed_labels() -> None:
     torch.testing.assert_close(loss_of(logits, targets, smooth, IGNORED), expected)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ohem", [None, 0.3])
-def test_a_label_of_weight_0_counts_nothing_smoothed_or_not(ohem: float | None) -> None:
+def test_a_label_of_weight_0_counts_nothing_smoothed_or_not(ohem: float | None, smoothing: float) -> None:
     logits, targets = batch()
-    config = TrainConfig(class_weights=WEIGHTS, label_smoothing=0.1, ohem=ohem)
+    config = TrainConfig(class_weights=WEIGHTS, label_smoothing=smoothing, ohem=ohem)
     found = loss_of(logits, targets, config, IGNORED)
     want = loss_of(logits, targets.where(targets != 2, IGNORED), config, IGNORED)
     assert found == want > 0
