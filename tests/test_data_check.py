@@ -14,7 +14,7 @@ from test_data import break_pair, make_set, own, write
 
 from segdeconv.config import DataConfig
 from segdeconv.data import open_samples
-from segdeconv.data.check import as_keys, check
+from segdeconv.data.check import as_keys, check, table
 
 
 def two_splits(root: Path, count: int = 8) -> None:
@@ -150,6 +150,11 @@ def test_classifiers(tmp_path: Path) -> None:
     assert report.problems == ("train and val have different classes: cow, dog in one only",)
     assert report.splits[0].labels.tolist() == [3, 1]
     np.testing.assert_allclose(report.class_weights, [0.5 / 0.75, 0.5 / 0.25], rtol=1e-15)
+    assert list(zip(*(column.cells for column in table(report).columns), strict=True)) == [
+        ("cat", "0.7500", "3", "0.5000", "1", "0.667"),
+        ("dog", "0.2500", "1", "0.0000", "0", "2"),
+        ("cow", "0.0000", "0", "0.5000", "1", "absent"),
+    ]
     np.testing.assert_allclose(report.mean, [0.25] * 3, rtol=1e-15)
 
 

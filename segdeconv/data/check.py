@@ -61,6 +61,7 @@ class SplitReport:
 
     Attributes:
         name: what the recipe calls the split.
+        classes: C names.
         pictures: how many could be read.
         problems: a sentence for everything that must be mended.
         warnings: a sentence for everything that looks wrong.
@@ -72,6 +73,7 @@ class SplitReport:
     """
 
     name: str
+    classes: tuple[str, ...]
     pictures: int
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -200,7 +202,16 @@ def _check_split(samples: Samples, name: str, config: DataConfig) -> SplitReport
         if inner is not None:
             warnings.append(f"{inner}: holds pictures, which are not read; put them into {folder}")
     return SplitReport(
-        name, pictures, tuple(problems), tuple(warnings), levels, labels, holding, beside, digests
+        name,
+        samples.classes,
+        pictures,
+        tuple(problems),
+        tuple(warnings),
+        levels,
+        labels,
+        holding,
+        beside,
+        digests,
     )
 
 
@@ -214,11 +225,14 @@ def table(report: Report) -> Table:
     """
     columns = [f"{split.name} {what}" for split in report.splits for what in ("share", "pictures")]
     out = Table("class", *columns, "weight")
-    for number, (name, weight) in enumerate(zip(report.classes, report.class_weights, strict=True)):
+    weights = dict(zip(report.classes, report.class_weights, strict=True))
+    for name in dict.fromkeys((*report.classes, *report.splits[1].classes)):
         row = []
         for split in report.splits:
-            row += [f"{split.labels[number] / max(split.labels.sum(), 1):.4f}", str(split.holding[number])]
-        out.add_row(name, *row, f"{weight:.3g}" if weight else "absent")
+            number = split.classes.index(name) if name in split.classes else None
+            labels, holding = (0, 0) if number is None else (split.labels[number], split.holding[number])
+            row += [f"{labels / max(split.labels.sum(), 1):.4f}", str(holding)]
+        out.add_row(name, *row, f"{weights[name]:.3g}" if weights.get(name) else "absent")
     return out
 
 
