@@ -135,17 +135,16 @@ def train(
     from segdeconv.train import pick_device
     from segdeconv.train import train as train_run
 
-    changes = [
-        *(_network_of(init) if init is not None else []),
-        *(overrides or []),
-        *([f"model.norm={norm}"] if norm else []),
-    ]
-    loaded = load_recipe(_recipe_file(recipe), changes)
+    file = _recipe_file(recipe)
+    changes = [*(overrides or []), *([f"model.norm={norm}"] if norm else [])]
+    loaded = load_recipe(file, changes)
+    folder = out or Path("runs") / _run_name(recipe, loaded)
+    if init is not None:
+        loaded = load_recipe(file, [*_network_of(init, folder if resume else None), *changes])
     if dry_run:
         console.print(yaml.safe_dump(recipe_to_dict(loaded), sort_keys=False))
         describe_run(loaded, pick_device(device))
         return
-    folder = out or Path("runs") / _run_name(recipe, loaded)
     train_run(loaded, folder, pick_device(device), resume)
     console.print(f"wrote {folder}; next: segdeconv eval {folder}")
 
@@ -722,16 +721,23 @@ def _run_name(recipe: str, loaded: Recipe) -> str:
     return f"{network}.{loaded.model.norm}_{rest.partition('_')[2]}"
 
 
-def _network_of(run: str) -> list[str]:
-    """The changes that give a recipe the network of a run or entry, and make it begin with the weights."""
+def _network_of(run: str, resumed: Path | None) -> list[str]:
+    """The changes that give a recipe the network of a run or entry, and make it begin with the weights. The
+    run in the folder ``resumed``, if it has begun so, needs that other one no more.
+    """
     import yaml
 
-    from segdeconv.checkpoint import find_checkpoint, read_info
-    from segdeconv.config import recipe_to_dict
+    from segdeconv.checkpoint import find_checkpoint, has_state, read_info
+    from segdeconv.config import load_recipe, recipe_to_dict
 
-    model = recipe_to_dict(read_info(find_checkpoint(run)).recipe)["model"] | {"init": run}
-    # A batch-norm network may become a deconvolved one of any kind.
-    kept = ("norm", "keep", "network_deconv") if model["norm"] == "bn" else ("norm",)
+    kept: tuple[str, ...] = ("norm",)
+    begun = load_recipe(resumed / "recipe.yaml") if resumed is not None and has_state(resumed) else None
+    if begun is not None and begun.model.init == run:
+        model = recipe_to_dict(begun)["model"]
+    else:
+        model = recipe_to_dict(read_info(find_checkpoint(run)).recipe)["model"] | {"init": run}
+        if model["norm"] == "bn":  # it may become a deconvolved one of any kind
+            kept = ("norm", "keep", "network_deconv")
     return [
         f"model.{key}={yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)}"
         for key, value in model.items()

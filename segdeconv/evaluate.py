@@ -499,11 +499,10 @@ class _Writer:
 
     def __init__(self, samples: Samples, folder: Path) -> None:
         self.samples, self.folder = samples, folder
-        data = {path.resolve() for pair in getattr(samples, "pairs", ()) for path in pair}
-        for index in range(len(samples)):
-            target = folder / _prediction_name(samples, index)
-            if target.resolve() in data:
-                raise UserError(f"{target}: is a picture or mask of the data; choose another folder")
+        # Even where no name is there yet: the next reader would find two pictures of one name.
+        pairs = getattr(samples, "pairs", ())
+        if folder.resolve() in {path.resolve().parent for pair in pairs for path in pair}:
+            raise UserError(f"{folder}: holds pictures or masks of the data; choose another folder")
         make_folder(folder)
 
     def __call__(self, index: int, labels: Picture, truth: Picture) -> None:

@@ -43,9 +43,11 @@ from segdeconv.checkpoint import (
     build_started,
     check_same_recipe,
     create_run_folder,
+    find_checkpoint,
     has_state,
     load_state,
     named,
+    read_info,
     restore_training,
     save_checkpoint,
     save_state,
@@ -266,6 +268,12 @@ def _prepare(recipe: Recipe, device: torch.device, resumed: Path | None = None) 
     seed_everything(config.seed)
     if resumed is None:
         model, report = build_started(recipe.model, len(samples.classes))
+        before = read_info(find_checkpoint(recipe.model.init)).classes if recipe.model.init else ()
+        if len(before) == len(samples.classes) and before != samples.classes:
+            console.print(
+                f"note: {recipe.model.init} has other classes, but as many; its last layer is taken over, "
+                f"{before[0]} for {samples.classes[0]} and so on"
+            )
     else:
         names = named("model", load_state(resumed)[0])
         model, report = build_for(names, recipe.model, len(samples.classes))

@@ -56,6 +56,9 @@ def test_a_network_to_begin_with_has_any_name(road: Path, call: Call, tmp_path: 
     recipes = (yaml.safe_load((run / "recipe.yaml").read_text()) for run in (begun, tmp_path / "next"))
     old, new = (recipe["model"] for recipe in recipes)
     assert new == old | {"init": str(begun)}
+    begun.unlink()  # which a run that has begun needs no more
+    again = call("train", "demo", *sum(options.items(), ()), *changes("train.epochs=1"), "--resume")
+    assert (again[0], again[2]) == (0, "")
 
 
 def test_eval_of_pytorch_and_onnx_agree(road: Path, call: Call) -> None:

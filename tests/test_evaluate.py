@@ -291,7 +291,7 @@ def test_a_run_is_scored_at_its_own_size_or_the_original(tmp_path: Path, inferen
         truth = np.asarray(Image.open(tmp_path / "val" / "masks" / path.name))
         np.add.at(confusion, (truth[1:], np.asarray(Image.open(path))[1:]), 1)
     assert predicted["confusion"] == confusion.tolist()
-    with pytest.raises(UserError, match="is a picture or mask of the data; choose another folder"):
+    with pytest.raises(UserError, match="holds pictures or masks of the data; choose another folder"):
         evaluate_run(run, predictions=tmp_path / "val" / "masks", inference=inference)
 
 

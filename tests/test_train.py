@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -19,7 +20,7 @@ from torch._dynamo.utils import counters
 
 from segdeconv import layers
 from segdeconv import train as train_module
-from segdeconv.checkpoint import load_checkpoint
+from segdeconv.checkpoint import load_checkpoint, save_checkpoint
 from segdeconv.config import Recipe, TrainConfig, load_recipe
 from segdeconv.errors import UserError
 from segdeconv.evaluate import evaluate_run, table, write_scores
@@ -201,6 +202,16 @@ def test_a_deconvolved_run_goes_on_with_other_data(tmp_path: Path) -> None:
     changes = [f"model.init={tmp_path / 'first'}", "train.epochs=1", "train.lr=1.0e-12"]
     train(tiny(*changes), tmp_path / "second")
     assert evaluate_run(tmp_path / "second")["miou"] == pytest.approx(first["miou"], abs=0.01)
+
+
+def test_as_many_other_classes_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny(), tmp_path / "first")
+    model, info = load_checkpoint(tmp_path / "first")
+    other = dataclasses.replace(info, classes=tuple(f"other {name}" for name in info.classes))
+    save_checkpoint(tmp_path / "first" / "best.safetensors", model, other)
+    train(tiny(f"model.init={tmp_path / 'first'}"), tmp_path / "second")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "first has other classes, but as many; its last layer is taken over" in said
 
 
 def test_a_network_that_cannot_take_the_batches_says_so(tmp_path: Path) -> None:

@@ -57,10 +57,14 @@ def _flat_classes(root: Path) -> tuple[dict[str, str], Path]:
         if source == kaggle:
             with open(kaggle, newline="") as file:
                 rows = csv.DictReader(file)
-                return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}, source
-        wnids = _devkit_wnids(truth.parent / "meta.mat")
-        numbers = truth.read_text().split()
-        return {f"ILSVRC2012_val_{i:08d}": wnids[int(n)] for i, n in enumerate(numbers, 1)}, source
+                found = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+        else:
+            wnids = _devkit_wnids(truth.parent / "meta.mat")
+            numbers = truth.read_text().split()
+            found = {f"ILSVRC2012_val_{i:08d}": wnids[int(n)] for i, n in enumerate(numbers, 1)}
+        if not found:
+            raise ValueError("it lists no picture")
+        return found, source
     except Exception as error:  # scipy has classes of its own
         raise UserError(f"{source}: not as ImageNet has it ({first_line(error)})") from None
 
