@@ -21,7 +21,6 @@ from segdeconv.compiling import LAYERS, NUMBERS, follow_outside_graph, is_export
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.distributed import mean_over_ranks, sum_over_ranks, world_size
 from segdeconv.whitening import (
-    bounded_step,
     channel_moments,
     channels_per_block,
     channels_per_block_reference,
@@ -87,9 +86,6 @@ _LOW_PRECISION_PAYS, _LOW_PRECISION_PAYS_ON_CUDA = 2**25, 2**22
 # Fast mode: statistics move quickly at first, so the whitening matrix is refreshed at every step to begin
 # with; from the second so many steps on the interval grows by one with each, up to ``config.refresh_every``.
 _STEPS_AN_INTERVAL = 20
-
-# Fast mode: after so many steps running moments are what later batches are measured by (`bounded_step`).
-_SETTLED = 40
 
 
 class Whitened(nn.Module):
@@ -603,14 +599,8 @@ class Whitened(nn.Module):
         else:
             count = self.num_batches_tracked.to(moments.dtype) + 1
         self.num_batches_tracked.add_(1)  # finite or not: the schedule counts steps
-        running = self.running_moments
-        moments = torch.where((moments.abs() < math.inf).all(), moments, running)  # NaN is not less either
-        step = _step_size(momentum, count)
-        settled: Any = momentum is not None and count > _SETTLED
-        if settled is not False:
-            bounded = bounded_step(step, moments, running, self.config.eps)
-            step = bounded if settled is True else torch.where(settled, bounded, step)
-        running.lerp_(moments, step)
+        finite = (moments.abs() < math.inf).all()  # false where one is NaN
+        _lerp_(self.running_moments, moments, _step_size(momentum, count), finite)
 
     @torch.no_grad()
     def _pool_moments(self, moments: Tensor, zeros: float) -> None:

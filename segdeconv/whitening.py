@@ -553,24 +553,6 @@ def standardise_and_fold(
     return _CompiledStandardiseAndFold.apply(weight, bias, moments_2C, matrix_GFF, *rest, out)
 
 
-# How many variances off a batch counts in full in running moments: some thirty standard deviations.
-_FAR = 1e3
-
-
-def bounded_step(step: Tensor | float, moments_2C: Tensor, running_2C: Tensor, eps: float) -> Tensor:
-    """The weight of a batch in the running moments of every channel: ``step``, or less for what is farther
-    off than can be.
-
-    Training looks at running moments too (they count as a few samples), so a single picture that is broken,
-    by a fill value for instance, would make thousands of times too large what the next hundred batches are
-    divided by. A change that lasts arrives all the same: a step multiplies the variance by up to a hundred.
-    """
-    mean, var = running_2C
-    away = moments_2C[0] - mean
-    far = torch.addcmul(moments_2C[1], away, away)
-    return ((var + eps) / far * (_FAR * step)).clamp(max=step)
-
-
 def mean_and_scale(
     moments_2C: Tensor, groups: int, blocks: int, features: int, eps: float
 ) -> tuple[Tensor, Tensor]:

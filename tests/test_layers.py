@@ -415,32 +415,6 @@ def test_without_a_finite_batch_the_whitening_is_the_identity() -> None:
     assert torch.equal(layer.running_whitening[0], torch.eye(45))
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
-@pytest.mark.parametrize("factor", [1e3, 1e9])
-def test_one_broken_picture_does_not_switch_a_layer_off(factor: float, scheduled: bool) -> None:
-    """Running moments count as 16 samples beside each batch, so what they take up, later batches feel."""
-    layer = WhitenedConv2d(3, 4, 3)
-    refreshes = RefreshSchedule(layer)
-    layer.load_state_dict(layer.state_dict() | {"num_batches_tracked": torch.tensor(1000)})
-    x = torch.randn(8, 3, 20, 20)
-    broken = torch.cat((x[:1] * factor, x[1:]))
-
-    def outputs(x: torch.Tensor) -> torch.Tensor:
-        if scheduled:
-            refreshes.step()
-        return layer(x).detach()
-
-    before = outputs(x)
-    outputs(broken)
-    torch.testing.assert_close(outputs(x).std(), before.std(), rtol=0.2, atol=0)
-    assert (layer.running_moments[1] < 1000).all()
-    for _ in range(3):  # but a change that lasts arrives
-        outputs(x * 100 + 50)
-    torch.testing.assert_close(
-        layer.running_moments[1], 0.27 * (x * 100).var((0, 2, 3)), rtol=0.2, atol=0
-    )  # 1 - 0.9^3
-
-
 def test_layers_in_inference_mode_are_reset_to_train() -> None:
     layer = WhitenedConv2d(4, 2, 3)
     with torch.inference_mode():
