@@ -92,7 +92,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(short_help="Train a recipe, or go on with a run.")
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe's name (see: segdeconv recipes).")],
     overrides: Annotated[
@@ -149,7 +149,7 @@ def train(
     console.print(f"wrote {folder}; next: segdeconv eval {folder}")
 
 
-@app.command("eval")
+@app.command("eval", short_help="Score a run on labelled pictures.")
 def evaluate(
     run: Run,
     onnx: Annotated[
@@ -218,6 +218,7 @@ def evaluate(
         submission=submit,
     )
     if any(map(any, scores["confusion"])):
+        console.print(f"epoch {info.epoch} of {info.recipe.name}, {scores['samples']} pictures of {split}")
         console.print(table(scores, info.task))
         beside = "" if onnx else ", with pictures beside it"
         console.print(f"wrote {write_scores(folder, scores)}{beside}")
@@ -227,7 +228,7 @@ def evaluate(
         console.print(f"wrote {path}")
 
 
-@app.command()
+@app.command(short_help="Curves and scores of several runs.")
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("runs/compare"),
@@ -243,7 +244,7 @@ def compare(
     console.print(f"wrote compare.png, compare.md and compare.json to {out}")
 
 
-@app.command()
+@app.command(short_help="See what layers read, and how white it is.")
 def inspect(
     run: Run,
     filters: Annotated[
@@ -271,7 +272,7 @@ def inspect(
     console.print(f"wrote inspect.json and its pictures to {out}")
 
 
-@app.command()
+@app.command(short_help="Write a run as one ONNX file.")
 def export(
     ctx: typer.Context,
     run: Run,
@@ -356,7 +357,7 @@ def export(
         console.print(f"wrote {out}; next: segdeconv eval {run} --onnx {out}")
 
 
-@app.command()
+@app.command(short_help="Label pictures with onnxruntime.")
 def predict(
     model: GraphOrRun,
     source: Annotated[Path, typer.Argument(help="A picture or a folder of pictures.")],
@@ -384,10 +385,12 @@ def predict(
     console.print(_where(segmenter.device, segmenter.why_cpu))
     for _ in Bar(predict_images(segmenter, images, out), len(images), "predicting"):
         pass
+    numbered = ", ".join(f"{number} {name}" for number, name in enumerate(segmenter.classes))
+    console.print(f"classes: {numbered}")
     console.print(f"wrote {len(images)} label maps and overlays to {out}")
 
 
-@app.command()
+@app.command(short_help="Time graphs, in turns.")
 def bench(
     models: Annotated[
         list[Path], typer.Argument(help="Files made by segdeconv export; ratios are over the first.")
@@ -417,7 +420,7 @@ def bench(
         write_text(json_file, to_json(result, indent=1) + "\n")
 
 
-@app.command()
+@app.command(short_help="Where each node of a graph runs.")
 def placement(
     model: Annotated[Path, typer.Argument(help="An ONNX file.")],
     size: Annotated[
@@ -445,7 +448,7 @@ def placement(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="What is wrong with this installation.")
 def doctor() -> None:
     """Say what is wrong with this installation, and the command that mends it; exit code 1 if anything is."""
     from segdeconv import doctor
@@ -458,7 +461,7 @@ def doctor() -> None:
     print("nothing is wrong")
 
 
-@app.command()
+@app.command(short_help="Answer pictures over HTTP.")
 def serve(
     model: GraphOrRun,
     host: Annotated[
@@ -479,6 +482,7 @@ def serve(
 ) -> None:
     """Answer pictures over HTTP: POST /predict; a page at /; /health and /metrics.
 
+    \b
     curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg -o labels.png http://127.0.0.1:8000/predict
     """
     from segdeconv.runtime import Segmenter, usable_cores
@@ -498,7 +502,7 @@ def serve(
     serve_model(segmenter, host, port, limits)
 
 
-@app.command()
+@app.command(short_help="A page that labels in the browser.")
 def webdemo(
     model: GraphOrRun,
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("webdemo"),
@@ -516,7 +520,7 @@ def webdemo(
     console.print(f"wrote {out}; next: python -m http.server --bind 127.0.0.1 --directory {out}")
 
 
-@app.command()
+@app.command(short_help="See the whole road in a few minutes.")
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("runs/demo"),
     overrides: Annotated[
@@ -530,7 +534,7 @@ def demo(
     run_demo(out, overrides)
 
 
-@data_app.command("check")
+@data_app.command("check", short_help="Read every file; list what is wrong.")
 def data_check(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe's name (see: segdeconv recipes).")],
     overrides: Annotated[
@@ -559,11 +563,15 @@ def data_check(
     )
 
 
-@app.command()
+@app.command(short_help="List recipes, or print one.")
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe instead, to start one from.")] = None,
 ) -> None:
-    """List the recipes that come with the package, or print one: segdeconv recipes my_images > mine.yaml"""
+    """List the recipes that come with the package, or print one.
+
+    \b
+    segdeconv recipes my_images > mine.yaml
+    """
     from segdeconv.config import find_recipe, load_recipe, own_recipes
 
     if name is not None:
@@ -604,7 +612,7 @@ def zoo_info(name: EntryName) -> None:
     console.print(f"from {entry_folder(name)}")
 
 
-@zoo_app.command("download")
+@zoo_app.command("download", short_help="Fetch an entry's weights.")
 def zoo_download(name: EntryName) -> None:
     """Fetch an entry's weights unless they are here, check them, and print where they lie.
 
@@ -616,7 +624,7 @@ def zoo_download(name: EntryName) -> None:
     print(find_weights(name))
 
 
-@zoo_app.command("verify")
+@zoo_app.command("verify", short_help="Measure an entry again.")
 def zoo_verify(
     name: EntryName,
     root: Root = None,
@@ -635,7 +643,7 @@ def zoo_verify(
         console.print(f"{found.metric} {found.again:.4f} here, {found.claimed:.4f} in the entry")
 
 
-@zoo_app.command("add")
+@zoo_app.command("add", short_help="Make an entry of a finished run.")
 def zoo_add(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run, with eval.json.")],
     name: Annotated[
@@ -665,7 +673,7 @@ def zoo_add(
     console.print(f"wrote {folder}; next: read its card.md, then python tools/zoo_table.py")
 
 
-@zoo_app.command("publish")
+@zoo_app.command("publish", short_help="Lay weights out for a server.")
 def zoo_publish(
     to: Annotated[str, typer.Option(metavar="DIR|hf://ORG/REPO", help="A folder, or the Hugging Face Hub.")],
     names: Annotated[list[str] | None, typer.Argument(help="Entries; by default all.")] = None,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from segdeconv.checkpoint import FREE_KEYS, pictures_of
 from segdeconv.config import flat, load_recipe, recipe_to_dict
@@ -172,11 +172,13 @@ def legend(entries: list[Entry]) -> list[str]:
 
 
 def table(metric: str, entries: list[Entry]) -> Table:
-    """The comparison for the terminal."""
-    out = Table(*_header(metric))
+    """The comparison for the terminal; without the spread where no entry has one."""
+    columns = len(_HEADER) - (0 if any(len(entry.folders) > 1 for entry in entries) else 2)
+    name, *others = _header(metric)[:columns]
+    out = Table(Column(name, overflow="fold", min_width=10), *others)
     for rows in _rows(entries):
-        for row in rows:
-            out.add_row(*row)
+        for number, (label, *row) in enumerate(rows):
+            out.add_row("" if number else label, *row[: columns - 1])  # names may be long
         out.add_section()
     return out
 

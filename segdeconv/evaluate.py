@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -567,7 +567,12 @@ def table(scores: dict[str, Any], task: str) -> Table:
     """Scores as a table for the terminal."""
     segments = task == "segmentation"
     per_class, weighted = scores["iou" if segments else "recall"], scores.get("iiou", {})
-    out = Table("class", "IoU" if segments else "recall", *(["iIoU"] if weighted else []), "share of truth")
+    out = Table(
+        Column("class", overflow="fold"),
+        "IoU" if segments else "recall",
+        *(["iIoU"] if weighted else []),
+        "share of truth",
+    )
 
     def add(name: str, value: float, weighted_value: float | None = None, share: str = "") -> None:
         iiou = "" if weighted_value is None else _shown(weighted_value)

@@ -6,6 +6,7 @@ import functools
 import importlib.resources
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from segdeconv.files import read_json_lines, write_atomically
 from segdeconv.images import Palette, Picture, overlay
 
 _NAMED_CLASSES = 40  # a confusion matrix of more classes is drawn without names and numbers
+_LETTERS = 24  # of a class's name beside a confusion matrix
+_SIDE = 640  # pixels that a picture in a triptych has at most
 
 
 def triptych(
@@ -29,27 +32,33 @@ def triptych(
 ) -> Image.Image:
     """Rows of image | truth | prediction with a legend. Each row is (image, label map, label map).
 
-    Pictures are shown as wide as the first, but neither very small nor very large. ``captions`` has a line to
-    stand below each row, or none.
+    Pictures are shown as wide as the first, but neither very small nor very large, nor very tall.
+    ``captions`` has a line to stand below each row, or none.
     """
     pad, bar, line = 6, 20, 20
     width = rows[0][0].shape[1]
-    width = min(width * max(1, round(320 / width)), 640)  # whole steps keep the pixels of small pictures
-    heights = [round(image.shape[0] * width / image.shape[1]) for image, _, _ in rows]
+    width = min(width * max(1, round(320 / width)), _SIDE)  # whole steps keep the pixels of small pictures
+    scales = [min(width / image.shape[1], _SIDE / image.shape[0]) for image, _, _ in rows]
+    sizes = [
+        tuple(max(round(side * scale), 1) for side in (image.shape[1], image.shape[0]))
+        for (image, _, _), scale in zip(rows, scales, strict=True)
+    ]
     below = line if captions else pad
     total_width = 3 * width + 4 * pad
-    canvas = Image.new("RGB", (total_width, bar + sum(heights) + len(rows) * below), "white")
+    canvas = Image.new(
+        "RGB", (total_width, bar + sum(height for _, height in sizes) + len(rows) * below), "white"
+    )
     pen = _pen(canvas)
     for column, title in enumerate(("image", "truth", "prediction")):
         pen.text((pad + column * (width + pad), 4), title, fill="black")
     y = bar
     for i, (image, truth, predicted) in enumerate(rows):
-        how = Image.Resampling.NEAREST if width >= image.shape[1] else Image.Resampling.BOX
+        how = Image.Resampling.NEAREST if scales[i] >= 1 else Image.Resampling.BOX
         tiles = (image, overlay(image, truth, palette), overlay(image, predicted, palette))
         for column, tile in enumerate(tiles):
-            shown = Image.fromarray(tile).resize((width, heights[i]), how)
+            shown = Image.fromarray(tile).resize(sizes[i], how)
             canvas.paste(shown, (pad + column * (width + pad), y))
-        y += heights[i]
+        y += sizes[i][1]
         if captions:
             pen.text((pad, y + 3), _cut(pen, captions[i], total_width - 2 * pad), fill="black")
         y += below
@@ -59,8 +68,9 @@ def triptych(
 def with_legend(picture: Image.Image, classes: tuple[str, ...], palette: Palette) -> Image.Image:
     """A picture with the colours of the classes below it."""
     classes = tuple(" ".join(name.split()) for name in classes)
-    legend, line = _legend_rows(classes, picture.width), 20
-    canvas = Image.new("RGB", (picture.width, picture.height + line * len(legend) + 6), "white")
+    width, line = max(picture.width, 320), 20  # a name has to fit
+    legend = _legend_rows(classes, width)
+    canvas = Image.new("RGB", (width, picture.height + line * len(legend) + 6), "white")
     canvas.paste(picture)
     pen, y = _pen(canvas), picture.height
     for row in legend:
@@ -114,13 +124,14 @@ def confusion_picture(confusion: Any, classes: tuple[str, ...], path: Path) -> N
     total = counts.sum(1, keepdims=True)
     percent = 100 * np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
     named = len(classes) <= _NAMED_CLASSES
-    side = 2.6 + 0.42 * len(classes) if named else 10
+    letters = min(max(map(len, classes)), _LETTERS)
+    side = 1.4 + 0.08 * letters + 0.42 * len(classes) if named else 10
     figure = new_figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="predicted", ylabel="true (rows in percent)")
     if named:
-        names = [_literal(name) for name in classes]
+        names = [_literal(_shortened(name)) for name in classes]
         axes.set_xticks(range(len(classes)), names, rotation=90)
         axes.set_yticks(range(len(classes)), names)
         for (row, column), value in np.ndenumerate(percent):
@@ -130,6 +141,12 @@ def confusion_picture(confusion: Any, classes: tuple[str, ...], path: Path) -> N
     else:
         figure.colorbar(shown, shrink=0.8, label="%")
     save_figure(figure, path)
+
+
+def _shortened(name: str) -> str:
+    """Beginning and end of a long name: either may be all that tells it from others."""
+    half = _LETTERS // 2
+    return name if len(name) <= _LETTERS else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -200,8 +217,9 @@ def training_curves(runs: dict[str, list[Path]], path: Path, metric: str) -> Non
         for axis, column in zip(row, columns, strict=True):
             for label, points in by_label.items():
                 x = [getattr(point, column) for point in points]
+                dashes = ("-", "--", ":")[list(by_label).index(label) // 10 % 3]  # ten colours begin anew
                 (drawn,) = axis.plot(
-                    x, [p.mean for p in points], marker=".", markersize=4, label=_literal(label)
+                    x, [p.mean for p in points], dashes, marker=".", markersize=4, label=_literal(label)
                 )
                 if len(lines[label]) > 1:
                     style = {"color": drawn.get_color(), "linewidth": 0}
@@ -211,10 +229,15 @@ def training_curves(runs: dict[str, list[Path]], path: Path, metric: str) -> Non
                     low, high = [p.mean - p.error for p in points], [p.mean + p.error for p in points]
                     axis.fill_between(x, low, high, alpha=0.25, **style)
             axis.set_xlabel("minutes of training" if column == "minutes" else column)
+            axis.xaxis.get_major_locator().set_params(integer=column != "minutes")
             axis.grid(alpha=0.3)
         row[0].set_ylabel("training loss" if key == "loss" else f"validation {key}")
+    longest = max(map(len, runs))
     figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(runs), 4)
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=max(min(len(runs), 4, 160 // (longest + 8)), 1),
+        fontsize="small" if longest > 120 else None,
     )
     save_figure(figure, path)
 
@@ -228,7 +251,9 @@ def new_figure(**options: Any) -> Any:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure atomically."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names in scripts that it has not
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
 def _literal(name: str) -> str:

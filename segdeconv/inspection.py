@@ -117,6 +117,8 @@ def inspect_run(
     data = info.recipe.data.at(root)
     images = _some_pictures(model, data)
     make_folder(out)
+    for name in ("spectrum", "sparsity", "filters"):  # of another run
+        (out / f"{name}.png").unlink(missing_ok=True)
     report: dict[str, Any] = {"recipe": info.recipe.name, "norm": info.recipe.model.norm, "epoch": info.epoch}
     report["pictures"] = len(images)
     if sparsity or spectrum:
@@ -392,7 +394,7 @@ def _draw_spectrum(layers: list[LayerView], path: Path) -> None:
             axis.axis("off")
             axis.text(0.5, 0.5, "this layer is not whitened", ha="center", va="center")
     left, right = below.subplots(1, 2)
-    _by_layer(left, layers, "condition", "condition number", log=True)
+    _by_layer(left, layers, "condition", "condition number", "log")
     _by_layer(right, layers, "correlation", "mean absolute correlation")
     save_figure(figure, path)
 
@@ -411,22 +413,27 @@ def _draw_sparsity(layers: list[LayerView], path: Path) -> None:
         axis.set(title=layer.name, xlabel="standard deviations", ylim=(1e-5, 10))
     axes[0, 0].set_ylabel("density")
     _by_layer(axes[1, 0], layers, "near_zero", f"share within {_NEAR} standard deviations")
-    axes[1, 0].axhline(math.erf(_NEAR / math.sqrt(2)), color="k", ls=":", lw=1)
-    _by_layer(axes[1, 1], layers, "kurtosis", "excess kurtosis", log=True)
+    gaussian = {
+        "near_zero": math.erf(_NEAR / math.sqrt(2)),
+        "kurtosis": 0,
+        "hoyer": 1 - math.sqrt(2 / math.pi),
+    }
+    _by_layer(axes[1, 1], layers, "kurtosis", "excess kurtosis", "symlog")
     _by_layer(axes[1, 2], layers, "hoyer", "Hoyer")
-    axes[1, 2].axhline(1 - math.sqrt(2 / math.pi), color="k", ls=":", lw=1)
-    for axis in axes[0]:
+    for axis, value in zip(axes[1], gaussian.values(), strict=True):
+        axis.axhline(value, color="k", ls=":", lw=1, label="Gaussian")
+    for axis in axes.flat:
         axis.legend(fontsize=8)
     save_figure(figure, path)
 
 
-def _by_layer(axis: Any, layers: list[LayerView], key: str, title: str, log: bool = False) -> None:
+def _by_layer(axis: Any, layers: list[LayerView], key: str, title: str, scale: str = "linear") -> None:
     for view in VIEWS:
         values = [getattr(layer, key).get(view, math.nan) for layer in layers]
         if not all(map(math.isnan, values)) and not (key in SPARSITY and view == "raw"):
             axis.plot(values, ".-", label=view, **_style(view))
-    if log:
-        axis.set_yscale("log")
+    axis.set_yscale(scale)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(title=f"{title}, by layer", xlabel="layer, in order of the forward pass")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

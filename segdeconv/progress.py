@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 console = Console(highlight=False, soft_wrap=True, markup=False)  # names may hold square brackets
 notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)  # beside what was asked for
@@ -25,14 +26,15 @@ class Bar(Generic[T]):
         yield from self._on_terminal() if self.console.is_terminal else self._as_lines()
 
     def _on_terminal(self) -> Iterator[T]:
+        whole = Column(no_wrap=True)  # where there is little room the note gives way
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", table_column=whole),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=whole),
+            TimeRemainingColumn(table_column=whole),
+            TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, expand=True) as progress:
             task = progress.add_task(self.title, total=self.total, note="")
             for item in self.items:
                 yield item

@@ -455,7 +455,8 @@ class _Run:
                     shown += f", {line['images_per_second']:.1f} images/s, loader {line['loader_share']:.0%}"
                 console.print(
                     f"epoch {epoch}/{config.epochs}: loss {line['loss']:.4f}{shown}, "
-                    f"{self.seconds:.0f} s of training"
+                    f"{self.seconds:.0f} s of training, some "
+                    f"{self.seconds / epoch * (config.epochs - epoch):.0f} s left"
                 )
                 score_now = scores.get(metric, -1.0)
                 if rank() == 0:
@@ -464,7 +465,7 @@ class _Run:
                 self.finished_epochs, self.loss_total = epoch, torch.zeros_like(self.loss_total)
                 self.save_state(out)
         if rank() == 0:
-            training_curves({self.recipe.model.norm: [out]}, out / "curves.png", metric)
+            self._draw_curves(out)
         distributed.wait()
         return line
 
@@ -670,8 +671,14 @@ class _Run:
 
     def _leave(self) -> None:
         self.save_state(self.out)
+        if rank() == 0 and self.finished_epochs:
+            self._draw_curves(self.out)
         console.print(f"stopped by a signal at step {self.step}; nothing is lost: go on with --resume")
         raise SystemExit(130 if self.stop.signal == signal.SIGINT else 0)
+
+    def _draw_curves(self, out: Path) -> None:
+        metric = MAIN_METRIC[self.held_out.task]
+        training_curves({self.recipe.model.norm: [out]}, out / "curves.png", metric)
 
     def _score(self, epoch: int) -> dict[str, Any]:
         batches: Any = _Stoppable(self.val_loader, self)

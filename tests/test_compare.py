@@ -16,7 +16,7 @@ from segdeconv.checkpoint import save_state
 from segdeconv.compare import compare_runs, legend, table
 from segdeconv.config import load_recipe, recipe_to_dict
 from segdeconv.errors import UserError
-from segdeconv.figures import confusion_picture, read_metrics, training_curves, triptych
+from segdeconv.figures import _shortened, confusion_picture, read_metrics, training_curves, triptych
 
 
 def make_run(
@@ -107,6 +107,9 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     _, entries = compare_runs(runs, tmp_path / "out")
     assert [entry.label for entry in entries] == [str(run) for run in runs]
     assert legend(entries)[1] == f"{runs[1]}: train.lr = 0.2"
+    columns = table("miou", entries).columns
+    assert [column.header for column in columns] == ["run", "epoch", "step", "minutes", "loss", "miou"]
+    assert list(columns[0].cells) == [str(runs[0]), "", "", str(runs[1]), "", ""]
 
 
 def test_bad_runs(tmp_path: Path) -> None:
@@ -186,3 +189,11 @@ def test_triptych_of_pictures_of_several_sizes() -> None:
     assert tuple(colors[6 + 612 + 150]) == (0, 0, 140)
     assert triptych(rows[:1], ("a", "b"), palette).size[1] == 20 + 150 + 6 + 20 + 6
     assert triptych(rows[2:], ("a", "b"), palette).size[0] == 3 * 640 + 24
+    tall = np.zeros((70_000, 10), np.uint8)
+    picture = triptych([(np.zeros((70_000, 10, 3), np.uint8), tall, tall)], ("a", "b"), palette)
+    assert picture.size == (3 * 320 + 24, 20 + 640 + 6 + 20 + 6)
+
+
+def test_long_names_of_classes_keep_both_ends() -> None:
+    assert _shortened("a class of that name, the first") == "a class of …e, the first"
+    assert _shortened("x" * 24) == "x" * 24

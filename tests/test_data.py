@@ -484,9 +484,10 @@ def test_loaders_refuse_what_makes_no_batch(tmp_path: Path) -> None:
     assert len(list(eval_loader(open_samples(sized, "train"), sized, 2, 1))) == 2
 
 
-def test_an_even_palette_has_no_colour_twice() -> None:
-    colors = even_palette(12)
-    assert len(set(colors)) == 12
+@pytest.mark.parametrize("count", [1, 12, 13, 150])
+def test_an_even_palette_has_no_colour_twice(count: int) -> None:
+    colors = even_palette(count)
+    assert len(set(colors)) == count
     assert all(0 <= channel <= 255 for color in colors for channel in color)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
+from rich.table import Column, Table
 from torch.utils.data import DataLoader, Dataset
 
 from segdeconv.config import DataConfig
@@ -223,8 +223,8 @@ def table(report: Report) -> Table:
     """The classes for the terminal: their share of the labelled pixels, or of the pictures for
     classification, how many pictures hold them, and the suggested weight.
     """
-    columns = [f"{split.name} {what}" for split in report.splits for what in ("share", "pictures")]
-    out = Table("class", *columns, "weight")
+    columns = [f"{split.name}\n{what}" for split in report.splits for what in ("share", "pictures")]
+    out = Table(Column("class", overflow="fold"), *columns, "weight")
     weights = dict(zip(report.classes, report.class_weights, strict=True))
     for name in dict.fromkeys((*report.classes, *report.splits[1].classes)):
         row = []

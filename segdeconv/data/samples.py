@@ -76,11 +76,11 @@ class PairedSamples(Samples):
 
 
 def even_palette(count: int) -> Palette:
-    """Evenly spread hues, for data sets that bring no colours."""
-    return tuple(
-        tuple(round(255 * part) for part in colorsys.hsv_to_rgb(i / count, 0.65, 0.95))  # type: ignore[misc]
-        for i in range(count)
-    )
+    """Evenly spread hues, of many classes in three shades, for data sets that bring no colours."""
+    shades = ((0.65, 0.95), (0.95, 0.55), (0.3, 0.8)) if count > 12 else ((0.65, 0.95),)
+    hues = -(-count // len(shades))
+    colors = (colorsys.hsv_to_rgb(i // len(shades) / hues, *shades[i % len(shades)]) for i in range(count))
+    return tuple(tuple(round(255 * part) for part in color) for color in colors)  # type: ignore[misc]
 
 
 def root_of(config: DataConfig) -> Path:
