@@ -203,7 +203,7 @@ def test_what_add_makes(zoo: Path, runs: Path) -> None:
         part in text for part in ("a loom", "It sees ghosts.", "drawn by this package", TWIN, *HEADINGS)
     )
     picture = Image.open(zoo / NAME / "overlay.jpg")
-    assert (picture.width, picture.height > 32) == (3 * 64, True)  # the classes' colours are below
+    assert (picture.width, picture.height > 32) == (320, True)  # the classes' colours are below
     assert not [path for path in zoo.iterdir() if path.name.startswith(".")]
 
 
