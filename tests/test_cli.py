@@ -198,7 +198,7 @@ def foreign(road: Path, folder: Path) -> Path:
 
 BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
     "no such command": (lambda r, t: ["trian"], "No such command 'trian'"),
-    "no such option": (lambda r, t: ["train", "demo", "--lr", "3"], "No such option: --lr"),
+    "no such option": (lambda r, t: ["train", "demo", "--lr", "3"], "No such option"),
     "missing argument": (lambda r, t: ["train"], "Missing argument"),
     "wrong choice": (lambda r, t: ["train", "demo", "--norm", "gn"], "'gn' is not one of"),
     "missing recipe": (lambda r, t: ["train", "dmeo"], "did you mean 'demo'?"),
