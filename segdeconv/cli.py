@@ -137,10 +137,12 @@ def train(
 
     file = _recipe_file(recipe)
     changes = [*(overrides or []), *([f"model.norm={norm}"] if norm else [])]
-    loaded = load_recipe(file, changes)
+    begun = out
+    if init is not None and resume and out is None:  # the folder does not depend on the network
+        begun = Path("runs") / _run_name(recipe, load_recipe(file, changes))
+    network = _network_of(init, begun if resume else None) if init is not None else []
+    loaded = load_recipe(file, [*network, *changes])
     folder = out or Path("runs") / _run_name(recipe, loaded)
-    if init is not None:
-        loaded = load_recipe(file, [*_network_of(init, folder if resume else None), *changes])
     if dry_run:
         console.print(yaml.safe_dump(recipe_to_dict(loaded), sort_keys=False))
         describe_run(loaded, pick_device(device))
@@ -730,22 +732,25 @@ def _run_name(recipe: str, loaded: Recipe) -> str:
 
 
 def _network_of(run: str, resumed: Path | None) -> list[str]:
-    """The changes that give a recipe the network of a run or entry, and make it begin with the weights. The
-    run in the folder ``resumed``, if it has begun so, needs that other one no more.
+    """The changes that give a recipe the network of a run or entry, and make it begin with the weights. If
+    that is gone, a run in the folder ``resumed`` that began with it says what its network was.
     """
     import yaml
 
     from segdeconv.checkpoint import find_checkpoint, has_state, read_info
     from segdeconv.config import load_recipe, recipe_to_dict
 
-    kept: tuple[str, ...] = ("norm",)
-    begun = load_recipe(resumed / "recipe.yaml") if resumed is not None and has_state(resumed) else None
-    if begun is not None and begun.model.init == run:
-        model = recipe_to_dict(begun)["model"]
-    else:
-        model = recipe_to_dict(read_info(find_checkpoint(run)).recipe)["model"] | {"init": run}
-        if model["norm"] == "bn":  # it may become a deconvolved one of any kind
-            kept = ("norm", "keep", "network_deconv")
+    try:
+        recipe = read_info(find_checkpoint(run)).recipe
+    except UserError:
+        if resumed is None or not has_state(resumed):
+            raise
+        recipe = load_recipe(resumed / "recipe.yaml")
+        if recipe.model.init != run:
+            raise
+    model = recipe_to_dict(recipe)["model"] | {"init": run}
+    # A batch-norm network may become a deconvolved one of any kind.
+    kept = ("norm", "keep", "network_deconv") if recipe.model.norm == "bn" else ("norm",)
     return [
         f"model.{key}={yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)}"
         for key, value in model.items()

@@ -116,7 +116,7 @@ def _entries(folders: Sequence[Path]) -> tuple[str, list[Entry]]:
         for run in runs:
             made, planned = lines_of[run][-1]["epoch"], recipe["train.epochs"]
             if made < planned:
-                cut = ", and the mean ends there" if len(runs) > 1 else ""
+                cut = f"; the mean ends at epoch {points[-1].epoch}" if len(runs) > 1 else ""
                 notes.append(f"{run}: has {made} of {planned} epochs{cut}")
             if like is not None and pictures.get(run, pictures[like]) != pictures[like]:
                 notes.append(f"{run}: has other pictures than {like}")

@@ -499,7 +499,7 @@ class _Writer:
 
     def __init__(self, samples: Samples, folder: Path) -> None:
         self.samples, self.folder = samples, folder
-        # Even where no name is there yet: the next reader would find two pictures of one name.
+        # Even if nothing would be overwritten: 0.png beside 0.jpg would make two pictures of one name.
         pairs = getattr(samples, "pairs", ())
         if folder.resolve() in {path.resolve().parent for pair in pairs for path in pair}:
             raise UserError(f"{folder}: holds pictures or masks of the data; choose another folder")

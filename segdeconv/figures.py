@@ -37,7 +37,7 @@ def triptych(
     """
     pad, bar, line = 6, 20, 20
     width = rows[0][0].shape[1]
-    width = min(width * max(1, round(320 / width)), _SIDE)  # whole steps keep the pixels of small pictures
+    width = min(width * max(1, round(320 / width)), _SIDE)  # whole steps keep the pixels of small ones
     scales = [min(width / image.shape[1], _SIDE / image.shape[0]) for image, _, _ in rows]
     sizes = [
         tuple(max(round(side * scale), 1) for side in (image.shape[1], image.shape[0]))
@@ -215,9 +215,9 @@ def training_curves(runs: dict[str, list[Path]], path: Path, metric: str) -> Non
     axes = figure.subplots(2, 3, sharey="row")
     for row, (key, by_label) in zip(axes, curves.items(), strict=True):
         for axis, column in zip(row, columns, strict=True):
-            for label, points in by_label.items():
+            for number, (label, points) in enumerate(by_label.items()):
                 x = [getattr(point, column) for point in points]
-                dashes = ("-", "--", ":")[list(by_label).index(label) // 10 % 3]  # ten colours begin anew
+                dashes = ("-", "--", ":")[number // 10 % 3]  # the ten colours begin anew
                 (drawn,) = axis.plot(
                     x, [p.mean for p in points], dashes, marker=".", markersize=4, label=_literal(label)
                 )

@@ -117,8 +117,9 @@ def inspect_run(
     data = info.recipe.data.at(root)
     images = _some_pictures(model, data)
     make_folder(out)
-    for name in ("spectrum", "sparsity", "filters"):  # of another run
-        (out / f"{name}.png").unlink(missing_ok=True)
+    if (out / "inspect.json").exists():  # it would not tell of pictures that an earlier call left
+        for name in ("spectrum", "sparsity", "filters"):
+            (out / f"{name}.png").unlink(missing_ok=True)
     report: dict[str, Any] = {"recipe": info.recipe.name, "norm": info.recipe.model.norm, "epoch": info.epoch}
     report["pictures"] = len(images)
     if sparsity or spectrum:
@@ -413,14 +414,10 @@ def _draw_sparsity(layers: list[LayerView], path: Path) -> None:
         axis.set(title=layer.name, xlabel="standard deviations", ylim=(1e-5, 10))
     axes[0, 0].set_ylabel("density")
     _by_layer(axes[1, 0], layers, "near_zero", f"share within {_NEAR} standard deviations")
-    gaussian = {
-        "near_zero": math.erf(_NEAR / math.sqrt(2)),
-        "kurtosis": 0,
-        "hoyer": 1 - math.sqrt(2 / math.pi),
-    }
     _by_layer(axes[1, 1], layers, "kurtosis", "excess kurtosis", "symlog")
     _by_layer(axes[1, 2], layers, "hoyer", "Hoyer")
-    for axis, value in zip(axes[1], gaussian.values(), strict=True):
+    of_a_gaussian = math.erf(_NEAR / math.sqrt(2)), 0, 1 - math.sqrt(2 / math.pi)
+    for axis, value in zip(axes[1], of_a_gaussian, strict=True):
         axis.axhline(value, color="k", ls=":", lw=1, label="Gaussian")
     for axis in axes.flat:
         axis.legend(fontsize=8)

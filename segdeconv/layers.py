@@ -122,8 +122,8 @@ class Whitened(nn.Module):
     _matrix_version: int
     #: Fast mode: whether the next step measures correlation, of which a `RefreshSchedule` then makes the
     #: whitening; None: the layer does both, by the number of steps taken. The schedule sets it; evaluation,
-    #: copying, loading, resetting and taking over running values end it, as does another device where there
-    #: is a folding matrix.
+    #: copying, loading, resetting and taking over running values end it, and so does moving a layer with a
+    #: folding matrix to another device.
     refresh_now: bool | None
 
     def _init_whitening(self, config: NetworkDeconvConfig, channels: int, groups: int, taps: int) -> None:

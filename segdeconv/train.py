@@ -270,9 +270,10 @@ def _prepare(recipe: Recipe, device: torch.device, resumed: Path | None = None) 
         model, report = build_started(recipe.model, len(samples.classes))
         before = read_info(find_checkpoint(recipe.model.init)).classes if recipe.model.init else ()
         if len(before) == len(samples.classes) and before != samples.classes:
+            was, now = next(pair for pair in zip(before, samples.classes, strict=True) if len(set(pair)) > 1)
             console.print(
                 f"note: {recipe.model.init} has other classes, but as many; its last layer is taken over, "
-                f"{before[0]} for {samples.classes[0]} and so on"
+                f"for example {was!r} as {now!r}"
             )
     else:
         names = named("model", load_state(resumed)[0])
@@ -453,10 +454,11 @@ class _Run:
                 shown = f", {metric} {scores[metric]:.4f}" if scores else ""
                 if not math.isnan(line["images_per_second"]):
                     shown += f", {line['images_per_second']:.1f} images/s, loader {line['loader_share']:.0%}"
+                to_come = self.seconds / epoch * (config.epochs - epoch)
+                left = f", some {to_come:.0f} s left" if epoch < config.epochs else ""
                 console.print(
                     f"epoch {epoch}/{config.epochs}: loss {line['loss']:.4f}{shown}, "
-                    f"{self.seconds:.0f} s of training, some "
-                    f"{self.seconds / epoch * (config.epochs - epoch):.0f} s left"
+                    f"{self.seconds:.0f} s of training{left}"
                 )
                 score_now = scores.get(metric, -1.0)
                 if rank() == 0:
@@ -671,9 +673,10 @@ class _Run:
 
     def _leave(self) -> None:
         self.save_state(self.out)
-        if rank() == 0 and self.finished_epochs:
-            self._draw_curves(self.out)
         console.print(f"stopped by a signal at step {self.step}; nothing is lost: go on with --resume")
+        if rank() == 0 and self.finished_epochs:
+            with contextlib.suppress(UserError):  # the state is what counts
+                self._draw_curves(self.out)
         raise SystemExit(130 if self.stop.signal == signal.SIGINT else 0)
 
     def _draw_curves(self, out: Path) -> None:

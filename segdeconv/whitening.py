@@ -247,7 +247,7 @@ class _ChannelMoments(torch.autograd.Function):
             var = torch.addcmul(var * (1 - zeros), mean, mean, value=zeros)
         ctx.save_for_backward(x, mean)
         ctx.zeros = zeros
-        # Not a view, which would have other strides in a batch of one: not channels-last any more.
+        # Not `view_as`, which changes the strides of a batch of one: it is not channels-last any more.
         return torch.ops.aten.alias(x), torch.stack((mean, var))
 
     @staticmethod

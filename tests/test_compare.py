@@ -86,10 +86,13 @@ def test_an_unfinished_seed_is_pointed_out(tmp_path: Path) -> None:
     """The mean ends with its epochs, and so does what the best is chosen from."""
     runs = [
         make_run(tmp_path / str(i), [f"train.seed={i}", "train.epochs=4"], scores)
-        for i, scores in enumerate([[0.1, 0.2, 0.3, 0.9], [0.2, 0.1]])
+        for i, scores in enumerate([[0.1, 0.2, 0.3, 0.9], [0.2, 0.1], [0.2, 0.1, 0.3]])
     ]
     _, (entry,) = compare_runs(runs, tmp_path / "out")
-    assert legend([entry])[1:] == [f"note: {runs[1]}: has 2 of 4 epochs, and the mean ends there"]
+    assert legend([entry])[1:] == [
+        f"note: {runs[1]}: has 2 of 4 epochs; the mean ends at epoch 2",
+        f"note: {runs[2]}: has 3 of 4 epochs; the mean ends at epoch 2",
+    ]
     assert [point.epoch for point in entry.curve] == [1, 2]
     assert (entry.best[0], entry.best[2:]) == (0.2, (0.2, 0.2))
 

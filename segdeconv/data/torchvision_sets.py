@@ -31,8 +31,9 @@ TORCHVISION = {
 
 def _alone(root: Path) -> AbstractContextManager[object]:
     """While one process fetches, others of this run or another would read what is half there."""
-    writable = os.access(make_folder(root), os.W_OK)
-    return filelock.FileLock(root / ".download.lock") if writable else nullcontext()
+    lock = make_folder(root) / ".download.lock"
+    writable = os.access(lock if lock.exists() else root, os.W_OK)
+    return filelock.FileLock(lock) if writable else nullcontext()
 
 
 class TorchvisionSet(Samples):
