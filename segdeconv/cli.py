@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -137,12 +137,16 @@ def train(
 
     file = _recipe_file(recipe)
     changes = [*(overrides or []), *([f"model.norm={norm}"] if norm else [])]
-    begun = out
-    if init is not None and resume and out is None:  # the folder does not depend on the network
-        begun = Path("runs") / _run_name(recipe, load_recipe(file, changes))
+
+    def folder_of(loaded: Recipe) -> Path:
+        return out or Path("runs") / _run_name(recipe, loaded)
+
+    def begun() -> Path:
+        return folder_of(load_recipe(file, changes))  # which does not depend on the network
+
     network = _network_of(init, begun if resume else None) if init is not None else []
     loaded = load_recipe(file, [*network, *changes])
-    folder = out or Path("runs") / _run_name(recipe, loaded)
+    folder = folder_of(loaded)
     if dry_run:
         console.print(yaml.safe_dump(recipe_to_dict(loaded), sort_keys=False))
         describe_run(loaded, pick_device(device))
@@ -731,9 +735,9 @@ def _run_name(recipe: str, loaded: Recipe) -> str:
     return f"{network}.{loaded.model.norm}_{rest.partition('_')[2]}"
 
 
-def _network_of(run: str, resumed: Path | None) -> list[str]:
+def _network_of(run: str, resumed: Callable[[], Path] | None) -> list[str]:
     """The changes that give a recipe the network of a run or entry, and make it begin with the weights. If
-    that is gone, a run in the folder ``resumed`` that began with it says what its network was.
+    that is gone, a run in the folder ``resumed`` names that began with it says what its network was.
     """
     import yaml
 
@@ -743,9 +747,9 @@ def _network_of(run: str, resumed: Path | None) -> list[str]:
     try:
         recipe = read_info(find_checkpoint(run)).recipe
     except UserError:
-        if resumed is None or not has_state(resumed):
+        if resumed is None or not has_state(resumed()):
             raise
-        recipe = load_recipe(resumed / "recipe.yaml")
+        recipe = load_recipe(resumed() / "recipe.yaml")
         if recipe.model.init != run:
             raise
     model = recipe_to_dict(recipe)["model"] | {"init": run}

@@ -413,13 +413,13 @@ def _draw_sparsity(layers: list[LayerView], path: Path) -> None:
         axis.semilogy(middle, np.exp(-(middle**2) / 2) / math.sqrt(2 * math.pi), "k:", lw=1, label="Gaussian")
         axis.set(title=layer.name, xlabel="standard deviations", ylim=(1e-5, 10))
     axes[0, 0].set_ylabel("density")
-    _by_layer(axes[1, 0], layers, "near_zero", f"share within {_NEAR} standard deviations")
-    _by_layer(axes[1, 1], layers, "kurtosis", "excess kurtosis", "symlog")
-    _by_layer(axes[1, 2], layers, "hoyer", "Hoyer")
     of_a_gaussian = math.erf(_NEAR / math.sqrt(2)), 0, 1 - math.sqrt(2 / math.pi)
     for axis, value in zip(axes[1], of_a_gaussian, strict=True):
         axis.axhline(value, color="k", ls=":", lw=1, label="Gaussian")
-    for axis in axes.flat:
+    _by_layer(axes[1, 0], layers, "near_zero", f"share within {_NEAR} standard deviations")
+    _by_layer(axes[1, 1], layers, "kurtosis", "excess kurtosis", "symlog")
+    _by_layer(axes[1, 2], layers, "hoyer", "Hoyer")
+    for axis in axes[0]:
         axis.legend(fontsize=8)
     save_figure(figure, path)
 

@@ -59,7 +59,7 @@ def test_a_network_to_begin_with_has_any_name(road: Path, call: Call, tmp_path: 
     recipe = yaml.safe_load((road / "run/recipe.yaml").read_text())
     del recipe["model"]
     (tmp_path / "bare.yaml").write_text(yaml.safe_dump(recipe))
-    assert call("train", tmp_path / "bare.yaml", "--init", begun, "--dry-run")[0] == 0
+    assert call("train", tmp_path / "bare.yaml", "--init", begun, "--resume", "--dry-run")[0] == 0
     begun.unlink()  # which a run that has begun needs no more
     again = call("train", "demo", *sum(options.items(), ()), *changes("train.epochs=1"), "--resume")
     assert (again[0], again[2]) == (0, "")
