@@ -473,15 +473,21 @@ def median_of(layers: list[dict[str, Any]], key: str, view: str) -> float:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    """A line a measure: the first layer and the median over layers, in every view."""
+    """A column a view, a line a measure: of the first layer, then its median over layers."""
     layers = report["layers"]
     views = [view for view in VIEWS if any(view in layer["condition"] for layer in layers)]
     shown = Table(title=f"{report['recipe']}.{report['norm']}: what {len(layers)} layers read")
     shown.add_column("")
-    for column in (*(f"first layer\n{view}" for view in views), *(f"median\n{view}" for view in views)):
-        shown.add_column(column, justify="right")
-    for key, title in TITLES.items():
-        values = [layers[0][key].get(view, math.nan) for view in views]
-        values += [median_of(layers, key, view) for view in views]
-        shown.add_row(title, *("" if v != v else f"{v:.0f}" if abs(v) >= 100 else f"{v:.3g}" for v in values))
+    for view in views:
+        shown.add_column(view, justify="right")
+    for part in ("the first", "the median"):
+        shown.add_section()
+        shown.add_row(part, style="bold")
+        for key, title in TITLES.items():
+            if part == "the first":
+                values = [layers[0][key].get(view, math.nan) for view in views]
+            else:
+                values = [median_of(layers, key, view) for view in views]
+            cells = ("" if v != v else f"{v:.0f}" if abs(v) >= 100 else f"{v:.3g}" for v in values)
+            shown.add_row(f"  {title}", *cells)
     return shown

@@ -226,4 +226,7 @@ def test_a_run_with_kept_layers(keep: str, change: str, sets: int, tmp_path: Pat
     assert {len(layer["condition"]) for layer in report["layers"]} == {2, 3}
     assert len(report["filters"]) == sets
     table = summary(report)[0]
-    assert [str(column.header) for column in table.columns][-1] == "median\nwhitened"
+    assert [column.header for column in table.columns] == ["", "raw", "standardised", "whitened"]
+    first, median = (list(table.columns[-1].cells)[i : i + 5] for i in (1, 7))
+    assert all(median)
+    assert any(first) == (keep != "encoder.model.conv_stem")
