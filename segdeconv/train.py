@@ -615,7 +615,8 @@ class _Run:
         with tf32_matmul(self.device, self.amp is not None):
             if self.refreshes is not None:
                 self.refreshes.step()
-            loss = self.compute(images.to(self.device), targets.to(self.device))
+            # A copy that blocks would wait for the step before.
+            loss = self.compute(*(batch.to(self.device, non_blocking=True) for batch in (images, targets)))
         self.recent.append((loss, images))
         if len(self.recent) == self.patience or (self.step + 1) % self.steps_per_epoch == 0:
             self._check_finite()
