@@ -30,9 +30,9 @@ class Timing:
     """What one arm of a comparison costs. Times are milliseconds a batch.
 
     Attributes:
-        p50: median of the whole, as are ``p95`` and ``p99`` its percentiles.
+        p50, p95, p99: percentiles of a whole call.
         images_per_s: pictures a second, over all runs.
-        pre: median of preparing the pictures, as are ``inference`` and ``post`` of the other stages.
+        pre, inference, post: medians of the stages; see `Stages`.
         ratio: median over rounds of this arm's time divided by another's (the first's, unless said
             otherwise) in the same round.
     """
@@ -115,7 +115,7 @@ def bench(
         paths: the ONNX files; ratios are over the first.
         size: height and width; by default the first graph's own, see `default_size`.
         batch: pictures a call.
-        threads: as `Segmenter` takes it, as ``device`` and ``allow_cpu``.
+        threads, device, allow_cpu: as `Segmenter` takes them.
         runs: measured calls of each graph.
 
     Returns:

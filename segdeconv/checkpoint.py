@@ -17,11 +17,18 @@ from typing import Any, cast
 
 import safetensors
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from segdeconv.config import ModelConfig, Recipe, flat, load_recipe, recipe_from_dict, recipe_to_dict
+from segdeconv.config import (
+    ModelConfig,
+    Recipe,
+    flat,
+    load_recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+    recipe_to_yaml,
+)
 from segdeconv.convert import ConversionReport
 from segdeconv.entries import WEIGHTS, find_weights, is_entry, near
 from segdeconv.errors import UserError
@@ -67,8 +74,7 @@ def create_run_folder(path: Path, recipe: Recipe) -> None:
             "it first"
         )
     make_folder(path)
-    text = yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
-    write_text(path / "recipe.yaml", text)
+    write_text(path / "recipe.yaml", recipe_to_yaml(recipe))
 
 
 def save_checkpoint(path: Path, model: nn.Module, info: CheckpointInfo) -> None:
@@ -336,8 +342,8 @@ def build_started(config: ModelConfig, classes: int) -> tuple[nn.Module, Convers
 
 def start_from(model: nn.Module, run: str | Path, classes: int) -> None:
     """Load a checkpoint's weights into its network, with the norm it was trained with. Where it has another
-    number of classes than ``classes``, the layers that put out one channel a class stay as they are, with a
-    note.
+    number of classes than ``classes``, layers with one output channel per class keep their initial weights,
+    and a note says so.
 
     Raises:
         UserError: nothing is there, the file is damaged, or the weights do not fit.

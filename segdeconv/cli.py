@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -127,9 +127,7 @@ def train(
 
     Several processes: torchrun --nproc-per-node=N -m segdeconv train RECIPE
     """
-    import yaml
-
-    from segdeconv.config import load_recipe, recipe_to_dict
+    from segdeconv.config import load_recipe, recipe_to_yaml
     from segdeconv.progress import console
     from segdeconv.train import dry_run as describe_run
     from segdeconv.train import pick_device
@@ -148,7 +146,7 @@ def train(
     loaded = load_recipe(file, [*network, *changes])
     folder = folder_of(loaded)
     if dry_run:
-        console.print(yaml.safe_dump(recipe_to_dict(loaded), sort_keys=False))
+        console.print(recipe_to_yaml(loaded))
         describe_run(loaded, pick_device(device))
         return
     train_run(loaded, folder, pick_device(device), resume)
@@ -526,7 +524,7 @@ def webdemo(
     console.print(f"wrote {out}; next: python -m http.server --bind 127.0.0.1 --directory {out}")
 
 
-@app.command(short_help="See the whole road in a few minutes.")
+@app.command(short_help="Train, export and run a small network in minutes.")
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("runs/demo"),
     overrides: Annotated[
@@ -534,7 +532,7 @@ def demo(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the demo's recipe."),
     ] = None,
 ) -> None:
-    """See the whole road in a few minutes, on drawn street scenes that need no download."""
+    """Train, export and run a small network in minutes, on drawn street scenes that need no download."""
     from segdeconv.demo import run_demo
 
     run_demo(out, overrides)
@@ -835,7 +833,7 @@ class _Again:
         self.before = sys.unraisablehook
         self.timer: threading.Timer | None = None
 
-    def __call__(self, lost: Any) -> None:
+    def __call__(self, lost: sys.UnraisableHookArgs) -> None:
         if not isinstance(lost.exc_value, SystemExit):
             self.before(lost)
             return

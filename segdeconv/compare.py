@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ _HEADER = ("run", "epoch", "step", "minutes", "loss", "metric", "± s.e.", "min 
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunGroup:
     """Runs of one recipe.
 
     Attributes:
@@ -43,11 +44,11 @@ class Entry:
     notes: list[str]
 
 
-def compare_runs(folders: Sequence[Path], out: Path) -> tuple[str, list[Entry]]:
+def compare_runs(folders: Sequence[Path], out: Path) -> tuple[str, list[RunGroup]]:
     """Compare run folders; writes ``compare.png``, ``compare.md`` and ``compare.json`` into ``out``.
 
     Returns:
-        The metric compared, and an entry a recipe.
+        The metric compared, and one entry per recipe.
 
     Raises:
         UserError: a folder is no run, is given twice or has no score yet, or the runs' tasks differ.
@@ -61,81 +62,100 @@ def compare_runs(folders: Sequence[Path], out: Path) -> tuple[str, list[Entry]]:
     return metric, entries
 
 
-def _entries(folders: Sequence[Path]) -> tuple[str, list[Entry]]:
-    groups: list[tuple[dict[str, Any], list[Path]]] = []
-    metrics: dict[str, Path] = {}
-    seen: set[Path] = set()
-    seeds: dict[Path, int] = {}
-    lines_of: dict[Path, list[dict[str, Any]]] = {}
-    for folder in folders:
-        if not (folder / "recipe.yaml").is_file():
-            raise UserError(f"{folder}: no run (it has no recipe.yaml); give the folder of segdeconv train")
-        if folder.resolve() in seen:
-            raise UserError(f"{folder}: is given twice")
-        seen.add(folder.resolve())
-        lines_of[folder] = read_metrics(folder)
-        logged = {key for line in lines_of[folder] for key, value in line.items() if value is not None}
-        found = [metric for metric in MAIN_METRIC.values() if metric in logged]
-        if not found:
-            raise UserError(
-                f"{folder}: has no score; wait for its first evaluation, or see with segdeconv data check "
-                "whether any pixel of its validation masks is labelled"
-            )
-        metrics.setdefault(found[0], folder)
-        if len(metrics) > 1:
-            told = " and ".join(f"{run} has {metric}" for metric, run in metrics.items())
-            raise UserError(f"runs of different tasks cannot be compared: {told}")
-        recipe = flat(recipe_to_dict(load_recipe(folder / "recipe.yaml")))
-        seeds[folder] = recipe["train.seed"]
-        recipe = {key: value for key, value in recipe.items() if key not in (*FREE_KEYS, "train.seed")}
-        same = [runs for other, runs in groups if other == recipe]
-        if same:
-            same[0].append(folder)
-        else:
-            groups.append((recipe, [folder]))
-    metric = next(iter(metrics))
-    keys = {key: None for recipe, _ in groups for key in recipe}
-    differ = [key for key in keys if any(recipe.get(key) != groups[0][0].get(key) for recipe, _ in groups)]
-    names = [runs[0].name for _, runs in groups]
-    pictures = {run: held for run in folders if (held := pictures_of(run)) is not None}
-    like = next(iter(pictures), None)
-    entries = []
-    for recipe, runs in groups:
-        name = runs[0].name if names.count(runs[0].name) == 1 else str(runs[0])
-        label = f"{name} and {len(runs) - 1} more" if len(runs) > 1 else name
-        lines = [lines_of[run] for run in runs]
-        points = curve(lines, metric)
-        if not points:
-            raise UserError(f"{label}: runs of one recipe, but no epoch is scored in all of them")
-        epochs = {point.epoch for point in points}
-        best = [max(line[metric] for line in run if line["epoch"] in epochs) for run in lines]
-        apart = {key: recipe.get(key) for key in differ}
-        notes = []
-        if len({seeds[run] for run in runs}) < len(runs):
-            notes.append(f"{label}: some have the same train.seed, so they do not count as several")
-        for run in runs:
-            made, planned = lines_of[run][-1]["epoch"], recipe["train.epochs"]
-            if made < planned:
-                cut = f"; the mean ends at epoch {points[-1].epoch}" if len(runs) > 1 else ""
-                notes.append(f"{run}: has {made} of {planned} epochs{cut}")
-            if like is not None and pictures.get(run, pictures[like]) != pictures[like]:
-                notes.append(f"{run}: has other pictures than {like}")
-        entries.append(
-            Entry(
-                label,
-                runs,
-                [seeds[run] for run in runs],
-                apart,
-                points,
-                curve(lines, "loss"),
-                spread(best),
-                notes,
-            )
+@dataclass(frozen=True)
+class _RunLog:
+    """One folder: its recipe, flat, and the lines of its metrics.jsonl."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    lines: list[dict[str, Any]]
+    metric: str
+
+    @property
+    def compared(self) -> dict[str, Any]:
+        """What of its recipe sets it apart from runs of another entry."""
+        return {key: value for key, value in self.recipe.items() if key not in (*FREE_KEYS, "train.seed")}
+
+
+def _read(folder: Path) -> _RunLog:
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder}: no run (it has no recipe.yaml); give the folder of segdeconv train")
+    lines = read_metrics(folder)
+    logged = {key for line in lines for key, value in line.items() if value is not None}
+    metric = next((metric for metric in MAIN_METRIC.values() if metric in logged), None)
+    if metric is None:
+        raise UserError(
+            f"{folder}: has no score; wait for its first evaluation, or see with segdeconv data check "
+            "whether any pixel of its validation masks is labelled"
         )
-    return metric, entries
+    return _RunLog(folder, flat(recipe_to_dict(load_recipe(folder / "recipe.yaml"))), lines, metric)
 
 
-def _rows(entries: list[Entry]) -> list[list[tuple[str, ...]]]:
+def _entries(folders: Sequence[Path]) -> tuple[str, list[RunGroup]]:
+    runs: list[_RunLog] = []
+    for folder in folders:
+        if any(folder.resolve() == run.folder.resolve() for run in runs):
+            raise UserError(f"{folder}: is given twice")
+        runs.append(_read(folder))
+        if runs[-1].metric != runs[0].metric:
+            told = " and ".join(f"{run.folder} has {run.metric}" for run in (runs[0], runs[-1]))
+            raise UserError(f"runs of different tasks cannot be compared: {told}")
+    groups: list[list[_RunLog]] = []
+    for run in runs:
+        same = next((group for group in groups if group[0].compared == run.compared), None)
+        if same is None:
+            groups.append([run])
+        else:
+            same.append(run)
+    recipes = [group[0].compared for group in groups]
+    differ = [
+        key
+        for key in dict.fromkeys(key for recipe in recipes for key in recipe)
+        if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)
+    ]
+    names = Counter(group[0].folder.name for group in groups)
+    pictures = {run.folder: held for run in runs if (held := pictures_of(run.folder)) is not None}
+    entries = []
+    for group in groups:
+        folder = group[0].folder
+        name = folder.name if names[folder.name] == 1 else str(folder)
+        entries.append(_entry(group, name, differ, pictures))
+    return runs[0].metric, entries
+
+
+def _entry(runs: list[_RunLog], name: str, differ: list[str], pictures: dict[Path, Any]) -> RunGroup:
+    label = f"{name} and {len(runs) - 1} more" if len(runs) > 1 else name
+    lines, metric = [run.lines for run in runs], runs[0].metric
+    points = curve(lines, metric)
+    if not points:
+        raise UserError(f"{label}: runs of one recipe, but no epoch is scored in all of them")
+    epochs = {point.epoch for point in points}
+    best = [max(line[metric] for line in run if line["epoch"] in epochs) for run in lines]
+    seeds = [run.recipe["train.seed"] for run in runs]
+    notes = []
+    if len(set(seeds)) < len(runs):
+        notes.append(f"{label}: some have the same train.seed, so they do not count as several")
+    like = next(iter(pictures), None)
+    for run in runs:
+        made, planned = run.lines[-1]["epoch"], run.recipe["train.epochs"]
+        if made < planned:
+            cut = f"; the mean ends at epoch {points[-1].epoch}" if len(runs) > 1 else ""
+            notes.append(f"{run.folder}: has {made} of {planned} epochs{cut}")
+        if like is not None and pictures.get(run.folder, pictures[like]) != pictures[like]:
+            notes.append(f"{run.folder}: has other pictures than {like}")
+    return RunGroup(
+        label=label,
+        folders=[run.folder for run in runs],
+        seeds=seeds,
+        recipe={key: runs[0].compared.get(key) for key in differ},
+        curve=points,
+        loss=curve(lines, "loss"),
+        best=spread(best),
+        notes=notes,
+    )
+
+
+def _rows(entries: list[RunGroup]) -> list[list[tuple[str, ...]]]:
     """For every entry its quarters by epoch, and its best."""
     out = []
     for entry in entries:
@@ -160,7 +180,7 @@ def _header(metric: str) -> list[str]:
     return [metric if name == "metric" else name for name in _HEADER]
 
 
-def legend(entries: list[Entry]) -> list[str]:
+def legend(entries: list[RunGroup]) -> list[str]:
     """A line an entry: what sets its recipe apart, and which runs it averages; and its notes."""
     lines = []
     for entry in entries:
@@ -171,7 +191,7 @@ def legend(entries: list[Entry]) -> list[str]:
     return lines
 
 
-def table(metric: str, entries: list[Entry]) -> Table:
+def table(metric: str, entries: list[RunGroup]) -> Table:
     """The comparison for the terminal; without the spread where no entry has one."""
     columns = len(_HEADER) - (0 if any(len(entry.folders) > 1 for entry in entries) else 2)
     name, *others = _header(metric)[:columns]
@@ -183,12 +203,12 @@ def table(metric: str, entries: list[Entry]) -> Table:
     return out
 
 
-def _markdown(metric: str, entries: list[Entry]) -> str:
+def _markdown(metric: str, entries: list[RunGroup]) -> str:
     table = markdown_table(_header(metric), (row for rows in _rows(entries) for row in rows))
     return "\n".join([*(f"- {line}" for line in legend(entries)), "", table])
 
 
-def _plain(entry: Entry) -> dict[str, Any]:
+def _plain(entry: RunGroup) -> dict[str, Any]:
     names = ("mean", "error", "low", "high")
     values = asdict(entry) | {"folders": [str(folder) for folder in entry.folders]}
     return values | {"best": dict(zip(names, entry.best, strict=True))}

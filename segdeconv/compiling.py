@@ -23,7 +23,7 @@ _TAGS: dict[str, Any] = (
 
 
 # The schedule is Python's, so graphs of torch.compile leave it out: a graph for every step would be compiled.
-# The number counts as changed, or the call could be left out, or made once for two.
+# ``number`` is declared as mutated: otherwise the compiler could drop the call, or merge two of them.
 @torch.library.custom_op("segdeconv::follow", mutates_args=("number",), **_TAGS)
 def follow_outside_graph(
     x: Tensor,
@@ -33,8 +33,8 @@ def follow_outside_graph(
     running_whitening: Tensor | None,
     number: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`Whitened._follow`; returns copies of the running moments and the whitening matrix (empty if there is
-    none) afterwards. Before, they are given for their shapes only.
+    """`Whitened._follow`; returns copies of the updated running moments and whitening matrix (empty if there
+    is none). The ``running_`` arguments only give their shapes.
     """
     layer = LAYERS.get(int(number))
     if layer is None:

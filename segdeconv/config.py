@@ -45,8 +45,8 @@ class NetworkDeconvConfig:
         linear_block_size: the same for linear layers.
         eps: added to variances before their root: of each channel (fast) or of the features (otherwise).
         momentum: weight of a new batch in the running values.
-        refresh_every: fast mode: training steps between two updates of the whitening matrix, in the end: it
-            is updated at each of the first 40 steps, then the interval grows by one every 20 steps.
+        refresh_every: fast mode: the longest interval, in training steps, between updates of the whitening
+            matrix. Each of the first 40 steps updates it, then the interval grows by one every 20 steps.
         num_iters: exact and reference mode: coupled Newton-Schulz iterations.
         sampling_stride: exact and reference mode: statistics use every n-th position, in units of the
             convolution's stride.
@@ -94,7 +94,7 @@ class ModelConfig:
         init: a run, checkpoint or zoo entry of this architecture to start from, whatever its classes. Its
             norm is batch norm or, for a deconvolved network, either.
 
-    A deconvolved network keeps the function of the trained weights it starts from, be they those of ``init``
+    A deconvolved network keeps the function of the trained weights it starts from, whether those of ``init``
     or pretrained ones asked for in ``options``: batch norms are folded, and the statistics are calibrated on
     training images before the first step.
     """
@@ -127,7 +127,7 @@ class DataConfig:
         hflip: mirror half of the training pictures.
         color: strength of the colour jitter in training, 0 to 1.
         classes: class names in label order, for datasets that do not bring their own.
-        palette: one RGB colour a class, 0 to 255; None takes evenly spread colours.
+        palette: one RGB colour per class, 0 to 255; None takes evenly spread colours.
         ignore_index: label value that counts in neither loss nor metrics.
         train, val: what each split is called in the dataset's folders.
         download: fetch files that are missing, for the data sets that torchvision fetches.
@@ -201,8 +201,8 @@ class TrainConfig:
         cuda_graphs: record training steps as CUDA graphs (on a GPU, in one process). Where launching kernels
             takes longer than they do, steps take a fraction of the time.
         label_smoothing: as in cross-entropy.
-        class_weights: one weight a class in the cross-entropy; `segdeconv data check` suggests some. A class
-            of weight 0 is ignored there.
+        class_weights: one weight per class in the cross-entropy; `segdeconv data check` suggests some. A
+            class of weight 0 is ignored there.
         ohem: share of the labelled pixels, the hardest, that count in the cross-entropy (online hard example
             mining, arXiv 1604.03540); None takes all.
         dice_weight: weight of a soft Dice loss over classes beside the cross-entropy (arXiv 1606.04797).
@@ -256,7 +256,7 @@ _RECIPE = TypeAdapter(Recipe)
 
 
 class _Loader(yaml.SafeLoader):
-    """Of a key that stands twice, YAML's own would take the last."""
+    """Refuses duplicate keys, of which YAML's own loader would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -290,6 +290,11 @@ def recipe_from_dict(values: Any, source: str) -> Recipe:
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain values that YAML and JSON can hold, and `recipe_from_dict` reads back to an equal recipe."""
     return _RECIPE.dump_python(recipe, mode="json")
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The text of a recipe's file."""
+    return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -63,6 +63,9 @@ class ConversionReport:
     def count(self, action: str) -> int:
         return sum(layer.action == action for layer in self.layers)
 
+    def removed(self) -> list[str]:
+        return [layer.name for layer in self.layers if layer.action == "removed"]
+
     def summary(self) -> str:
         """Counts, and how often each reason for keeping a layer was given, on a line each."""
         reasons: collections.Counter[str] = collections.Counter()
@@ -122,6 +125,19 @@ def convert_to_network_deconv(
             torch.inference_mode; or config is something else. The network is unchanged.
     """
     config = NetworkDeconvConfig() if config is None else config
+    _check_convertible(model, config)
+    modules: dict[str, Any] = dict(model.named_modules())
+    structure = read_structure(model)
+    report = _plan(model, modules, structure, filter, warm_start)
+    # Nothing below can fail, so an error leaves the network as it was.
+    swaps = _replace_batch_norms(report, modules, structure, warm_start)
+    swaps |= _whiten(report, modules, structure, config, warm_start)
+    for name in structure.in_place:
+        modules[name].inplace = False
+    return replace_modules(model, swaps), report
+
+
+def _check_convertible(model: nn.Module, config: NetworkDeconvConfig) -> None:
     if not isinstance(config, NetworkDeconvConfig):
         raise UserError(
             f"config is {config!r}; expected a NetworkDeconvConfig, as NetworkDeconvConfig(mode='exact')"
@@ -134,20 +150,27 @@ def convert_to_network_deconv(
             f"{type(model).__name__} was made or is converted under torch.inference_mode and so cannot be "
             "changed or trained; do both outside, or under torch.no_grad"
         )
-    modules: dict[str, Any] = dict(model.named_modules())
-    structure = read_structure(model)
-    report = ConversionReport(untraced=structure.untraced)
+
+
+def _plan(
+    model: nn.Module,
+    modules: dict[str, Any],
+    structure: Structure,
+    filter: Filter | None,
+    warm_start: bool,
+) -> ConversionReport:
+    """What is to happen to every layer; `_whiten` adds what it makes of those that are swapped."""
     kept = {}
     for name, module in modules.items():
         reason = _reason_to_keep(name, module, modules, structure, filter)
         if reason:
             kept[name] = reason
-
     norms = [name for name, module in modules.items() if isinstance(module, _BatchNorm)]
     _refuse_lonely([name for name in norms if name not in kept], structure)
+    report = ConversionReport(untraced=structure.untraced)
     for name, module in modules.items():
         if isinstance(module, (*WEIGHTED, *NEVER_WHITENED)):
-            entry = ("kept", kept[name]) if name in kept else ("swapped", "")  # see below
+            entry = ("kept", kept[name]) if name in kept else ("swapped", "")
         elif isinstance(module, _BatchNorm):
             entry = _plan_batch_norm(name, module, structure, kept, warm_start)
         else:
@@ -156,11 +179,15 @@ def convert_to_network_deconv(
     if not report.count("swapped"):
         why = next((f"; {layer.name} is kept: {layer.reason}" for layer in report.layers), "")
         raise UserError(f"{type(model).__name__} has no convolution or linear layer to whiten{why}")
+    return report
 
-    # Nothing below can fail, so an error leaves the network as it was.
-    removed = [layer.name for layer in report.layers if layer.action == "removed"]
+
+def _replace_batch_norms(
+    report: ConversionReport, modules: dict[str, Any], structure: Structure, warm_start: bool
+) -> dict[nn.Module, nn.Module]:
+    """What replaces each removed batch norm: its activation, and in a warm start an affine not folded."""
     swaps: dict[nn.Module, nn.Module] = {}
-    for name in removed:
+    for name in report.removed():
         module = modules[name]
         swaps[module] = leftover(module)
         shares_its_input = name in structure.norm_before or name in structure.guessed
@@ -174,13 +201,25 @@ def convert_to_network_deconv(
                 swaps[module] = nn.Sequential(_as_affine(module), swaps[module]).train(module.training)
         elif name in structure.norm_after:
             _normalise_filters(modules[structure.norm_after[name]])
+    return swaps
+
+
+def _whiten(
+    report: ConversionReport,
+    modules: dict[str, Any],
+    structure: Structure,
+    config: NetworkDeconvConfig,
+    warm_start: bool,
+) -> dict[nn.Module, nn.Module]:
+    """The whitened layer for each swapped one; the report says what it does."""
     # Frozen batch norms are in evaluation, in a network that trains: so is the layer that takes their place.
     modes: dict[str, bool] = {}
-    for name in removed:
+    for name in report.removed():
         after, before = structure.norm_after.get(name), structure.norm_before.get(name, [])
         modes |= dict.fromkeys(before if after is None else [after], modules[name].training)
-    normalised = {structure.norm_after.get(name) for name in removed}
+    normalised = {structure.norm_after.get(name) for name in report.removed()}
     owners = collections.Counter(p for module in modules.values() for p in module.parameters(recurse=False))
+    swaps: dict[nn.Module, nn.Module] = {}
     for offset, layer in enumerate(report.layers):
         module = modules[layer.name]
         if layer.action != "swapped":
@@ -197,9 +236,7 @@ def convert_to_network_deconv(
         padded = qualified_class(module) == STATIC_PADDING
         swaps[module] = nn.Sequential(module.static_padding, whitened) if padded else whitened
         swaps[module].train(whitened.training)
-    for name in structure.in_place:
-        modules[name].inplace = False
-    return replace_modules(model, swaps), report
+    return swaps
 
 
 @torch.no_grad()
@@ -228,19 +265,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """
     if isinstance(batches, Tensor):  # or each of its images would count as a batch
         raise UserError("calibrate: batches is a single tensor; expected batches of images, as in [images]")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Whitened)}
-    if not layers:
-        raise UserError("calibrate: the network holds no whitened layer; convert it first")
-    owners = collections.Counter(p for m in model.modules() for p in m.parameters(recurse=False))
-    for name, layer in layers.items():
-        for part, value in (("weight", layer.weight), ("bias", layer.bias)):
-            if not isinstance(value, nn.Parameter):
-                state = "missing" if value is None else "computed, not a parameter"
-                raise UserError(f"calibrate: the {part} of {name} is {state}, so it cannot be rewritten")
-            if owners[value] > 1:
-                raise UserError(
-                    f"calibrate: {name} shares its {part} with another layer but not its input's statistics"
-                )
+    layers = _rewritable_layers(model)
     # Copies observe, so that the network computes what it did while its statistics are measured.
     observers = {name: copy.deepcopy(layer, _no_hooks(layer)) for name, layer in layers.items()}
     for observer in observers.values():
@@ -261,16 +286,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(observe(name), with_kwargs=True))
         for batch in batches:
-            if not (isinstance(batch, Tensor) and batch.is_floating_point() and batch.numel()):
-                what = (
-                    f"{tuple(batch.shape)} {batch.dtype}"
-                    if isinstance(batch, Tensor)
-                    else type(batch).__name__
-                )
-                raise UserError(
-                    f"calibrate: a batch is {what}; expected images (n, C, H, W) as floating-point numbers, "
-                    "without labels"
-                )
+            _check_images(batch)
             model(batch)
             count += 1
     if not count:
@@ -279,6 +295,38 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         if observers[name].num_batches_tracked > 0:
             layer.adopt_running_values(observers[name])
     return model
+
+
+def _rewritable_layers(model: nn.Module) -> dict[str, Whitened]:
+    """The whitened layers of a network, by name.
+
+    Raises:
+        UserError: there is none, or one has a weight or bias that is computed, missing or shared.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Whitened)}
+    if not layers:
+        raise UserError("calibrate: the network holds no whitened layer; convert it first")
+    owners = collections.Counter(p for m in model.modules() for p in m.parameters(recurse=False))
+    for name, layer in layers.items():
+        for part, value in (("weight", layer.weight), ("bias", layer.bias)):
+            if not isinstance(value, nn.Parameter):
+                state = "missing" if value is None else "computed, not a parameter"
+                raise UserError(f"calibrate: the {part} of {name} is {state}, so it cannot be rewritten")
+            if owners[value] > 1:
+                raise UserError(
+                    f"calibrate: {name} shares its {part} with another layer but not its input's statistics"
+                )
+    return layers
+
+
+def _check_images(batch: object) -> None:
+    if isinstance(batch, Tensor) and batch.is_floating_point() and batch.numel():
+        return
+    what = f"{tuple(batch.shape)} {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
+    raise UserError(
+        f"calibrate: a batch is {what}; expected images (n, C, H, W) as floating-point numbers, without "
+        "labels"
+    )
 
 
 def _what_it_does(layer: Whitened) -> str:
@@ -344,7 +392,7 @@ def _normalise_filters(layer: Any) -> None:
     layer.weight.div_(torch.where(norms > 0, norms, 1).view(-1, *(1,) * (layer.weight.ndim - 1)))
 
 
-def leftover(norm: Any) -> Any:
+def leftover(norm: nn.Module) -> nn.Module:
     """What stays where a batch norm was: the dropout and activation of timm's layers that carry them."""
     parts = [getattr(norm, name, nn.Identity()) for name in ("drop", "act")]
     parts = [part for part in parts if not isinstance(part, nn.Identity)]

@@ -1,4 +1,4 @@
-"""The whole road on the embedded data set: train, evaluate, fold, export, check, run, draw."""
+"""Everything, end to end, on the embedded data set: train, evaluate, fold, export, check, run, draw."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def mean_over_ranks(count: int, *values: Tensor) -> tuple[list[Tensor], Tensor]:
     """The mean of each tensor over all processes, this one's weighted by ``count``: one all-reduce of eight
-    bytes a number, differentiable.
+    bytes per number, differentiable.
 
     Returns:
         The means in float64, in which differences of second moments lose nothing, and the total count.

@@ -1,6 +1,6 @@
-"""Evaluation: one road from pictures to scores, for a torch network and for an exported graph.
+"""Evaluation: one path from pictures to scores, for a torch network and for an exported graph.
 
-What goes down the road is a `Predict`. Sliding windows, mirroring and scales are functions from one such to
+It takes a `Predict`. Sliding windows, mirroring and scales are functions from one such to
 another, and average class probabilities. Where classes compete and what is counted is decided in `score`.
 """
 
@@ -50,7 +50,7 @@ from segdeconv.progress import Bar
 Predict = Callable[[Tensor], Tensor]
 """Normalised pictures (n, 3, H, W) to class scores, (n, C, H, W) or (n, C) floats, on the same device.
 
-An engine that gives no more puts out class numbers, (n, H, W) or (n,) integers.
+An engine without scores gives class numbers, (n, H, W) or (n,) integers.
 """
 
 Observe = Callable[[int, Picture, Picture], None]

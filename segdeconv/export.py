@@ -383,7 +383,7 @@ def _noise(shape: tuple[int, int, int], interface: Interface, preparation: Prepa
 
 
 def _run(graph: onnx.ModelProto, images: Tensor, values: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Values of a graph, be they outputs or not, by name."""
+    """Values of a graph by name, outputs or intermediate ones."""
     probed = onnx.ModelProto()
     probed.CopyFrom(graph)
     outputs = {output.name for output in graph.graph.output}

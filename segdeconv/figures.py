@@ -89,7 +89,7 @@ def _pen(canvas: Image.Image) -> ImageDraw.ImageDraw:
 
 
 @functools.cache
-def _font() -> Any:
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     folder = importlib.resources.files("matplotlib") / "mpl-data" / "fonts" / "ttf"
     try:
         return ImageFont.truetype(str(folder / "DejaVuSans.ttf"), 11)
@@ -98,7 +98,7 @@ def _font() -> Any:
 
 
 def _cut(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """A text, its beginning left out where it is wider than so many pixels: its end has the numbers."""
+    """A text cut to ``width`` pixels at its beginning: its end has the numbers."""
     text = " ".join(text.split())
     while len(text) > 1 and pen.textlength(text) > width:
         text = f"…{text[2:]}"

@@ -78,14 +78,14 @@ class _Recordings:
 class StepGraphs:
     """Forward, loss and backward pass of a training step, recorded and replayed.
 
-    Of every shape there are two graphs, that of steps which measure correlation (see `RefreshSchedule`) and
-    that of the others; making the whitening matrices is a graph too. Each runs as it would without graphs at
-    first, and is recorded the second time. Batches of another shape run as they would too, once. From the
-    first recording on the gradients are the same tensors in all steps.
+    For every shape of batches there are two graphs: one of steps that measure correlation (see
+    `RefreshSchedule`), one of the others; making the whitening matrices is a graph too. Each runs without a
+    graph the first time and is recorded the second. From the first recording on the gradients are the same
+    tensors in all steps.
 
     Args:
-        model: on the GPU, past loading of its state, in one process. What is trained of it must
-            not change: no layer may be frozen or put into evaluation alone.
+        model: on the GPU, past loading of its state, in one process. Which of its parts train must
+            not change: no layer may be frozen or put into evaluation later.
         compute: ``compute(images, targets)`` adds to the gradients, which are cleared before, and returns the
             loss, a scalar. It must not wait for the device.
         dtype: see `RefreshSchedule`.

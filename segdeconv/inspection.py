@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from segdeconv.checkpoint import load_checkpoint
-from segdeconv.config import NetworkDeconvConfig
+from segdeconv.config import DataConfig, NetworkDeconvConfig
 from segdeconv.data import EvalSet, evenly_spread, open_samples
 from segdeconv.figures import new_figure, save_figure
 from segdeconv.files import make_folder, to_json, write_text
@@ -41,12 +41,19 @@ _WINDOW = 11  # pixels; wide enough to see a surround
 _RIDGE = 1e-3  # of the mean variance, for the whitening of photographs: else it is their noise that is seen
 _NEAR = 0.1  # standard deviations that count as nearly zero
 VIEWS = ("raw", "standardised", "whitened")
+TITLES = {
+    "condition": "condition number",
+    "correlation": "mean absolute correlation",
+    "near_zero": f"share within {_NEAR} standard deviations",
+    "kurtosis": "excess kurtosis",
+    "hoyer": "Hoyer's sparsity",
+}
 
 
 @dataclass
 class LayerView:
-    """One layer. The dictionaries have an entry a view, means over the layer's groups and blocks; that of
-    condition numbers is geometric.
+    """One layer. Dictionaries have one value per view, the mean over the layer's groups and blocks (the
+    geometric mean for condition numbers).
 
     Attributes:
         features: of one block, channels x taps.
@@ -152,7 +159,7 @@ def inspect_run(
     return report
 
 
-def _some_pictures(model: nn.Module, data: Any) -> Tensor:
+def _some_pictures(model: nn.Module, data: DataConfig) -> Tensor:
     """Validation pictures of one size, evenly spread over the split, normalised: (n, 3, H, W)."""
     samples, multiple = open_samples(data, "val"), size_multiple(model)
     dataset = EvalSet(samples, data, 1)
@@ -395,8 +402,8 @@ def _draw_spectrum(layers: list[LayerView], path: Path) -> None:
             axis.axis("off")
             axis.text(0.5, 0.5, "this layer is not whitened", ha="center", va="center")
     left, right = below.subplots(1, 2)
-    _by_layer(left, layers, "condition", "condition number", "log")
-    _by_layer(right, layers, "correlation", "mean absolute correlation")
+    _by_layer(left, layers, "condition", "log")
+    _by_layer(right, layers, "correlation")
     save_figure(figure, path)
 
 
@@ -416,22 +423,22 @@ def _draw_sparsity(layers: list[LayerView], path: Path) -> None:
     of_a_gaussian = math.erf(_NEAR / math.sqrt(2)), 0, 1 - math.sqrt(2 / math.pi)
     for axis, value in zip(axes[1], of_a_gaussian, strict=True):
         axis.axhline(value, color="k", ls=":", lw=1, label="Gaussian")
-    _by_layer(axes[1, 0], layers, "near_zero", f"share within {_NEAR} standard deviations")
-    _by_layer(axes[1, 1], layers, "kurtosis", "excess kurtosis", "symlog")
-    _by_layer(axes[1, 2], layers, "hoyer", "Hoyer")
+    _by_layer(axes[1, 0], layers, "near_zero")
+    _by_layer(axes[1, 1], layers, "kurtosis", "symlog")
+    _by_layer(axes[1, 2], layers, "hoyer")
     for axis in axes[0]:
         axis.legend(fontsize=8)
     save_figure(figure, path)
 
 
-def _by_layer(axis: Any, layers: list[LayerView], key: str, title: str, scale: str = "linear") -> None:
+def _by_layer(axis: Any, layers: list[LayerView], key: str, scale: str = "linear") -> None:
     for view in VIEWS:
         values = [getattr(layer, key).get(view, math.nan) for layer in layers]
         if not all(map(math.isnan, values)) and not (key in SPARSITY and view == "raw"):
             axis.plot(values, ".-", label=view, **_style(view))
     axis.set_yscale(scale)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set(title=f"{title}, by layer", xlabel="layer, in order of the forward pass")
+    axis.set(title=f"{TITLES[key]}, by layer", xlabel="layer, in order of the forward pass")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 
@@ -442,18 +449,9 @@ def _style(view: str) -> dict[str, Any]:
     return {"color": color, "lw": 4, "ms": 9, "alpha": 0.5} if view == "raw" else {"color": color}
 
 
-TITLES = {
-    "condition": "condition number",
-    "correlation": "mean absolute correlation",
-    "near_zero": f"share within {_NEAR} standard deviations",
-    "kurtosis": "excess kurtosis",
-    "hoyer": "Hoyer's sparsity",
-}
-
-
-def summary(report: dict[str, Any]) -> list[Any]:
+def summary(report: dict[str, Any]) -> list[Table | str]:
     """What a terminal shows of `inspect_run`'s report: a table, and sentences."""
-    parts: list[Any] = []
+    parts: list[Table | str] = []
     if "layers" in report:
         parts.append(_table(report))
     if report["norm"] == "bn":
@@ -473,7 +471,7 @@ def median_of(layers: list[dict[str, Any]], key: str, view: str) -> float:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    """A column a view, a line a measure: of the first layer, then its median over layers."""
+    """One column per view; one line per measure of the first layer, then for its median over layers."""
     layers = report["layers"]
     views = [view for view in VIEWS if any(view in layer["condition"] for layer in layers)]
     shown = Table(title=f"{report['recipe']}.{report['norm']}: what {len(layers)} layers read")

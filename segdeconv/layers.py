@@ -69,29 +69,29 @@ def _again() -> bool:
 _SAMPLES_PER_FEATURE = 8
 _FEWEST_SAMPLES = 128  # fast mode, for blocks of few features
 
-# Fast mode: the running values count as so many samples in the statistics of a batch. That is next to nothing
-# on a map; but of a batch of two a linear layer sees two values a channel, which alone would become +-1.
+# Fast mode: the running values count as this many samples in the statistics of a batch. That is next to
+# nothing on a map; but in a batch of two a linear layer sees two values per channel, which alone become +-1.
 _PRIOR_SAMPLES = 16
 
-# Fast mode: the squared norm of what a linear layer reads, whitened, is its number of features, and so is how
-# far a step moves its outputs, which nothing normalises. Beyond so many features both are held back
+# Fast mode: the squared norm of a linear layer's whitened input is its number of features. A step moves its
+# outputs, which nothing normalises, in proportion; beyond this many features `gain` reduces both
 # (docs/whitening.md, wide heads).
 _FULL_RATE_FEATURES = 128
 
-# Fast mode under bfloat16 autocast: so many multiplications of weight and whitening matrix take less time in
-# bfloat16. Fewer, and the small operations beside them take more (CPU with AMX; on an H100 2**23 take 6 us in
-# float32 and 3 in bfloat16, and rounding the matrix 1).
+# Fast mode under bfloat16 autocast: from this many multiplications of weight and whitening matrix on,
+# bfloat16 is faster; with fewer, the operations around them cost more than it saves (CPU with AMX; on an H100
+# 2**23 take 6 us in float32 and 3 in bfloat16, and rounding the matrix 1).
 _LOW_PRECISION_PAYS, _LOW_PRECISION_PAYS_ON_CUDA = 2**25, 2**22
 
-# Fast mode: statistics move quickly at first, so the whitening matrix is refreshed at every step to begin
-# with; from the second so many steps on the interval grows by one with each, up to ``config.refresh_every``.
+# Fast mode: statistics move quickly at first, so the whitening matrix is refreshed at every one of the first
+# 2 * 20 steps; then the interval grows by one every 20 steps, up to ``config.refresh_every``.
 _STEPS_AN_INTERVAL = 20
 
 
 class Whitened(nn.Module):
-    """Running values and the road from batch to folded parameters, shared by the layers below.
+    """Running values and the way from batch to folded parameters, shared by the layers below.
 
-    Buffers (G groups, K blocks of channels in a group, F features a block, C input channels):
+    Buffers (G groups, K blocks of channels in a group, F features per block, C input channels):
         running_mean: (G, K, F), K is 1 in reference mode; not in fast mode.
         running_whitening: (G, F, F).
         num_batches_tracked: how many batches the running values have seen; in fast mode how many steps were
@@ -102,8 +102,8 @@ class Whitened(nn.Module):
         cov_samples: how many patches ``running_cov`` rests on.
         num_refreshes: how often it was updated.
         gain: linear layers multiply their weight by it.
-    A layer that does not decorrelate has neither of ``running_cov``, ``cov_samples`` and
-    ``num_refreshes`` nor a whitening matrix: all are None.
+    In a layer that does not decorrelate, ``running_whitening``, ``running_cov``, ``cov_samples`` and
+    ``num_refreshes`` are None.
     """
 
     weight: Tensor
@@ -134,7 +134,7 @@ class Whitened(nn.Module):
         limit = config.conv_block_size if isinstance(self, nn.Conv2d) else config.linear_block_size
         reference = config.mode == "reference"
         if reference and groups > 1:
-            block = channels  # the authors keep one matrix a group, whatever the block size
+            block = channels  # the authors keep one matrix per group, whatever the block size
         else:
             block = (channels_per_block_reference if reference else channels_per_block)(channels, limit)
         self.num_blocks = channels // block
@@ -268,8 +268,8 @@ class Whitened(nn.Module):
 
     def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[Any, Any] | None = None) -> Tensor:
         """Rows of features, (N, G·K·F) in float32 or wider, on a grid of output positions ``every`` rows and
-        columns apart: from the corner on, or from row and column ``first``, numbers or tensors less than
-        ``every``, as many as are there wherever the grid starts.
+        columns apart. It starts in the corner, or at row and column ``first`` (numbers or tensors less than
+        ``every``), in which case N does not depend on ``first``.
         """
         raise NotImplementedError
 
@@ -286,7 +286,7 @@ class Whitened(nn.Module):
         raise NotImplementedError
 
     def whiten(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The input, weight and bias of the plain layer this layer is for the batch ``x`` (n, C, ...).
+        """Input, weight and bias of the plain layer that computes what this one does for ``x`` (n, C, ...).
 
         In training from the statistics of ``x``, and the running values are updated. In evaluation, and for a
         batch with a single sample for every mean, which has no covariance, from the running values. The input
@@ -362,7 +362,7 @@ class Whitened(nn.Module):
 
     @torch.no_grad()
     def patches(self, x: Tensor, at_least: int) -> Tensor:
-        """What the layer reads at evenly spread positions of ``x``, (N, G, K, F): ``at_least`` so many
+        """What the layer reads at evenly spread positions of ``x``, (N, G, K, F): at least ``at_least``
         patches and not many more, or all there are.
         """
         x = self._batched(x)
@@ -432,7 +432,7 @@ class Whitened(nn.Module):
 
     def sampling_stride(self, x: Tensor) -> int:
         """How many output positions apart patches are sampled: ``config.sampling_stride``, or less where that
-        would leave fewer than eight samples a feature and a smaller stride has more to offer. Ranks agree,
+        would leave fewer than eight samples per feature and a smaller stride has more to offer. Ranks agree,
         because the images of all count.
         """
         every = self.config.sampling_stride
@@ -573,8 +573,8 @@ class Whitened(nn.Module):
     def _follow(self, x: Tensor, moments: Tensor, samples: Any) -> None:
         """Take a batch into the running moments and, when it is its turn, its correlation into the whitening.
 
-        Not a second time for activation checkpointing, whose second forward pass has to give the same; for a
-        layer that is called once before the backward pass, it does.
+        Skipped when activation checkpointing recomputes the forward pass, which then gives the same result if
+        the layer is called once before the backward pass.
         """
         if _again():
             return
@@ -669,7 +669,7 @@ def _whole(number: Any) -> Any:
 
 
 def is_due(step: int, refresh_every: int, offset: int = 0) -> bool:
-    """Fast mode: whether this step, after so many, refreshes the whitening."""
+    """Fast mode: whether the step after ``step`` steps refreshes the whitening."""
     interval = min(refresh_every, max(step // _STEPS_AN_INTERVAL, 1))
     return (step + offset) % interval == 0
 

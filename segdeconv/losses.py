@@ -66,11 +66,12 @@ def _on(device: torch.device, weights: tuple[float, ...]) -> Tensor:
 
 
 def _hardest(losses: Tensor, labelled: Tensor, share: float) -> Tensor:
-    """What every pixel counts, 1 or 0, such that the hardest ceil(share * labelled) of the whole batch do.
-    Equal ones at the border share what is left to them.
+    """Weights of the pixels: 1 for the hardest ceil(share * labelled) of the whole batch, else 0. Pixels with
+    the border's loss share the weight that is left.
 
-    The border, the least loss that counts, is found bit by bit: the order of floats that are not negative is
-    that of their bits as integers. So ranks exchange counts and not pixels, and nothing waits for the device.
+    The border, the smallest loss that counts, is found bit by bit: the order of floats that are not negative
+    is that of their bits as integers. So ranks exchange counts and not pixels, and nothing waits for the
+    device.
 
     Args:
         losses: float32, at least 0; 0 where nothing is labelled.

@@ -113,8 +113,8 @@ def export_smaller(
 ) -> Smaller:
     """Fold a run, write it as float16 or int8, and measure what that costs and gains.
 
-    int8 is static: QuantizeLinear and DequantizeLinear around what is to be computed in int8, one scale a
-    channel for weights (int8) and one a tensor for activations (uint8), whose ranges come from training
+    int8 is static: QuantizeLinear and DequantizeLinear around what is to be computed in int8, one scale per
+    channel for weights (int8) and one per tensor for activations (uint8), whose ranges come from training
     pictures. Layers that are measured to lose most stay in float until half of ``gates.max_drop`` is kept on
     other training pictures. Accuracy is then measured on the validation split, which nothing was chosen by.
 
@@ -150,33 +150,34 @@ def export_smaller(
         if np.isinf(result.max_diff):
             raise UserError(f"{path}: not written, {precision} puts out something else at {result.shape}")
 
-    with tempfile.TemporaryDirectory() as temporary:
-        metric = MAIN_METRIC[info.task]
-        files = {name: Path(temporary) / f"{name}.onnx" for name in ("fp32", precision)}
-        write_graph(finish(core, info, plain, preparation), files["fp32"])
-        write_graph(finish(small, info, plain, preparation, precision=precision), files[precision])
-        before, after = (evaluate_run(run, device, file, root)[metric] for file in files.values())
-        sizes = [file.stat().st_size / 1e6 for file in files.values()]
-        write_graph(finish(core, info, interface, preparation), files["fp32"])
-        write_graph(asked, files[precision])
-        speedup, where = _speedup(files["fp32"], files[precision], info, interface, device)
-    if math.isnan(before):
-        raise UserError(f"{path}: not written, as no label of the validation split counts to measure it by")
-    if not before - after <= gates.max_drop:
-        raise Refused(
-            f"{path}: not written, {precision} brings {metric} from {before:.4f} to {after:.4f}, a drop of "
-            f"more than --max-drop {gates.max_drop} ({speedup:.2f} times as fast on {where})"
-        )
-    if not speedup >= gates.min_speedup:
-        raise Refused(
-            f"{path}: not written, {precision} is {speedup:.2f} times as fast as fp32 on {where}, less "
-            f"than --min-speedup {gates.min_speedup} ({metric} {before:.4f} to {after:.4f})"
-        )
-    write_graph(finish(small, info, interface, preparation, precision=precision, **{metric: after}), path)
+    metric = MAIN_METRIC[info.task]
+    full = finish(core, info, plain, preparation)
+    less = finish(small, info, plain, preparation, precision=precision)
+    before, after = (_score(run, graph, metric, device, root) for graph in (full, less))
+    speedup, where = _speedup(finish(core, info, interface, preparation), asked, info, interface, device)
+    megabytes = full.ByteSize() / 1e6, less.ByteSize() / 1e6
     layers = len(_layers(core))
-    return Smaller(
-        precision, metric, before, after, speedup, where, (sizes[0], sizes[1]), chosen, in_float, layers
-    )
+    found = Smaller(precision, metric, before, after, speedup, where, megabytes, chosen, in_float, layers)
+    _check_gates(found, gates, path)
+    write_graph(finish(small, info, interface, preparation, precision=precision, **{metric: after}), path)
+    return found
+
+
+def _check_gates(found: Smaller, gates: Gates, path: Path) -> None:
+    if math.isnan(found.before):
+        raise UserError(f"{path}: not written, as no label of the validation split counts to measure it by")
+    if not found.before - found.after <= gates.max_drop:
+        raise Refused(
+            f"{path}: not written, {found.precision} brings {found.metric} from {found.before:.4f} to "
+            f"{found.after:.4f}, a drop of more than --max-drop {gates.max_drop} ({found.speedup:.2f} times "
+            f"as fast on {found.device})"
+        )
+    if not found.speedup >= gates.min_speedup:
+        raise Refused(
+            f"{path}: not written, {found.precision} is {found.speedup:.2f} times as fast as fp32 on "
+            f"{found.device}, less than --min-speedup {gates.min_speedup} ({found.metric} {found.before:.4f} "
+            f"to {found.after:.4f})"
+        )
 
 
 def summary(smaller: Smaller) -> list[str]:
@@ -204,18 +205,28 @@ def to_fp16(core: onnx.ModelProto, half_io: bool = False) -> onnx.ModelProto:
         return _sorted(convert_float_to_float16(infer_shapes(core), keep_io_types=not half_io))
 
 
+def _score(run: str | Path, graph: onnx.ModelProto, metric: str, device: str, root: str | None) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        write_graph(graph, path := Path(folder) / "graph.onnx")
+        return evaluate_run(run, device, path, root)[metric]
+
+
 def _speedup(
-    full: Path, small: Path, info: CheckpointInfo, interface: Interface, device: str
+    full: onnx.ModelProto, small: onnx.ModelProto, info: CheckpointInfo, interface: Interface, device: str
 ) -> tuple[float, str]:
     """How many times as fast ``small`` is, with preparation and labels, and where."""
-    segmenters = {file.stem: Segmenter(file, device) for file in (full, small)}
+    with tempfile.TemporaryDirectory() as folder:
+        segmenters = {}
+        for name, graph in (("small", small), ("full", full)):
+            write_graph(graph, path := Path(folder) / f"{name}.onnx")
+            segmenters[name] = Segmenter(path, device)
     data, fixed = info.recipe.data, interface.static
-    size = fixed[1:] if fixed else data.size or data.crop or default_size(segmenters[full.stem])
+    size = fixed[1:] if fixed else data.size or data.crop or default_size(segmenters["full"])
     batch = fixed[0] if fixed else 1
     pictures = noise(batch, *size)
     arms = {name: stages(segmenter, pictures) for name, segmenter in segmenters.items()}
-    of_full, _ = interleave(arms, _RUNS, batch, over={full.stem: small.stem})
-    return of_full.ratio, segmenters[full.stem].device
+    _, of_full = interleave(arms, _RUNS, batch)  # ratios are over the first
+    return of_full.ratio, segmenters["full"].device
 
 
 # int8.
@@ -258,7 +269,7 @@ def _quantize(
 def _by_effect(
     core: onnx.ModelProto, ranges: Any, pictures: Sequence[Planes], compute: Callable[[Planes], Planes]
 ) -> list[str]:
-    """Layers with weights, those first that change the logits most when they alone are in int8."""
+    """Layers with weights, by how much int8 in that layer alone changes the logits, most first."""
     expected = [compute(planes) for planes in pictures]
     effect = {}
     layers = _layers(core)
@@ -312,7 +323,7 @@ def _reader(pictures: Sequence[Planes]) -> Any:
 def to_int8(
     core: onnx.ModelProto, ranges: Any, only: Sequence[str] = (), leave: Sequence[str] = ()
 ) -> onnx.ModelProto:
-    """A network's own graph in int8: all, ``only`` some layers, or but for those to ``leave`` in float."""
+    """A network's own graph in int8: all of it, ``only`` some layers, or all but ``leave``."""
     from onnxruntime.quantization import QDQQuantizer, QuantType
 
     model = onnx.ModelProto()

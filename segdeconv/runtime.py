@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, overload
 
 import numpy as np
@@ -40,7 +41,7 @@ _CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def import_onnxruntime() -> Any:
+def import_onnxruntime() -> ModuleType:
     """The module onnxruntime, which two extras of the package bring.
 
     Raises:
@@ -210,8 +211,8 @@ class Segmenter:
         self.size = None if height is None or width is None else (height, width)
         self._outputs = [output.name for output in self.session.get_outputs()]
         self._main = "labels" if "labels" in self._outputs else self._outputs[0]
-        resizes = self._raw and self.metadata["resize"] is not None
-        self._window, self._overlap = window or (None if resizes else self.size), overlap
+        self._resizes = self._raw and self.metadata["resize"] is not None  # the graph itself
+        self._window, self._overlap = window or (None if self._resizes else self.size), overlap
         self._check_windows(path)
 
     def _check_windows(self, path: str | Path) -> None:
@@ -221,7 +222,7 @@ class Segmenter:
         height, width = self._window
         if self.size is not None and (height > self.size[0] or width > self.size[1]):
             raise UserError(f"--window {height},{width}: {path} takes no more than {self.size}")
-        if self._raw and self.metadata["resize"] is not None:
+        if self._resizes:
             raise UserError(
                 f"--window {height},{width}: {path} resizes what it gets, so windows too; export it with "
                 "--preprocess none"
@@ -328,7 +329,7 @@ class Segmenter:
         if self._raw:
             if (rows, columns) == (height, width):
                 return np.ascontiguousarray(images)
-            if self.metadata["resize"] is not None:
+            if self._resizes:
                 raise UserError(
                     f"the graph resizes pictures of {(rows, columns)} only, not of {(height, width)}; export "
                     "it without --static"

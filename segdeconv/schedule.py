@@ -33,8 +33,8 @@ class RefreshSchedule:
             loss(network(images), targets).backward()
 
     Args:
-        model: after its state is loaded: the number of steps it has made is read here, once. That is how
-            often most layers were called. Layers in exact mode have nothing to schedule.
+        model: after its state is loaded: the number of steps it has made (the median over its layers) is
+            read here, once. Layers in other modes have nothing to schedule.
         dtype: in which autocast computes; for a compiled network, which then need not bring the whitening
             matrices to it at every step. (Not for `torch.func.functional_call` with other buffers: the
             matrices are the network's own.)

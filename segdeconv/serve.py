@@ -287,9 +287,9 @@ def server_config(segmenter: Segmenter, limits: Limits) -> uvicorn.Config:
 
 
 def _connections(seconds: float) -> type[H11Protocol]:
-    """h11, which bounds headers, whatever else is installed; a connection without a request for so long, and
-    as long again, is closed: uvicorn would wait for the rest of its headers for ever. So is one that takes
-    nothing of its answer.
+    """The h11 protocol, which bounds headers, whatever else is installed. A connection is closed when it has
+    completed no request for one to two times ``seconds`` (uvicorn would wait for ever), or when its client
+    reads nothing of an answer.
     """
 
     class Connection(H11Protocol):

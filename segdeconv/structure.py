@@ -3,7 +3,7 @@
 The largest parts of a network that trace are traced; those that something untraced calls, with their
 optional arguments and without. Where a module's own forward cannot be traced, its children are, and batch
 norms among its direct children are paired with the layer registered right before them: good enough to train
-from scratch, but marked as a guess, so that nobody folds on its word. So are those among the direct children
+from scratch, but marked as a guess, on which nothing is folded. So are those among the direct children
 of a Sequential in it.
 """
 
@@ -68,9 +68,9 @@ class Structure:
 
     Attributes:
         norm_after: batch norm -> the layer (convolution or linear) whose output alone it reads.
-        guessed: those of ``norm_after`` that rest on module order or on an unknown layout, not on proof, do
-            not hold in evaluation, have hooks in between that may change what they read, or are one of
-            several norms to choose from.
+        guessed: batch norms whose ``norm_after`` is not proven: it rests on module order or an unknown
+            layout, does not hold in evaluation, has hooks in between, or the norm is one of several
+            alternatives.
         norm_before: batch norm -> the layers that alone read what it puts out.
         in_place: activation modules that write into what a ``norm_before`` batch norm puts out, or may do so
             with a ``guessed`` one. Without the norm they would write into its input, which others may read.
@@ -186,7 +186,7 @@ def is_plain_norm(module: nn.Module) -> bool:
     return plain and "forward" not in vars(module)
 
 
-def is_frozen_norm(module: Any) -> bool:
+def is_frozen_norm(module: nn.Module) -> bool:
     """Whether it is what torchvision, timm and detectron2 make of a batch norm that is not to change."""
     return type(module).__name__.startswith("FrozenBatchNorm")
 

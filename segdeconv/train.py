@@ -55,7 +55,15 @@ from segdeconv.checkpoint import (
 )
 from segdeconv.config import Recipe, TrainConfig
 from segdeconv.convert import ConversionReport, calibrate
-from segdeconv.data import EvalSet, Samples, end_workers, eval_loader, open_samples, train_loader
+from segdeconv.data import (
+    EpochBatches,
+    EvalSet,
+    Samples,
+    end_workers,
+    eval_loader,
+    open_samples,
+    train_loader,
+)
 from segdeconv.distributed import rank, sum_over_ranks, world_size
 from segdeconv.errors import UserError, first_line
 from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
@@ -64,7 +72,7 @@ from segdeconv.files import append_json_line, make_folder, to_json, write_text
 from segdeconv.graphs import StepGraphs
 from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
-from segdeconv.models import resolve, size_multiple, starts_trained
+from segdeconv.models import count_parameters, resolve, size_multiple, starts_trained
 from segdeconv.progress import Bar, console
 from segdeconv.schedule import RefreshSchedule
 
@@ -226,7 +234,7 @@ class _Stop:
 
     signal: int | None = None
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, number: int, frame: object) -> None:
         self.signal = number
         if number == signal.SIGINT:  # a second Ctrl-C does not wait; a second SIGTERM comes from torchrun
             signal.signal(number, signal.default_int_handler)
@@ -299,10 +307,11 @@ class _Run:
         self.loader = train_loader(
             samples, data, config.batch_size, config.seed, multiple, rank(), world_size()
         )
-        self.batches: Any = self.loader.batch_sampler
+        self.batches = cast(EpochBatches, self.loader.batch_sampler)
         self.val_set = EvalSet(held_out, data, multiple)
         self.val_loader = eval_loader(held_out, data, config.batch_size, multiple, rank(), world_size())
         self.ignore_index = ignore_index_of(samples, data)
+        self.metric = MAIN_METRIC[held_out.task]
         self.steps_per_epoch = len(self.loader)
         self.optimizer = make_optimizer(model, config)
         self.amp = AMP[config.amp]
@@ -360,7 +369,7 @@ class _Run:
 
     # What a stopped run goes on from.
 
-    def save_state(self, out: Path) -> None:
+    def save_state(self) -> None:
         if rank() != 0:
             return
         tensors = training_tensors(self.model, self.optimizer)
@@ -375,18 +384,18 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "pictures": self.pictures,
         }
-        save_state(out, tensors, values)
+        save_state(self.out, tensors, values)
 
-    def load_state(self, out: Path) -> None:
-        tensors, values = load_state(out)
+    def load_state(self) -> None:
+        tensors, values = load_state(self.out)
         try:
             restore_training(tensors, self.model, self.optimizer)
             if self.ema is not None:
                 self.ema.load_state_dict(named("ema", tensors))
         except RuntimeError as error:
-            raise UserError(f"{out}: its state does not fit the network ({first_line(error)})") from None
+            raise UserError(f"{self.out}: its state does not fit the network ({first_line(error)})") from None
         if values["finished_epochs"] < self.recipe.train.epochs:
-            self._check_pictures(out, values.get("pictures", self.pictures))
+            self._check_pictures(values.get("pictures", self.pictures))
         self.scaler.load_state_dict(values["scaler"])
         self.loss_total = tensors["loss_total"].to(self.device)
         self.step, self.finished_epochs = values["step"], values["finished_epochs"]
@@ -403,31 +412,24 @@ class _Run:
             found[split] = [len(samples), digest.hexdigest()]
         return found
 
-    def _check_pictures(self, out: Path, before: dict[str, list[Any]]) -> None:
+    def _check_pictures(self, before: dict[str, list[Any]]) -> None:
         for split, (count, names) in self.pictures.items():
             was, named = before[split]
             if (was, named) != (count, names):
                 now = f"there are {count}" if was != count else "some have other names"
                 raise UserError(
-                    f"{out}: was begun with {was} {split} pictures, now {now}, so it would be another run; "
-                    "restore them, or choose another --out"
+                    f"{self.out}: was begun with {was} {split} pictures, now {now}, so it would be another "
+                    "run; restore them, or choose another --out"
                 )
 
     # The run.
 
     def fit(self, out: Path, resume: bool, stop: _Stop) -> dict[str, Any]:
         self.out, self.stop = out, stop
-        config, metric = self.recipe.train, MAIN_METRIC[self.held_out.task]
+        config = self.recipe.train
         self._announce()
         if resume:
-            self.load_state(out)
-            self._check_room()
-            self._forget_later_lines()
-            done = self.step - self.finished_epochs * self.steps_per_epoch
-            if self.finished_epochs < config.epochs:
-                console.print(f"resuming after step {done} of epoch {self.finished_epochs + 1}")
-            else:
-                console.print("this run is finished: nothing is left to train")
+            self._go_on()
         else:
             self._begin()
         if self.compiles:
@@ -445,31 +447,44 @@ class _Run:
                 line = self._epoch(epoch)
                 # Batch norm on the CPU has left each rank running values, and averages of them, of its own.
                 distributed.take_buffers_of_rank_0(self.model, self.evaluated)
-                scores: dict[str, Any] = {}
                 if epoch % config.eval_every == 0 or epoch == config.epochs:
                     # Ranks cannot leave a validation, and a scheduler may not wait for its end.
-                    self.save_state(out)
+                    self.save_state()
                     scores = self._score(epoch)
                     line |= {key: value for key, value in scores.items() if key != "confusion"}
-                shown = f", {metric} {scores[metric]:.4f}" if scores else ""
-                if not math.isnan(line["images_per_second"]):
-                    shown += f", {line['images_per_second']:.1f} images/s, loader {line['loader_share']:.0%}"
-                to_come = self.seconds / epoch * (config.epochs - epoch)
-                left = f", some {to_come:.0f} s left" if epoch < config.epochs else ""
-                console.print(
-                    f"epoch {epoch}/{config.epochs}: loss {line['loss']:.4f}{shown}, "
-                    f"{self.seconds:.0f} s of training{left}"
-                )
-                score_now = scores.get(metric, -1.0)
+                self._tell(line)
+                score_now = line.get(self.metric, -1.0)
                 if rank() == 0:
                     self._keep(line, score_now)
                 self.best = max(self.best, score_now)
                 self.finished_epochs, self.loss_total = epoch, torch.zeros_like(self.loss_total)
-                self.save_state(out)
+                self.save_state()
         if rank() == 0:
-            self._draw_curves(out)
+            self._draw_curves()
         distributed.wait()
         return line
+
+    def _go_on(self) -> None:
+        """Take up the run where its last state left it."""
+        self.load_state()
+        self._check_room()
+        self._forget_later_lines()
+        done = self.step - self.finished_epochs * self.steps_per_epoch
+        if self.finished_epochs < self.recipe.train.epochs:
+            console.print(f"resuming after step {done} of epoch {self.finished_epochs + 1}")
+        else:
+            console.print("this run is finished: nothing is left to train")
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        """A finished epoch for the log."""
+        epoch, epochs = line["epoch"], self.recipe.train.epochs
+        shown = f", {self.metric} {line[self.metric]:.4f}" if self.metric in line else ""
+        if not math.isnan(line["images_per_second"]):
+            shown += f", {line['images_per_second']:.1f} images/s, loader {line['loader_share']:.0%}"
+        left = f", some {self.seconds / epoch * (epochs - epoch):.0f} s left" if epoch < epochs else ""
+        console.print(
+            f"epoch {epoch}/{epochs}: loss {line['loss']:.4f}{shown}, {self.seconds:.0f} s of training{left}"
+        )
 
     def _begin(self) -> None:
         """Statistics for trained weights, and a first state: a folder that cannot be written says so now."""
@@ -482,7 +497,7 @@ class _Run:
         if rank() == 0:
             if self.report is not None:
                 write_text(self.out / "conversion.txt", f"{self.report}\n")
-            self.save_state(self.out)
+            self.save_state()
 
     def _check_room(self) -> None:
         if rank() != 0 or self.finished_epochs == self.recipe.train.epochs:
@@ -509,10 +524,10 @@ class _Run:
     def _announce(self) -> None:
         if self.report is not None:
             console.print(f"network deconvolution: {self.report.summary()}")
-        parameters = sum(p.numel() for p in self.model.parameters())
         ranks = f", {world_size()} processes" if world_size() > 1 else ""
         console.print(
-            f"{self.recipe.name}: {self.recipe.model.architecture}, {parameters / 1e6:.2f} M parameters, "
+            f"{self.recipe.name}: {self.recipe.model.architecture}, "
+            f"{count_parameters(self.model) / 1e6:.2f} M parameters, "
             f"norm {self.recipe.model.norm}, {len(self.samples)} training and "
             f"{len(self.held_out)} validation pictures, on {self.device}{ranks}"
         )
@@ -560,7 +575,7 @@ class _Run:
             if self._asked_to_stop():
                 self._leave()
             if time.monotonic() - saved >= 60 * config.checkpoint_minutes and done < self.steps_per_epoch:
-                self.save_state(self.out)
+                self.save_state()
                 saved = time.monotonic()
         took = max(time.monotonic() - begin, 1e-9)
         made = self.steps_per_epoch - first  # none, if the run was resumed before a validation
@@ -673,16 +688,15 @@ class _Run:
         return self.stop.signal is not None
 
     def _leave(self) -> None:
-        self.save_state(self.out)
+        self.save_state()
         console.print(f"stopped by a signal at step {self.step}; nothing is lost: go on with --resume")
         if rank() == 0 and self.finished_epochs:
             with contextlib.suppress(UserError):  # the state is what counts
-                self._draw_curves(self.out)
+                self._draw_curves()
         raise SystemExit(130 if self.stop.signal == signal.SIGINT else 0)
 
-    def _draw_curves(self, out: Path) -> None:
-        metric = MAIN_METRIC[self.held_out.task]
-        training_curves({self.recipe.model.norm: [out]}, out / "curves.png", metric)
+    def _draw_curves(self) -> None:
+        training_curves({self.recipe.model.norm: [self.out]}, self.out / "curves.png", self.metric)
 
     def _score(self, epoch: int) -> dict[str, Any]:
         batches: Any = _Stoppable(self.val_loader, self)

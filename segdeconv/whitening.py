@@ -38,7 +38,7 @@ def has_autocast(device_type: str) -> bool:
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """In which operations on the device of ``x`` keep the precision they are given."""
+    """A context in which operations on the device of ``x`` keep the precision they are given."""
     if has_autocast(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
@@ -194,7 +194,7 @@ def _dense(rows: Tensor, x: Tensor) -> Tensor:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient that depends on all that is given, in a way that nobody has worked out."""
+    """Passes a gradient on; to differentiate it raises an error, where it would silently be zero."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *given: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from rich.table import Table
 from torch import nn
@@ -27,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segdeconv import bench
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, read_info, store_checkpoint
-from segdeconv.config import DataConfig, Recipe, recipe_to_dict
+from segdeconv.config import DataConfig, Recipe, recipe_to_yaml
 from segdeconv.data import EvalSet, open_samples
 from segdeconv.download import offline
 from segdeconv.entries import (
@@ -50,7 +49,7 @@ from segdeconv.fold import fold_network_deconv
 from segdeconv.images import overlay, save_image
 from segdeconv.markdown import markdown_table
 from segdeconv.metrics import MAIN_METRIC
-from segdeconv.models import resolve, size_multiple, starts_trained
+from segdeconv.models import count_parameters, resolve, size_multiple, starts_trained
 
 Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
 
@@ -182,57 +181,24 @@ def add(
     Raises:
         UserError: the run is not finished or not evaluated, its data is not here, or there is such an entry.
     """
-    checkpoint, origin = run / "best.safetensors", origin or Origin()
-    if not checkpoint.is_file():
-        raise UserError(f"{run}: has no best.safetensors; give the folder of a finished run")
-    if not (run / "eval.json").is_file():
-        raise UserError(f"{run}: has no eval.json; first segdeconv eval {run}")
-    info, scores, lines = read_info(checkpoint), _read_scores(run / "eval.json"), read_metrics(run)
-    epochs = info.recipe.train.epochs
-    if not lines or lines[-1]["epoch"] != epochs:
-        raise UserError(f"{run}: is not finished ({epochs} epochs); go on with segdeconv train --resume")
-    if scores.get("epoch") != info.epoch:
-        raise UserError(f"{run}: eval.json is not of this checkpoint; evaluate anew: segdeconv eval {run}")
-    settings = replace(_inference(scores), amp="off")
-    if settings.flip or settings.scales != (1.0,):
-        raise UserError(
-            f"{run}: eval.json is averaged over mirror images or scales, an entry's metrics are those of the "
-            f"network alone; evaluate anew: segdeconv eval {run}"
-        )
-    if scores["split"] != info.recipe.data.val:
-        raise UserError(
-            f"{run}: eval.json is of the split {scores['split']!r}, an entry's metrics are of the recipe's "
-            f"{info.recipe.data.val!r}; evaluate anew: segdeconv eval {run}"
-        )
+    origin = origin or Origin()
+    info, scores, seconds = _finished_run(run)
     name = name or default_name(info.recipe)
-    if not re.fullmatch(NAME, name):
-        raise UserError(f"--name {name!r}: expected ARCH_ENCODER.nd_DATASET, or .bn_DATASET for the twin")
-    norm, _, dataset = name.partition(".")[2].partition("_")
-    if norm != info.recipe.model.norm:
-        raise UserError(f"--name {name!r}: says {norm}, but the run's model.norm is {info.recipe.model.norm}")
-    of = info.recipe.data.dataset
-    if origin.data is None and {of, dataset} <= DATA.keys() and of != dataset:
-        raise UserError(
-            f"--name {name!r}: says {dataset}, but the run's data.dataset is {of}; choose another name, or "
-            "say with --data what the data is and its licence"
-        )
-    folder, data = zoo_folder() / name, origin.data or DATA.get(dataset)
-    if folder.exists():
-        raise UserError(f"{folder}: there is such an entry; remove it first, or choose another --name")
-    if data is None:
-        raise UserError(f"--data is missing: what {dataset} is and under which licence, in a sentence or two")
+    dataset, data = _dataset_of(name, info.recipe, origin.data)
+    origin = Origin(data, origin.machine or machine(device), origin.notes)
 
     make_folder(zoo_folder())
     with tempfile.TemporaryDirectory(prefix=".", dir=zoo_folder()) as temporary:
         new = make_folder(Path(temporary) / name)
-        store_checkpoint(checkpoint, new / WEIGHTS, half)
+        weights = new / WEIGHTS
+        store_checkpoint(run / "best.safetensors", weights, half)
         try:
             stored_scores = evaluate_run(
-                new / WEIGHTS,
+                weights,
                 device,
                 root=root,
                 split=scores["split"],
-                inference=settings,
+                inference=replace(_inference(scores), amp="off"),
                 figures=Path(temporary),
             )
         except UserError as error:
@@ -240,7 +206,7 @@ def add(
                 f"an entry's metrics are measured on what is stored, which failed: {error}; if the data lies "
                 "elsewhere, say --root"
             ) from None
-        model, _ = load_checkpoint(new / WEIGHTS, device)
+        model, _ = load_checkpoint(weights, device)
         picture = _picture(model, info, new, Path(temporary), root, device)
         size = input_size(info.recipe.data)
         architecture, encoder = _network(info.recipe)
@@ -255,30 +221,76 @@ def add(
             gflops=count_gflops(model, size),
             input=size,
             storage="float16" if half else "float32",
-            bytes=(new / WEIGHTS).stat().st_size,
-            sha256=sha256_of(new / WEIGHTS),
+            bytes=weights.stat().st_size,
+            sha256=sha256_of(weights),
         )
-        recipe = yaml.safe_dump(recipe_to_dict(info.recipe), sort_keys=False)
-        origin = Origin(data, origin.machine or machine(device), origin.notes)
-        texts = {
-            "recipe.yaml": recipe,
-            "metrics.json": to_json(stored_scores, indent=1) + "\n",
-            "card.md": _card(entry, info, stored_scores, scores, lines[-1]["seconds"], origin, picture),
-            "entry.json": entry_json(entry),
-        }
-        for file, text in texts.items():
-            write_text(new / file, text)
-        os.replace(new, folder)
-    return folder
+        write_text(new / "recipe.yaml", recipe_to_yaml(info.recipe))
+        write_text(new / "metrics.json", to_json(stored_scores, indent=1) + "\n")
+        write_text(new / "card.md", _card(entry, info, stored_scores, scores, seconds, origin, picture))
+        write_text(new / "entry.json", entry_json(entry))
+        os.replace(new, zoo_folder() / name)
+    return zoo_folder() / name
+
+
+def _finished_run(run: Path) -> tuple[CheckpointInfo, dict[str, Any], float]:
+    """Best checkpoint, scores and seconds of training of a run that can become an entry.
+
+    Raises:
+        UserError: it is not finished, or not evaluated as entries are.
+    """
+    checkpoint = run / "best.safetensors"
+    if not checkpoint.is_file():
+        raise UserError(f"{run}: has no best.safetensors; give the folder of a finished run")
+    if not (run / "eval.json").is_file():
+        raise UserError(f"{run}: has no eval.json; first segdeconv eval {run}")
+    info, scores, lines = read_info(checkpoint), _read_scores(run / "eval.json"), read_metrics(run)
+    epochs = info.recipe.train.epochs
+    if not lines or lines[-1]["epoch"] != epochs:
+        raise UserError(f"{run}: is not finished ({epochs} epochs); go on with segdeconv train --resume")
+    if scores.get("epoch") != info.epoch:
+        raise UserError(f"{run}: eval.json is not of this checkpoint; evaluate anew: segdeconv eval {run}")
+    settings = _inference(scores)
+    if settings.flip or settings.scales != (1.0,):
+        raise UserError(
+            f"{run}: eval.json is averaged over mirror images or scales, an entry's metrics are those of the "
+            f"network alone; evaluate anew: segdeconv eval {run}"
+        )
+    if scores["split"] != info.recipe.data.val:
+        raise UserError(
+            f"{run}: eval.json is of the split {scores['split']!r}, an entry's metrics are of the recipe's "
+            f"{info.recipe.data.val!r}; evaluate anew: segdeconv eval {run}"
+        )
+    return info, scores, lines[-1]["seconds"]
+
+
+def _dataset_of(name: str, recipe: Recipe, data: str | None) -> tuple[str, str]:
+    """The data set in the name of a new entry, and ``data`` or what is known of its licence.
+
+    Raises:
+        UserError: the name is taken, or says something else than the recipe; or nothing is known.
+    """
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"--name {name!r}: expected ARCH_ENCODER.nd_DATASET, or .bn_DATASET for the twin")
+    norm, _, dataset = name.partition(".")[2].partition("_")
+    if norm != recipe.model.norm:
+        raise UserError(f"--name {name!r}: says {norm}, but the run's model.norm is {recipe.model.norm}")
+    of = recipe.data.dataset
+    if data is None and {of, dataset} <= DATA.keys() and of != dataset:
+        raise UserError(
+            f"--name {name!r}: says {dataset}, but the run's data.dataset is {of}; choose another name, or "
+            "say with --data what the data is and its licence"
+        )
+    folder, data = zoo_folder() / name, data or DATA.get(dataset)
+    if folder.exists():
+        raise UserError(f"{folder}: there is such an entry; remove it first, or choose another --name")
+    if data is None:
+        raise UserError(f"--data is missing: what {dataset} is and under which licence, in a sentence or two")
+    return dataset, data
 
 
 def default_name(recipe: Recipe) -> str:
     """``ARCH_ENCODER.NORM_DATASET``."""
     return f"{'_'.join(filter(None, _network(recipe)))}.{recipe.model.norm}_{recipe.data.dataset}"
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_gflops(model: nn.Module, size: tuple[int, int]) -> float:

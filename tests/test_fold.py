@@ -74,7 +74,7 @@ def test_batch_norm_twin_folds_likewise(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["unet", "deeplabv3plus", "torchvision resnet18"])
 def test_folded_state_loads_into_the_stripped_architecture(name: str) -> None:
-    """Rule 5 of the design: plain layers, named as in the network with batch norm taken out."""
+    """Plain layers, named as in the network with batch norm taken out."""
     model, report = convert_to_network_deconv(NETWORKS[name](), SMALL)
     stripped = NETWORKS[name]()
     for norm_name, layer_name in read_structure(stripped).norm_after.items():

@@ -1,4 +1,4 @@
-"""Imports go one way, and a bare import does no work (design, 'Rooms')."""
+"""Imports go one way, and a bare import does no work."""
 
 from __future__ import annotations
 

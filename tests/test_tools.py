@@ -93,9 +93,9 @@ def test_arms_are_described() -> None:
     described = accuracy_vs_time.described
     assert (
         described("fast:block_size=8,eps=1e-2")
-        == "fast mode; channels a block 8, not 32; eps 0.01, not 1e-05"
+        == "fast mode; channels per block 8, not 32; eps 0.01, not 1e-05"
     )
-    assert described("exact:block_size=16").endswith("channels a block 16, not 64")
+    assert described("exact:block_size=16").endswith("channels per block 16, not 64")
     for arm in ("bn", *accuracy_vs_time.OF_FAST, *accuracy_vs_time.OF_EXACT):
         assert accuracy_vs_time.arm_name(arm) == arm
         assert described(arm)
@@ -162,6 +162,7 @@ def test_a_stopped_training_goes_on_to_the_same_result(
     # Ten minutes pass between two looks at the clock, and no processor time at all.
     clock = types.SimpleNamespace(monotonic=itertools.count(0, 600).__next__, process_time=lambda: 0.0)
     monkeypatch.setattr(reproduce_table1, "time", clock)
+    monkeypatch.setattr("timed_step.time", clock)
     monkeypatch.setattr(reproduce_table1, "POINTS", 1)
     save, saves = reproduce_table1.save_state, []
 

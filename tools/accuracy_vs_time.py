@@ -30,7 +30,6 @@ import itertools
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -41,6 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timed_step import timed_step
 from torch import Tensor, nn
 
 from segdeconv import calibrate, convert_to_network_deconv, layers, whitening
@@ -84,8 +84,8 @@ OF_FAST = {
     "warm": "batch norm for the first half, then fast mode with the network's function kept (warm start)",
 }
 SETTINGS = {
-    "block_size": "channels a block",
-    "linear_block_size": "features a block of linear layers",
+    "block_size": "channels per block",
+    "linear_block_size": "features per block of linear layers",
     "eps": "eps",
     "momentum": "momentum of the running values",
     "refresh_every": "most steps between refreshes",
@@ -95,7 +95,7 @@ SETTINGS = {
 
 
 class OwnBlocks(layers.Whitened):
-    """One whitening matrix a block: (G·K, F, F) running values instead of (G, F, F)."""
+    """One whitening matrix per block: (G·K, F, F) running values instead of (G, F, F)."""
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
@@ -177,7 +177,7 @@ def convert(model: nn.Module, arm: str) -> nn.Module:
     return model
 
 
-def ablation(arm: str) -> Any:
+def ablation(arm: str) -> contextlib.AbstractContextManager[object]:
     """What to patch into segdeconv.layers while an arm trains."""
 
     def identity(cov: Tensor, samples: Tensor) -> Tensor:
@@ -331,18 +331,13 @@ def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any
             model.train()
             losses = []
             for images, targets in data.epoch(epoch):
-                start = time.process_time()
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * lr_factor(done, total, warmup, "cosine", 1)
-                optimizer.zero_grad(set_to_none=True)
-                with torch.autocast("cpu", torch.bfloat16):
-                    output = model(images)
-                loss = loss_of(output, targets, config, data.ignore_index)
-                loss.backward()
-                optimizer.step()
-                done += 1
-                seconds += time.process_time() - start
-                losses.append(loss.item())
+                criterion = functools.partial(
+                    loss_of, targets=targets, config=config, ignore_index=data.ignore_index
+                )
+                rate = lr * lr_factor(done, total, warmup, "cosine", 1)
+                loss, took = timed_step(model, optimizer, rate, images, criterion, torch.bfloat16)
+                done, seconds = done + 1, seconds + took
+                losses.append(loss)
             mean = statistics.mean(losses)
             if not math.isfinite(mean):
                 break

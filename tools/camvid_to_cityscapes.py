@@ -1,4 +1,4 @@
-"""Lay CamVid out as a small Cityscapes tree, to run the whole Cityscapes road on real photographs.
+"""Lay CamVid out as a small Cityscapes tree, to run all that is made for Cityscapes on real photographs.
 
     python tools/camvid_to_cityscapes.py data/camvid data/citycam
 

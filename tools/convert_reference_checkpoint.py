@@ -8,7 +8,7 @@ size they trained with; layers in which they kept batch norm (the shortcuts of t
 result evaluates to the same numbers: `segdeconv eval model.safetensors`.
 
 Their layout, per whitened layer: ``weight``, ``bias``, ``running_mean`` (k·k·B entries; groups · k·k·B for a
-grouped convolution) and ``running_deconv`` (k·k·B square; one a group).
+grouped convolution) and ``running_deconv`` (k·k·B square; one per group).
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from segdeconv import UserError, calibrate, convert_to_network_deconv, fold_network_deconv
+from segdeconv.models import count_parameters
 
 CLASSES = 5
 ALLOWED = 1e-6
@@ -42,7 +43,7 @@ def kinds() -> list[str]:
             model = timm.create_model(name, num_classes=CLASSES)
         if batch_norms(model):
             kind = model_entrypoint(name).__module__, *sorted({type(m).__name__ for m in model.modules()})
-            entry = sum(parameter.numel() for parameter in model.parameters()), name
+            entry = count_parameters(model), name
             smallest[kind] = min(smallest.get(kind, entry), entry)
     return sorted(name for _, name in smallest.values())
 

@@ -4,8 +4,8 @@
 
 Takes entries of the zoo, or runs, whose data is at hand (--root says where). Each is exported with --int8,
 and its accuracy and speed are measured as `segdeconv export` does. Then weights alone and activations alone
-are rounded to int8 in PyTorch, to see which of the two does the harm: weights with a scale a channel, what
-convolutions read with a scale a tensor.
+are rounded to int8 in PyTorch, to see which of the two does the harm: weights with one scale per
+channel, what convolutions read with one scale per tensor.
 """
 
 from __future__ import annotations

@@ -84,13 +84,7 @@ def table1_part(lines: list[dict[str, Any]]) -> str:
 
 def free_heads_part(free: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
     """Trainings of table 1 without wide heads held back beside the same with, which is the rule."""
-    rows = [
-        "Trainings of this table once more, without wide heads held back ([whitening.md](whitening.md)), "
-        "top-1 in percent:\n",
-        "| network | features of the head | seed | free | held back |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    differences = []
+    rows, differences = [], []
     for was in free:
         same = ("network", "arm", "seed", "epochs", "pictures", "amp")
         line = next((x for x in lines if all(x[key] == was[key] for key in same)), None)
@@ -100,14 +94,16 @@ def free_heads_part(free: list[dict[str, Any]], lines: list[dict[str, Any]]) -> 
         model, _ = build_model(ModelConfig(f"cifar_{line['network']}"), 10)
         head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1].in_features
         differences.append(line["top1"] - was["top1"])
-        rows.append(
-            f"| {title} | {head} | {line['seed']} | {100 * was['top1']:.2f} | {100 * line['top1']:.2f} |"
-        )
+        rows.append([title, head, line["seed"], f"{100 * was['top1']:.2f}", f"{100 * line['top1']:.2f}"])
     if not differences:
         return ""
     better, mean = sum(difference > 0 for difference in differences), 100 * statistics.fmean(differences)
-    rows.append(f"\nThe rule is better in {better} of {len(differences)}; on average {mean:+.1f} points.\n")
-    return "\n".join(rows)
+    titles = ["network", "features of the head", "seed", "free", "held back"]
+    return (
+        "Trainings of this table once more, without wide heads held back ([whitening.md](whitening.md)), "
+        f"top-1 in percent:\n\n{markdown_table(titles, rows, numbers_from=1)}\n"
+        f"The rule is better in {better} of {len(differences)}; on average {mean:+.1f} points.\n"
+    )
 
 
 def ahead(lines: list[dict[str, Any]], other: str, what: str) -> str:
@@ -142,21 +138,15 @@ def twins_part() -> str:
         bn, nd = (measured(x)[metric] for x in (twin, name))
         bn_train, nd_train = (load_recipe(entry_folder(x) / "recipe.yaml").train for x in (twin, name))
         better += nd > bn
-        rows.append(
-            f"| {name.replace('.nd_', ' on ')} | {metric} | {bn:.4f} | {nd:.4f} | {nd_train.epochs} "
-            f"| {bn_train.lr:g} | {nd_train.lr:g} |"
-        )
-    return "\n".join(
-        [
-            "The zoo's twins after their whole trainings, on the validation or test pictures that chose the "
-            "stored epoch too. One seed each, and each twin has the learning rate of its own recipe.\n",
-            "| pair | metric | bn | nd | epochs | lr bn | lr nd |",
-            "|---|---|---:|---:|---:|---:|---:|",
-            *rows,
-            "",
-            verdict(better, len(rows), "deconvolution ends above batch norm", " pairs, of one seed each"),
-            "",
-        ]
+        scores = f"{bn:.4f}", f"{nd:.4f}"
+        rates = f"{bn_train.lr:g}", f"{nd_train.lr:g}"
+        rows.append([name.replace(".nd_", " on "), metric, *scores, nd_train.epochs, *rates])
+    titles = ["pair", "metric", "bn", "nd", "epochs", "lr bn", "lr nd"]
+    claim = verdict(better, len(rows), "deconvolution ends above batch norm", " pairs, of one seed each")
+    return (
+        "The zoo's twins after their whole trainings, on the validation or test pictures that chose the "
+        "stored epoch too. One seed each, and each twin has the learning rate of its own recipe.\n\n"
+        f"{markdown_table(titles, rows, numbers_from=2)}\n{claim}\n"
     )
 
 

@@ -9,15 +9,15 @@ sigmoid units) and a small convolutional network, each plain, with batch norm (f
 input) and with network deconvolution. SGD with momentum 0.9 in batches of 512, as in the authors' command, at
 a constant learning rate, for each the best of --lrs by the mean training loss of the last 20 steps.
 
-Writes --out, a line a training; what is there is not done again. tools/paper_page.py draws it.
+Writes --out, one line per training; what is there is not done again. tools/paper_page.py draws it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timed_step import timed_step
 from torch import Tensor, nn
 
 from segdeconv import convert_to_network_deconv
@@ -100,13 +101,10 @@ def run(task: str, arm: str, lr: float, seed: int, data: dict[str, tuple[Tensor,
     losses, seconds = [], 0.0
     for step in range(STEPS):
         chosen = order[step * BATCH : (step + 1) * BATCH]
-        start = time.process_time()
-        loss = loss_of(model(images[chosen]), labels[chosen], squared)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        seconds += time.process_time() - start
-        losses.append(loss.item())
+        criterion = functools.partial(loss_of, labels=labels[chosen], squared=squared)
+        loss, took = timed_step(model, optimizer, lr, images[chosen], criterion)
+        seconds += took
+        losses.append(loss)
         if not math.isfinite(losses[-1]):
             break
     images, labels = data["val"]

@@ -23,30 +23,32 @@ last point of a curve is top-1 on all test pictures, those before it on every fi
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from timed_step import timed_step
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from segdeconv.checkpoint import has_state, load_state, restore_training, save_state, training_tensors
 from segdeconv.config import Recipe, load_recipe
-from segdeconv.data import Samples, eval_loader, open_samples, train_loader
+from segdeconv.data import EpochBatches, Samples, eval_loader, open_samples, train_loader
 from segdeconv.errors import UserError, one_sentence
 from segdeconv.evaluate import AMP, score, torch_predictor
 from segdeconv.figures import new_figure, save_figure, spread
 from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.losses import loss_of
 from segdeconv.markdown import markdown_table
-from segdeconv.models import build_model
+from segdeconv.models import build_model, count_parameters
 from segdeconv.train import lr_factor, make_optimizer, pick_device, seed_everything
-from segdeconv.zoo import count_parameters
 
 # Title, and top-1 in percent after so many epochs: batch norm and network deconvolution in the paper (arXiv
 # 1905.11926, table 1), and the same in its reproduction study (ReScience C 10(1)#4, means of three).
@@ -113,22 +115,19 @@ def train(
     for step, (images, targets) in enumerate(endless(loader, done, steps), done + 1):
         model.train()
         images, targets = images.to(device), targets.to(device)
-        start = time.process_time()
-        optimizer.param_groups[0]["lr"] = config.lr * lr_factor(step - 1, steps, 0, config.schedule, 1)
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, AMP[config.amp], enabled=config.amp != "off"):
-            output = model(images)
-        loss = loss_of(output, targets, config, recipe.data.ignore_index)
-        loss.backward()
-        optimizer.step()
-        seconds += time.process_time() - start
-        losses.append(loss.item())
+        criterion = functools.partial(
+            loss_of, targets=targets, config=config, ignore_index=recipe.data.ignore_index
+        )
+        lr = config.lr * lr_factor(step - 1, steps, 0, config.schedule, 1)
+        loss, took = timed_step(model, optimizer, lr, images, criterion, AMP[config.amp])
+        seconds += took
+        losses.append(loss)
         if step == steps or step % max(an_epoch // POINTS, 1) == 0:
             share = 1 if step == steps else 5
             top1 = accuracy(model, recipe, held_out, share, device)
             curve.append([step, round(seconds, 2), float(np.mean(losses)), round(top1, 5)])
             losses = []
-        if not math.isfinite(loss.item()):
+        if not math.isfinite(loss):
             break
         if time.monotonic() - saved >= 60 * config.checkpoint_minutes and step < steps:
             values = {"task": task, "curve": curve, "losses": losses, "seconds": seconds, "done": step}
@@ -163,9 +162,9 @@ def fewer(samples: Samples, count: int) -> Samples:
     return samples
 
 
-def endless(loader: Any, done: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def endless(loader: DataLoader, done: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of ``steps`` steps, epoch after epoch, but for the first ``done``."""
-    batches = loader.batch_sampler
+    batches = cast(EpochBatches, loader.batch_sampler)
     batches.epoch, batches.start = divmod(done, len(loader))
     while done < steps:
         for batch in itertools.islice(loader, steps - done):
@@ -174,7 +173,7 @@ def endless(loader: Any, done: int, steps: int) -> Iterator[tuple[Tensor, Tensor
         batches.epoch, batches.start = batches.epoch + 1, 0
 
 
-def accuracy(model: Any, recipe: Recipe, held_out: Samples, share: int, device: torch.device) -> float:
+def accuracy(model: nn.Module, recipe: Recipe, held_out: Samples, share: int, device: torch.device) -> float:
     """Top-1 on every ``share``-th test picture."""
     loader = eval_loader(held_out, recipe.data, 500, 1, rank=0, world=share)
     return float(score(torch_predictor(model, AMP[recipe.train.amp]), loader, held_out, 255, device)["top1"])

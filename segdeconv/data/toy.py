@@ -38,7 +38,7 @@ _CAMERA_HEIGHT = 1.5  # metres
 _FIRST_VAL_SEED = 1_000_000
 
 Floats = NDArray[np.float32]
-Draw = Callable[[float], None]  # paints an object at so many metres
+Draw = Callable[[float], None]  # paints an object at this distance in metres
 
 
 class ToyStreet(Samples):

@@ -131,6 +131,10 @@ def _call(
         ) from None
 
 
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def size_multiple(model: nn.Module) -> int:
     """What height and width of the network's input must be a multiple of, in pixels."""
     if getattr(model, "requires_divisible_input_shape", False):  # smp says so itself

@@ -209,7 +209,7 @@ def _preact_blocks(squeeze: bool) -> list[nn.Module]:
 
 
 def _inverted_residuals(plan: Sequence[tuple[int, int, int, int]], squeeze: bool) -> list[nn.Module]:
-    """``plan`` has a row a stage: expansion, channels, blocks, stride of the first block."""
+    """``plan`` has one row per stage: expansion, channels, blocks, stride of the first block."""
     blocks: list[nn.Module] = []
     channels = 32
     for expansion, out, count, stride in plan:

@@ -15,29 +15,6 @@ from torch import nn
 from segdeconv.errors import UserError, did_you_mean
 from segdeconv.models.registry import Architecture
 
-_SMP = (
-    "unet",
-    "unetplusplus",
-    "manet",
-    "linknet",
-    "fpn",
-    "pspnet",
-    "deeplabv3",
-    "deeplabv3plus",
-    "pan",
-    "upernet",
-    "segformer",
-    "dpt",
-)
-_TORCHVISION = (
-    "fcn_resnet50",
-    "fcn_resnet101",
-    "deeplabv3_resnet50",
-    "deeplabv3_resnet101",
-    "deeplabv3_mobilenet_v3_large",
-    "lraspp_mobilenet_v3_large",
-)
-
 
 def check_encoder(name: str) -> str:
     """An encoder's name as smp takes it: smp's own, or a timm network (``tu-`` is put before it)."""
@@ -93,6 +70,7 @@ def _torchvision(name: str) -> Architecture:
     return Architecture("segmentation", build)
 
 
-ARCHITECTURES: dict[str, Architecture] = {name: _smp(name) for name in _SMP} | {
-    name: _torchvision(name) for name in _TORCHVISION
+ARCHITECTURES: dict[str, Architecture] = {name: _smp(name) for name in smp.MODEL_ARCHITECTURES_MAPPING} | {
+    name: _torchvision(name)
+    for name in torchvision.models.list_models(module=torchvision.models.segmentation)
 }
