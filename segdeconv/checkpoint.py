@@ -62,7 +62,7 @@ def create_run_folder(path: Path, recipe: Recipe) -> None:
     """Make a new run folder with its recipe.
 
     Raises:
-        UserError: the folder cannot be made, or holds a run already.
+        UserError: the folder cannot be made, or holds a run, or scores of another network.
     """
     if has_state(path):
         raise UserError(
@@ -73,6 +73,8 @@ def create_run_folder(path: Path, recipe: Recipe) -> None:
             f"{path}: holds a run without its {_STATE}, so it cannot go on; choose another --out, or remove "
             "it first"
         )
+    if any((path / name).exists() for name in ("eval.json", "eval_onnx.json")):
+        raise UserError(f"{path}: holds scores of another network; choose another --out, or remove it first")
     make_folder(path)
     write_text(path / "recipe.yaml", recipe_to_yaml(recipe))
 
@@ -278,6 +280,7 @@ def read_info(path: Path) -> CheckpointInfo:
         raise UserError(f"{path}: its metadata is damaged ({error!r})") from None
 
 
+@torch.inference_mode(False)  # or it could be neither deconvolved nor trained
 def load_checkpoint(run: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, CheckpointInfo]:
     """Rebuild the network of a run folder or checkpoint, in evaluation mode.
 

@@ -400,9 +400,14 @@ def bench(
         list[Path], typer.Argument(help="Files made by segdeconv export; ratios are over the first.")
     ],
     size: Annotated[
-        str | None, typer.Option(metavar="H,W", help="Of the pictures; by default the recipe's, or 512,1024.")
+        str | None,
+        typer.Option(
+            metavar="H,W",
+            help="Of the pictures, which only graphs that prepare them resize; by default the first "
+            "graph's own, its recipe's, or 512,1024.",
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures a call.")] = 1,
+    batch: Annotated[int, typer.Option(help="Pictures per call.")] = 1,
     runs: Annotated[int, typer.Option(help="Measured calls of each graph.")] = 50,
     threads: Threads = None,
     device: Device = "auto",

@@ -44,7 +44,7 @@ class RunGroup:
     notes: list[str]
 
 
-def compare_runs(folders: Sequence[Path], out: Path) -> tuple[str, list[RunGroup]]:
+def compare_runs(folders: Sequence[str | Path], out: str | Path) -> tuple[str, list[RunGroup]]:
     """Compare run folders; writes ``compare.png``, ``compare.md`` and ``compare.json`` into ``out``.
 
     Returns:
@@ -53,8 +53,8 @@ def compare_runs(folders: Sequence[Path], out: Path) -> tuple[str, list[RunGroup
     Raises:
         UserError: a folder is no run, is given twice or has no score yet, or the runs' tasks differ.
     """
-    metric, entries = _entries(folders)
-    make_folder(out)
+    metric, entries = _entries([Path(folder) for folder in folders])
+    out = make_folder(Path(out))
     training_curves({entry.label: entry.folders for entry in entries}, out / "compare.png", metric)
     text = to_json({"metric": metric, "runs": [_plain(entry) for entry in entries]}, indent=1)
     write_text(out / "compare.json", text)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from segdeconv.config import NetworkDeconvConfig
+from segdeconv.distributed import world_size
 from segdeconv.errors import UserError
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.structure import (
@@ -138,6 +140,8 @@ def convert_to_network_deconv(
 
 
 def _check_convertible(model: nn.Module, config: NetworkDeconvConfig) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is {model!r}; expected a torch.nn.Module, as segdeconv.load(...) returns")
     if not isinstance(config, NetworkDeconvConfig):
         raise UserError(
             f"config is {config!r}; expected a NetworkDeconvConfig, as NetworkDeconvConfig(mode='exact')"
@@ -253,15 +257,15 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     Args:
         model: a freshly converted network (whitening at identity) or an already trained one.
         batches: image batches (n, C, H, W) on the model's device, in the form it is trained on. Some dozens
-            of images serve.
+            of images serve, a single one not where a linear layer reads one value per feature of it.
 
     Returns:
         ``model``, in the mode it was in.
 
     Raises:
         UserError: no batch was given or one is no images, the network holds no whitened layer, one of them
-            shares its weight or bias with another layer or has none of its own, or statistics are not finite.
-            The network is unchanged.
+            shares its weight or bias with another layer or has none of its own, cannot take what it reads,
+            saw no more than one value per channel, or statistics are not finite. The network is unchanged.
     """
     if isinstance(batches, Tensor):  # or each of its images would count as a batch
         raise UserError("calibrate: batches is a single tensor; expected batches of images, as in [images]")
@@ -274,13 +278,17 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     def observe(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            if not x.isfinite().all():
+            if not x.to(torch.promote_types(x.dtype, torch.float32)).square().sum().isfinite():
                 raise UserError(f"calibrate: the statistics of {name} are not finite; check the input images")
-            observers[name].observe(x)
+            try:
+                observers[name].observe(x)
+            except ValueError as error:
+                raise UserError(f"calibrate: {name} got {error}") from None
+            values[name] += x.numel() // math.prod(observers[name]._shape[:3])  # by all channels
 
         return hook
 
-    count = 0
+    count, values = 0, collections.Counter[str]()
     with modes_kept(model), contextlib.ExitStack() as hooks:
         set_to_evaluation(model)
         for name, layer in layers.items():
@@ -291,6 +299,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
             count += 1
     if not count:
         raise UserError("calibrate: no batch was given; pass a few image batches")
+    if world_size() == 1 and (few := [name for name, seen in values.items() if seen == 1]):
+        raise UserError(f"calibrate: {few[0]} saw a single value per channel; give more images")
     for name, layer in layers.items():
         if observers[name].num_batches_tracked > 0:
             layer.adopt_running_values(observers[name])
@@ -372,8 +382,8 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
 def _as_affine(norm: Any) -> nn.Module:
     """A batch norm with no layer before it to fold into, as a depthwise 1x1 convolution."""
     scale, shift = _affine(norm)
-    conv: Any = nn.Conv2d(len(scale), len(scale), 1, groups=len(scale))
-    conv.to(device=scale.device, dtype=norm.running_mean.dtype)
+    place = {"device": scale.device, "dtype": norm.running_mean.dtype}
+    conv: Any = nn.Conv2d(len(scale), len(scale), 1, groups=len(scale), **place)
     with torch.no_grad():
         conv.weight.copy_(scale.view_as(conv.weight))
         conv.bias.copy_(shift)
@@ -396,9 +406,8 @@ def leftover(norm: nn.Module) -> nn.Module:
     """What stays where a batch norm was: the dropout and activation of timm's layers that carry them."""
     parts = [getattr(norm, name, nn.Identity()) for name in ("drop", "act")]
     parts = [part for part in parts if not isinstance(part, nn.Identity)]
-    if len(parts) > 1:
-        return nn.Sequential(*parts)
-    return parts[0] if parts else nn.Identity()
+    left = parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
+    return left.train(norm.training)
 
 
 def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -471,6 +480,8 @@ def _reason_to_keep(
         return f"{type(module).__name__} has a forward of its own"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed, not a parameter"
+    if not module.weight.numel():
+        return "it has no weights"
     if module.bias is not None and not isinstance(module.bias, nn.Parameter):
         return "its bias is computed, not a parameter"
     if name in structure.before_frozen:

@@ -222,6 +222,10 @@ class Inference:
 
     def __post_init__(self) -> None:
         check_windows(self.window, self.overlap)
+        if self.window is None and self.overlap != Inference.overlap:
+            raise UserError(f"--overlap {self.overlap}: goes with --window")
+        if self.amp not in ("recipe", *AMP):
+            raise UserError(f"--amp {self.amp}: expected recipe, {', '.join(AMP)}")
         if not self.scales or not all(0 < scale <= 8 for scale in self.scales):
             text = ",".join(map(str, self.scales))
             raise UserError(f"--scales {text}: expected factors above 0, to 8, such as 0.75,1,1.25")
@@ -353,6 +357,7 @@ def evaluate_run(
             option does not go with the others.
     """
     torch_device = torch.device("cpu" if onnx is not None else device)
+    figures = None if figures is None else make_folder(Path(figures))  # before the long part
     model, info = load_checkpoint(run, torch_device)
     inference = inference or Inference()
     if predictions is not None or submission is not None:

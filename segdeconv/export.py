@@ -182,13 +182,20 @@ def finish(
         changes: metadata that differ from `graph_metadata`.
 
     Raises:
-        UserError: it is larger than an ONNX file can be, or holds an operator that is not ONNX's own.
+        UserError: it is larger than an ONNX file can be, holds an operator that is not ONNX's own, or puts
+            out something else than scores of the classes.
     """
     if core.ByteSize() > _LARGEST:
         raise UserError("not written, the graph has 2 GB or more, which one ONNX file cannot hold")
     foreign = sorted({node.op_type for node in core.graph.node if node.domain not in ("", "ai.onnx")})
     if foreign:
         raise UserError(f"not written, the graph needs operators beyond ONNX's own: {', '.join(foreign)}")
+    shape = [size.dim_value for size in core.graph.output[0].type.tensor_type.shape.dim]  # 0: not fixed
+    if len(shape) != (4 if info.task == "segmentation" else 2) or shape[1] not in (0, len(info.classes)):
+        raise UserError(
+            f"not written, the network puts out {shape} (0: any), which is no {info.task} of "
+            f"{len(info.classes)} classes"
+        )
     graph = around(core, interface, preparation, info.task, len(info.classes))
     digest = hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()
     graph.graph.name = f"{info.recipe.name}_{info.recipe.model.norm}_{digest[:16]}"

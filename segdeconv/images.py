@@ -165,8 +165,10 @@ def _resize(array: Picture, size: tuple[int, int] | None, how: Image.Resampling)
 
 def check_windows(window: tuple[int, int] | None, overlap: float) -> None:
     """Raise UserError unless these are sizes in pixels and a share that windows can have in common."""
-    if window is not None and min(window) < 1:
-        raise UserError(f"--window {window[0]},{window[1]}: expected pixels, such as 512,1024")
+    if window is not None and (
+        len(window) != 2 or not all(isinstance(side, int) and side > 0 for side in window)
+    ):
+        raise UserError(f"--window {','.join(map(str, window))}: expected pixels, such as 512,1024")
     if not 0 <= overlap < 1:
         raise UserError(f"--overlap {overlap}: expected a share from 0 to below 1, such as 0.25")
 
@@ -180,7 +182,7 @@ def window_starts(size: int, window: int, overlap: float) -> list[int]:
 
 def colored(labels: Picture, palette: Palette) -> Picture:
     """Labels (H, W) as RGB (H, W, 3); what is outside the palette is black."""
-    table = np.zeros((256, 3), np.uint8)
+    table = np.zeros((max(256, len(palette)), 3), np.uint8)
     table[: len(palette)] = palette
     return table[labels]
 

@@ -103,7 +103,7 @@ class Fit:
 
 def inspect_run(
     run: str | Path,
-    out: Path,
+    out: str | Path,
     filters: bool = True,
     sparsity: bool = True,
     spectrum: bool = True,
@@ -123,7 +123,7 @@ def inspect_run(
     model, info = load_checkpoint(run)
     data = info.recipe.data.at(root)
     images = _some_pictures(model, data)
-    make_folder(out)
+    out = make_folder(Path(out))
     if (out / "inspect.json").exists():  # it would not tell of pictures that an earlier call left
         for name in ("spectrum", "sparsity", "filters"):
             (out / f"{name}.png").unlink(missing_ok=True)

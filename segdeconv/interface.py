@@ -47,12 +47,21 @@ class Interface:
 
     def __post_init__(self) -> None:
         known = ("labels", "logits", "probabilities")
+        if isinstance(self.outputs, str):
+            raise UserError(f"outputs = {self.outputs!r}: expected a tuple, such as ({self.outputs!r},)")
+        if self.preprocess not in ("none", "graph"):
+            raise UserError(f"--preprocess {self.preprocess}: expected none or graph")
         named = ",".join(self.outputs)
         once = len(set(self.outputs)) == len(self.outputs)
         if not self.outputs or not once or set(self.outputs) - set(known):
             raise UserError(f"--output {named}: expected some of {', '.join(known)}, each once")
-        if self.static is not None and min(self.static) < 1:
-            raise UserError(f"--static {','.join(map(str, self.static))}: expected at least 1 of each")
+        if self.static is not None and (
+            len(self.static) != 3 or not all(isinstance(size, int) and size > 0 for size in self.static)
+        ):
+            text = ",".join(map(str, self.static))
+            raise UserError(
+                f"--static {text}: expected three whole numbers of at least 1, such as 1,512,1024"
+            )
         if self.static is not None and math.prod(self.static) > 2**30:
             raise UserError(
                 f"--static {','.join(map(str, self.static))}: expected 2**30 pixels in all at most"

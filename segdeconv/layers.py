@@ -277,8 +277,8 @@ class Whitened(nn.Module):
         """Output rows and columns for an input."""
         raise NotImplementedError
 
-    def _batched(self, x: Tensor) -> Tensor:
-        """The input as (n, C, ...)."""
+    def _batched(self, input: Tensor) -> Tensor:
+        """The input as (n, C, ...); ValueError if its shape is not what the layer takes."""
         raise NotImplementedError
 
     def _share_of_zeros(self, x: Tensor) -> float:
@@ -348,7 +348,15 @@ class Whitened(nn.Module):
     def adopt_running_values(self, other: Whitened) -> None:
         """Take over the running values of a layer of the same kind, and rewrite weight and bias so that this
         layer computes in evaluation what it did before.
+
+        Raises:
+            ValueError: the other has another mode or other shapes, or this layer has no bias.
         """
+        mine, theirs = ({k: tuple(v.shape) for k, v in x.named_buffers()} for x in (self, other))
+        if mine != theirs:
+            raise ValueError(f"the running values of the other layer are {theirs}; expected {mine}")
+        if self.bias is None:
+            raise ValueError("a layer without a bias cannot take over running values; give it one of zeros")
         weight, bias = self.folded_parameters()
         for name, buffer in other.named_buffers():
             getattr(self, name).copy_(buffer)
@@ -714,7 +722,13 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, config: NetworkDeconvConfig | None = None) -> WhitenedConv2d:
-        """Whiten an existing convolution: its Parameters are reused, a missing bias is added as zeros."""
+        """Whiten an existing convolution: its Parameters are reused, a missing bias is added as zeros.
+
+        Raises:
+            TypeError: it is no Conv2d, or whitened already.
+        """
+        if not isinstance(conv, nn.Conv2d) or isinstance(conv, Whitened):
+            raise TypeError(f"{type(conv).__name__} cannot be whitened; expected a plain Conv2d")
         layer = cls(
             conv.in_channels,
             conv.out_channels,
@@ -763,8 +777,23 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
         total = max((math.ceil(size / stride) - 1) * stride + reach + 1 - size, 0)
         return total // 2, total - total // 2
 
-    def _batched(self, x: Tensor) -> Tensor:
-        return x if x.ndim == 4 else x[None]
+    def _batched(self, input: Tensor) -> Tensor:
+        x = input if input.ndim == 4 else input[None]
+        if x.ndim != 4 or x.shape[1] != self.in_channels or min(self._positions(x)) < 1:
+            raise ValueError(
+                f"an input of shape {tuple(input.shape)} for a {tuple(self.kernel_size)} convolution of "
+                f"{self.in_channels} channels; expected (n, {self.in_channels}, height, width), a map no "
+                "smaller than the kernel"
+            )
+        if self.padding_mode in ("reflect", "circular"):
+            left, right, top, bottom = self._padding_lrtb(x)
+            rows, columns = max(top, bottom), max(left, right)
+            if min(x.shape[2] - rows, x.shape[3] - columns) < (self.padding_mode == "reflect"):
+                raise ValueError(
+                    f"an input of shape {tuple(input.shape)} is too small for {self.padding_mode} padding of "
+                    f"{rows} rows and {columns} columns"
+                )
+        return x
 
     def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[Any, Any] | None = None) -> Tensor:
         sy, sx = _pair(self.stride)
@@ -818,23 +847,7 @@ class WhitenedConv2d(Whitened, nn.Conv2d):
         return 1 - inside
 
     def forward(self, input: Tensor) -> Tensor:  # named as on the torch layer
-        x = self._batched(input)
-        # Before it spoils running values.
-        if x.ndim != 4 or x.shape[1] != self.in_channels or min(self._positions(x)) < 1:
-            raise ValueError(
-                f"an input of shape {tuple(input.shape)} for a {tuple(self.kernel_size)} convolution of "
-                f"{self.in_channels} channels; expected (n, {self.in_channels}, height, width), a map no "
-                "smaller than the kernel"
-            )
-        if self.padding_mode in ("reflect", "circular"):
-            left, right, top, bottom = self._padding_lrtb(x)
-            rows, columns = max(top, bottom), max(left, right)
-            if min(x.shape[2] - rows, x.shape[3] - columns) < (self.padding_mode == "reflect"):
-                raise ValueError(
-                    f"an input of shape {tuple(input.shape)} is too small for {self.padding_mode} padding of "
-                    f"{rows} rows and {columns} columns"
-                )
-        batched, weight, bias = self.whiten(x)
+        batched, weight, bias = self.whiten(self._batched(input))
         padding = self.padding
         if self.padding_mode != "zeros" or (padding == "same" and max(_pair(self.stride)) > 1):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -883,8 +896,13 @@ class WhitenedLinear(Whitened, nn.Linear):
         """The plain linear layer that computes what this layer does in evaluation."""
         return _give(self, nn.Linear(self.in_features, self.out_features, device="meta"))
 
-    def _batched(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, self.in_features)
+    def _batched(self, input: Tensor) -> Tensor:
+        if input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"an input of shape {tuple(input.shape)} for a linear layer of {self.in_features} features; "
+                f"expected (..., {self.in_features})"
+            )
+        return input.reshape(-1, self.in_features)
 
     def _sample(self, x: Tensor, every: tuple[int, int], first: tuple[Any, Any] | None = None) -> Tensor:
         return x.to(_at_least_float32(x.dtype))
@@ -896,11 +914,6 @@ class WhitenedLinear(Whitened, nn.Linear):
         return 0.0
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[-1] != self.in_features:
-            raise ValueError(
-                f"an input of shape {tuple(input.shape)} for a linear layer of {self.in_features} features; "
-                f"expected (..., {self.in_features})"
-            )
         rows, weight, bias = self.whiten(self._batched(input))
         return F.linear(rows, weight, bias).view(*input.shape[:-1], self.out_features)
 

@@ -95,8 +95,9 @@ def placement(
                     f"{path}: its input {source.name} is {source.type} {source.shape}; expected pictures, "
                     "floats or bytes with four axes"
                 )
+        pictures = {source.name: _black(source, size) for source in session.get_inputs()}
         try:
-            session.run(None, {source.name: _black(source, size) for source in session.get_inputs()})
+            session.run(None, pictures)
         except Exception as error:  # onnxruntime raises its own unrelated classes
             raise UserError(f"{path}: does not run ({first_line(error)}); try another --size") from None
         finally:
@@ -115,7 +116,10 @@ def _black(source: Any, size: tuple[int, int] | None) -> np.ndarray:
     kind = TYPES[source.type]
     rows, columns = size or (_DEFAULT_SIDE, _DEFAULT_SIDE)
     free = (1, rows, columns, 3) if kind is np.uint8 else (1, 3, rows, columns)
-    return np.zeros([s if isinstance(s, int) else f for s, f in zip(source.shape, free, strict=True)], kind)
+    shape = [s if isinstance(s, int) else f for s, f in zip(source.shape, free, strict=True)]
+    if size is not None and tuple(shape[1:]) != free[1:]:
+        raise UserError(f"--size {rows},{columns}: the graph takes {tuple(shape)} only")
+    return np.zeros(shape, kind)
 
 
 def table(found: Placement) -> str:

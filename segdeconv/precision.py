@@ -132,6 +132,8 @@ def export_smaller(
             times as fast; nothing is written.
         UserError: the run, its data or the place is not as it should be.
     """
+    if precision not in ("fp16", "int8"):
+        raise UserError(f"precision = {precision!r}: expected fp16 or int8")
     path, interface, gates = check_graph_place(path), interface or Interface(), gates or Gates()
     model, info = load_checkpoint(run)
     preparation = preparation_of(info, model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, overload
@@ -151,7 +151,8 @@ class Segmenter:
         device: ``cpu``; ``cuda`` or ``cuda:N``; ``auto`` takes CUDA where it works, else the CPU.
         allow_cpu: let ``cuda`` take the CPU where CUDA cannot be had, instead of failing.
         threads: threads that compute one operator; None lets onnxruntime take all cores.
-        window: height and width of sliding windows for pictures that are larger; None runs pictures whole.
+        window: height and width of sliding windows for pictures that are larger, after the recipe's resize;
+            None runs pictures whole.
             Probabilities are averaged where windows overlap; of a graph that puts out labels alone, every
             window gives what is nearer to its own middle than to its neighbours'.
         overlap: least share of its height or width that a window has in common with the next.
@@ -268,10 +269,7 @@ class Segmenter:
 
     def _label(self, images: Picture) -> Labels:
         """Class numbers (n, H, W) of RGB (n, H, W, 3)."""
-        if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape or images.dtype != np.uint8:
-            raise UserError(
-                f"expected RGB (n, H, W, 3) uint8 with n, H, W > 0, not {images.shape} {images.dtype}"
-            )
+        _check_pictures(images)
         height, width = images.shape[1:3]
         if self._resize is not None:
             images = np.stack([resize_image(image, self._resize) for image in images])
@@ -313,7 +311,8 @@ class Segmenter:
         return (total / times).argmax(1).astype(self._label_type)
 
     def preprocess(self, images: Picture) -> NDArray[Any]:
-        """What the graph takes, from RGB (n, H, W, 3) uint8.
+        """What the graph takes, from RGB (n, H, W, 3) uint8 at the size the network is to be run at: a
+        recipe's resize or crop is part only of graphs that prepare pictures themselves.
 
         Returns:
             Normalised (n, 3, H', W') float32 (float16 where the graph takes that), padded with zeros right
@@ -321,11 +320,15 @@ class Segmenter:
             themselves where the graph prepares them.
 
         Raises:
-            UserError: a graph that resizes pictures of one size gets others.
+            UserError: the arrays are no pictures, or not of the one size, or larger than it, that the graph
+                was exported for.
         """
+        _check_pictures(images)
         count, height, width = images.shape[:3]
         multiple = 1 if self._raw else self.metadata["size_multiple"]
         rows, columns = self.size or (height + -height % multiple, width + -width % multiple)
+        if rows < height or columns < width:
+            raise UserError(f"the graph takes pictures of {self.size} at most, not of {(height, width)}")
         if self._raw:
             if (rows, columns) == (height, width):
                 return np.ascontiguousarray(images)
@@ -418,12 +421,23 @@ class Segmenter:
         size = size or self.size or self.metadata["resize"] or self._window
         if size is None:
             raise UserError("warm_up needs the pictures' height and width, the graph takes any")
+        pictures = np.zeros((batch, *size, 3), np.uint8)
         for _ in range(2):
-            self(np.zeros((batch, *size, 3), np.uint8))
+            if self.metadata["task"] == "segmentation":
+                self(pictures)
+            else:
+                self.run(self.preprocess(pictures))
 
     def overlay(self, image: Picture, labels: Labels | None = None, alpha: float = 0.55) -> Picture:
         """RGB (H, W, 3) with its class numbers (H, W), by default what the graph says, painted over it."""
         return overlay(image, self(image) if labels is None else labels, self.palette, alpha)
+
+
+def _check_pictures(images: Picture) -> None:
+    if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape or images.dtype != np.uint8:
+        raise UserError(
+            f"expected RGB (n, H, W, 3) uint8 with n, H, W > 0, not {images.shape} {images.dtype}"
+        )
 
 
 def _parts(starts: list[int], length: int) -> list[slice]:
@@ -447,28 +461,31 @@ def find_images(source: str | Path) -> list[Path]:
     return images_in(source)
 
 
-def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) -> Iterator[Path]:
+def predict_images(segmenter: Segmenter, images: Iterable[str | Path], out: str | Path) -> Iterator[Path]:
     """Write ``NAME.png`` (class numbers, palette colours) and ``NAME_overlay.jpg`` for every picture.
 
     Yields the label file of each picture when it is written.
 
     Raises:
         UserError: more than 256 classes; ``out`` is a picture's folder, or cannot be written; a PNG that is
-            no earlier prediction would be overwritten; or, when all others are done, pictures could not be
-            read.
+            no earlier prediction would be overwritten; two pictures would share an output name; or, when all
+            others are done, pictures could not be read.
     """
+    paths = [Path(path) for path in images]
     if len(segmenter.classes) > 256:
         raise UserError(f"the graph has {len(segmenter.classes)} classes; masks are PNGs of at most 256")
     out = make_folder(Path(out))
-    folders = {path.parent.resolve() for path in images} | {path.resolve().parent for path in images}
+    folders = {path.parent.resolve() for path in paths} | {path.resolve().parent for path in paths}
     if out.resolve() in folders:  # predictions would be pictures to predict the next time
         raise UserError(f"{out}: is the folder of what is to be predicted; choose another --out")
-    targets = [(out / f"{path.stem}.png", out / f"{path.stem}_overlay.jpg") for path in images]
+    targets = [(out / f"{path.stem}.png", out / f"{path.stem}_overlay.jpg") for path in paths]
+    if len(set(targets)) < len(targets):
+        raise UserError(f"{out}: two of the pictures have one name; choose an --out for each folder")
     for label_file, overlay_file in targets:
         if label_file.exists() and not overlay_file.exists():  # somebody's mask
             raise UserError(f"{label_file}: is there and is no earlier prediction; choose another --out")
     unread = []
-    for path, (label_file, overlay_file) in zip(images, targets, strict=True):
+    for path, (label_file, overlay_file) in zip(paths, targets, strict=True):
         try:
             image = read_rgb(path)
         except UserError as error:
@@ -479,6 +496,6 @@ def predict_images(segmenter: Segmenter, images: list[Path], out: str | Path) ->
         save_image(label_png(labels, segmenter.palette), label_file)
         yield label_file
     if unread:
-        of_all = f"{len(unread)} of {len(images)} pictures could not be read: " if len(images) > 1 else ""
+        of_all = f"{len(unread)} of {len(paths)} pictures could not be read: " if len(paths) > 1 else ""
         more = f"; and {len(unread) - 5} more" if len(unread) > 5 else ""
         raise UserError(f"{of_all}{'; '.join(unread[:5])}{more}")

@@ -25,7 +25,7 @@ class RefreshSchedule:
     A layer that decides for itself does so in Python, outside the graphs of torch.compile, and every layer
     is a hole in them. With a schedule there are two graphs without any, one that measures the correlation of
     what the layers read and one that does not. The whitening matrices are made of it before the next step,
-    of several layers of one size together; before the second step they are the identity.
+    of several layers of one size together; a new network's are the identity before the second step.
 
         refreshes = RefreshSchedule(network)
         for images, targets in batches:

@@ -147,7 +147,7 @@ def seed_everything(seed: int) -> None:
 
 
 def train(
-    recipe: Recipe, out: Path, device: torch.device | str = "cpu", resume: bool = False
+    recipe: Recipe, out: str | Path, device: torch.device | str = "cpu", resume: bool = False
 ) -> dict[str, Any]:
     """Train one run and leave it in ``out``.
 
@@ -167,7 +167,7 @@ def train(
         UserError: data, network or folder are not as they should be, another process trains in ``out``, or
             the loss became NaN or infinite.
     """
-    device = torch.device(device)
+    out, device = Path(out), torch.device(device)
     if not distributed.launched_by_torchrun():
         return _train(recipe, out, device, resume)
     try:

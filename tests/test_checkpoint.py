@@ -68,6 +68,12 @@ def test_round_trip(saved: tuple[Path, torch.nn.Module]) -> None:
         assert torch.equal(value, loaded.state_dict()[key]), key
 
 
+def test_loaded_inside_inference_mode(saved: tuple[Path, torch.nn.Module]) -> None:
+    with torch.inference_mode():
+        model, _ = load_checkpoint(saved[0].parent)
+    assert not any(value.is_inference() for value in model.state_dict().values())
+
+
 def test_the_best_is_taken_before_the_last(saved: tuple[Path, torch.nn.Module]) -> None:
     path, _ = saved
     path.with_name("last.safetensors").write_bytes(path.read_bytes())

@@ -224,6 +224,9 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
     "a gate that is no number": (
         lambda r, t: ["export", r / "run", "--fp16", "--max-drop", "nan", "--out", t / "m.onnx"], "--max-drop nan"),
     "a split that is not drawn": (lambda r, t: ["eval", r / "run", "--split", "test"], "has no split test"),
+    "an overlap of no windows": (lambda r, t: ["eval", r / "run", "--overlap", "0.5"], "goes with --window"),
+    "a run where scores lie": (
+        lambda r, t: ["train", "demo", "--out", scores_in(t)], "holds scores of another network"),
     "a picture of no pixels": (lambda r, t: ["bench", r / "model.onnx", "--size", "-1,5"], "--size -1,5"),
     "numbers into a folder": (
         lambda r, t: ["bench", r / "model.onnx", "--size", "32,32", "--runs", "1", "--json", "/"], "is a folder"),
@@ -319,6 +322,11 @@ def other_run(road: Path, folder: Path, **metadata: Any) -> Path:
         next(entry for entry in graph.metadata_props if entry.key == key).value = json.dumps(value)
     onnx.save(graph, folder / "other.onnx")
     return folder / "other.onnx"
+
+
+def scores_in(folder: Path) -> Path:
+    (folder / "eval.json").write_text("{}")
+    return folder
 
 
 def two_of_a_name(folder: Path) -> Path:

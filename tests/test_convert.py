@@ -895,7 +895,14 @@ def test_a_network_made_under_inference_mode_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batches", "says"), [([], "no batch"), ([torch.full((1, 3, 8, 8), math.nan)], "not finite")]
+    ("batches", "says"),
+    [
+        ([], "no batch"),
+        ([torch.full((1, 3, 8, 8), math.nan)], "not finite"),
+        ([torch.full((1, 3, 8, 8), 1e20)], "not finite"),  # their squares are not
+        ([torch.zeros(1, 8, 8, 3)], r"0 got an input of shape \(1, 8, 8, 3\)"),
+        ([torch.zeros(1, 3, 2, 8)], "0 got an input of .*no smaller than the kernel"),
+    ],
 )
 def test_calibrate_refuses(batches: list, says: str) -> None:
     model, _ = convert_to_network_deconv(nn.Sequential(nn.Conv2d(3, 4, 3)))
@@ -905,6 +912,35 @@ def test_calibrate_refuses(batches: list, says: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(UserError, match="no whitened layer"):
         calibrate(nn.Sequential(nn.ReLU()), [torch.zeros(1)])
+
+
+def test_calibrate_takes_single_images_if_there_are_several() -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)).eval()
+    images = torch.randn(32, 3, 8, 8)
+    before = model(images)
+    model, _ = convert_to_network_deconv(model, warm_start=True)
+    with pytest.raises(UserError, match="2 saw a single value per channel"):
+        calibrate(model, [images[:1]])
+    calibrate(model, images.split(1))
+    torch.testing.assert_close(model(images), before, rtol=0, atol=1e-6)
+    assert model.train()(images).std() > 0.5 * before.std()
+
+
+@pytest.mark.parametrize("model", ["resnet18", None, nn.Conv2d])
+def test_what_is_no_network_is_refused(model: Any) -> None:
+    with pytest.raises(UserError, match=r"expected a torch\.nn\.Module"):
+        convert_to_network_deconv(model)
+
+
+def test_a_layer_without_weights_is_kept() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(0, 3))
+    _, report = convert_to_network_deconv(model)
+    assert {entry.name: entry.reason for entry in report.layers}["2"] == "it has no weights"
+
+
+def test_what_stands_where_a_batch_norm_was_is_in_its_mode() -> None:
+    model, _ = convert_to_network_deconv(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval())
+    assert not any(module.training for module in model.modules())
 
 
 def tied(part: str, other: type[nn.Module]) -> Callable:

@@ -275,13 +275,13 @@ def own_run(folder: Path, **data: object) -> Path:
 @pytest.mark.parametrize("inference", [Inference(), Inference((16, 16), 0.5, True, (0.75, 1.0, 1.5), True)])
 def test_a_run_is_scored_at_its_own_size_or_the_original(tmp_path: Path, inference: Inference) -> None:
     run = own_run(tmp_path, size=[16, 32])
-    scores = evaluate_run(run, inference=inference, figures=tmp_path)
+    scores = evaluate_run(run, inference=inference, figures=tmp_path / "a new folder")
     pixels = 12 * (19 * 30 if inference.original else 16 * 32)
     counted = np.sum(scores["confusion"])
     assert counted == pixels if inference.original else 0.9 * pixels < counted < pixels  # a row is ignored
     assert scores["settings"]["scales"] == inference.scales
-    assert (tmp_path / "confusion.png").is_file()
-    worst = Image.open(tmp_path / "worst.jpg")
+    assert (tmp_path / "a new folder/confusion.png").is_file()
+    worst = Image.open(tmp_path / "a new folder/worst.jpg")
     assert worst.size[0] > 900
     assert worst.size[1] > 10 * 150
     predicted = evaluate_run(run, predictions=tmp_path / "labels", inference=inference)
@@ -432,6 +432,8 @@ def test_scores_are_brought_to_the_labels_size() -> None:
     ("settings", "says"),
     [
         ({"window": (0, 5)}, "--window 0,5"),
+        ({"overlap": 0.5}, "--overlap 0.5: goes with --window"),
+        ({"amp": "bfloat16"}, "--amp bfloat16: expected recipe, off"),
         ({"overlap": 1.0}, "--overlap 1.0"),
         ({"overlap": math.nan}, "--overlap nan"),
         ({"scales": ()}, "--scales"),

@@ -308,13 +308,25 @@ def test_a_wrong_preparation_is_caught(what: str) -> None:
     assert not compare(graph, model, "segmentation", interface, right, (1, 50, 70)).passed
 
 
+def test_other_classes_than_the_network_has(tmp_path: Path) -> None:
+    model, info = make("unet+lcnet_050")
+    for change in ({"classes": ("a", "b"), "palette": info.palette[:2]}, {"task": "classification"}):
+        with pytest.raises(UserError, match="not written, the network puts out"):
+            export_onnx(model, dataclasses.replace(info, **change), tmp_path / "m.onnx")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
         ({"outputs": ("masks",)}, "--output masks: expected some of labels, logits, probabilities"),
         ({"outputs": ("labels", "labels")}, "each once"),
         ({"outputs": ()}, "--output : expected"),
+        ({"outputs": "labels"}, "expected a tuple"),
+        ({"preprocess": "Graph"}, "--preprocess Graph: expected none or graph"),
         ({"static": (1, 0, 64)}, "--static 1,0,64"),
+        ({"static": (64, 64)}, "--static 64,64: expected three"),
+        ({"static": (1, 64.0, 64)}, "--static 1,64.0,64: expected three whole"),
         ({"opset": 17}, "--opset 17: expected 18 to"),
     ],
 )

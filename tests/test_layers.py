@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from segdeconv import compiling, layers
 from segdeconv.config import NetworkDeconvConfig
-from segdeconv.layers import WhitenedConv2d, WhitenedLinear
+from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.schedule import RefreshSchedule
 from segdeconv.whitening import folding_matrix, shrunk_inverse_sqrt
 
@@ -1071,9 +1071,43 @@ def test_nothing_to_observe() -> None:
 @pytest.mark.parametrize("shape", [(4, 10), (2, 1, 4, 9, 9), (2, 3, 9, 9), (2, 4, 1, 9)])
 def test_an_input_that_does_not_fit_spoils_nothing(shape: tuple[int, ...]) -> None:
     layer = WhitenedConv2d(4, 4, 3)
-    with pytest.raises(ValueError, match=r"for a \(3, 3\) convolution of 4 channels; expected"):
-        layer(torch.randn(shape))
+    for take in (layer, layer.observe, lambda x: layer.patches(x, 10)):
+        with pytest.raises(ValueError, match=r"for a \(3, 3\) convolution of 4 channels; expected"):
+            take(torch.randn(shape))
     assert layer.num_batches_tracked == 0
+
+
+def test_rows_that_do_not_fit_spoil_nothing() -> None:
+    layer = WhitenedLinear(3, 4)
+    for take in (layer, layer.observe):
+        with pytest.raises(ValueError, match="for a linear layer of 3 features"):
+            take(torch.randn(4, 6))
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "other", "says"),
+    [
+        (WhitenedConv2d(3, 4, 1, bias=False), WhitenedConv2d(3, 4, 1), "without a bias"),
+        (
+            WhitenedConv2d(3, 4, 1),
+            WhitenedConv2d(3, 4, 1, config=NetworkDeconvConfig(mode="exact")),
+            "running_mean",
+        ),
+        (WhitenedConv2d(3, 4, 1), WhitenedConv2d(5, 4, 1), r"expected .*\(2, 3\)"),
+    ],
+)
+def test_running_values_of_another_kind(layer: Whitened, other: Whitened, says: str) -> None:
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=says):
+        layer.adopt_running_values(other)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("layer", [WhitenedConv2d(3, 4, 1), torch.nn.ConvTranspose2d(3, 4, 1)])
+def test_what_is_no_plain_convolution(layer: torch.nn.Module) -> None:
+    with pytest.raises(TypeError, match=r"Conv(Transpose)?2d cannot be whitened"):
+        WhitenedConv2d.from_conv(layer)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

@@ -66,6 +66,16 @@ def test_on_the_cpu(graph: Path) -> None:
     assert {path.name for path in graph.parent.iterdir()} == {"relu.onnx"}  # no profile is left behind
 
 
+def test_a_size_that_the_graph_has_not(graph: Path) -> None:
+    made = onnx.load(graph)
+    for side, size in zip(made.graph.input[0].type.tensor_type.shape.dim[2:], (30, 50), strict=True):
+        side.dim_value = size
+    onnx.save(made, graph)
+    assert placement(graph, "cpu", size=(30, 50)).nodes
+    with pytest.raises(UserError, match=r"--size 32,32: the graph takes \(1, 3, 30, 50\) only"):
+        placement(graph, "cpu", size=(32, 32))
+
+
 def test_a_graph_that_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_text("hello")
     with pytest.raises(UserError, match=r"x.onnx: onnxruntime cannot load it"):

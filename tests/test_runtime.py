@@ -124,6 +124,21 @@ def test_predictions_do_not_join_the_pictures(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_predictions_of_one_name(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        Image.fromarray(picture(30, 50)).save(tmp_path / folder / "x.png")
+    names = [str(tmp_path / folder / "x.png") for folder in "ab"]
+    with pytest.raises(UserError, match="two of the pictures have one name"):
+        list(predict_images(Segmenter(exported[0]), iter(names), tmp_path / "out"))
+    assert len(list(predict_images(Segmenter(exported[0]), iter(names[:1]), tmp_path / "out"))) == 1
+
+
+def test_painting_of_many_classes() -> None:
+    palette = tuple((number % 256, number // 256, 0) for number in range(300))
+    assert colored(np.array([[299]], np.int32), palette).tolist() == [[[43, 1, 0]]]
+
+
 def test_painting() -> None:
     labels = np.array([[0, 1], [2, 255]], np.uint8)
     assert colored(labels, PALETTE).tolist() == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]]
@@ -163,8 +178,11 @@ def test_wrong_graphs(what: str, says: str, tmp_path: Path, exported: tuple[Path
     ("shape", "dtype"), [((4, 4), "uint8"), ((4, 4, 3), "float32"), ((4, 4, 4), "uint8")]
 )
 def test_wrong_arrays(shape: tuple, dtype: str, exported: tuple[Path, torch.nn.Module]) -> None:
+    segmenter = Segmenter(exported[0])
     with pytest.raises(UserError, match="expected RGB"):
-        Segmenter(exported[0])(np.zeros(shape, dtype))
+        segmenter(np.zeros(shape, dtype))
+    with pytest.raises(UserError, match="expected RGB"):
+        segmenter.preprocess(np.zeros(shape, dtype)[None])
 
 
 METADATA = {
@@ -340,6 +358,8 @@ def test_what_is_no_array_of_a_picture(tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"window": (0, 5)}, "--window 0,5: expected pixels"),
+        ({"window": (64.5, 64)}, "--window 64.5,64: expected pixels"),
+        ({"window": (64,)}, "--window 64: expected pixels"),
         ({"overlap": 1.0}, "--overlap 1.0"),
         ({"threads": 0}, "--threads 0"),
         ({"device": "gpu"}, "--device gpu: expected auto, cpu, cuda"),

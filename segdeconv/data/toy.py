@@ -50,9 +50,9 @@ class ToyStreet(Samples):
 
     def __init__(self, config: DataConfig, split: str) -> None:
         self.size = config.size or DEFAULT_SIZE
-        if split == "test":
-            raise UserError("the data set toy has no split test; its splits are train and val")
-        train = split == config.train
+        if split not in ("train", "val"):
+            raise UserError(f"the data set toy has no split {split}; its splits are train and val")
+        train = split == "train"
         self.count = config.count[0 if train else 1]
         self.first = 0 if train else _FIRST_VAL_SEED
 
