@@ -324,7 +324,7 @@ class Whitened(nn.Module):
             return x, *self.folded_parameters()
         whitening = self.whitening_from(cov)
         if not _again():
-            self._update_running(mean.detach(), whitening.detach(), self.config.momentum)
+            self._update_running(mean, whitening, self.config.momentum)
         return x, *self._fold(whitening, mean, None)
 
     @torch.no_grad()
@@ -397,7 +397,7 @@ class Whitened(nn.Module):
         # A training step before the backward pass writes into running values; jit traces are checked without.
         if torch.is_grad_enabled() or torch.jit.is_tracing():
             mean = mean.clone()
-            if whitening is not None and (self.config.mode != "fast" or self.refresh_now is not None):
+            if whitening is not None:
                 whitening = whitening.clone()
         return self._fold(whitening, mean, scale)
 

@@ -14,7 +14,7 @@ import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from segdeconv import models
+from segdeconv import checkpoint, models
 from segdeconv.checkpoint import (
     CheckpointInfo,
     build_for,
@@ -30,7 +30,7 @@ from segdeconv.checkpoint import (
 )
 from segdeconv.config import ModelConfig, NetworkDeconvConfig, Recipe, load_recipe
 from segdeconv.errors import UserError
-from segdeconv.files import sha256_of, to_json, write_atomically
+from segdeconv.files import sha256_of, to_json, write_atomically, write_text
 from segdeconv.layers import WhitenedConv2d
 from segdeconv.models import build_model
 
@@ -304,3 +304,41 @@ def test_resuming_with_an_option_more_or_less(begun: dict, now: dict, says: str,
     check_same_recipe(tmp_path, replace(recipe(begun), data=replace(RECIPE.data, num_workers=7)))
     with pytest.raises(UserError, match=says):
         check_same_recipe(tmp_path, recipe(now))
+
+
+def test_what_half_precision_cannot_hold_stays_whole(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(64, 64)
+    layer.weight.data[0, 0] = 1e5
+    info = CheckpointInfo(RECIPE, "segmentation", CLASSES, ((1, 2, 3),) * 3, 4, {})
+    save_checkpoint(tmp_path / "whole", layer, info)
+    store_checkpoint(tmp_path / "whole", tmp_path / "half", half=True)
+    assert torch.equal(load_file(tmp_path / "half")["weight"], layer.weight)
+
+
+def test_a_checkpoint_that_training_replaces_meanwhile_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metadata, weights and hash are of one file."""
+    path, _ = save(tmp_path / "best.safetensors", RECIPE)
+    newer, model = save(tmp_path / "newer.safetensors", RECIPE)
+    read = checkpoint.read_state
+
+    def replaced(at: Path) -> dict[str, torch.Tensor]:
+        state = read(at)
+        if newer.exists():
+            os.replace(newer, path)
+        return state
+
+    monkeypatch.setattr(checkpoint, "read_state", replaced)
+    loaded, info = load_checkpoint(path)
+    assert info.sha256 == checkpoint.sha256_of(path)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECTORY"), reason="this system syncs no folders")
+def test_a_file_and_its_name_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    write_text(tmp_path / "file", "whole")
+    assert synced == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]

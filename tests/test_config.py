@@ -127,3 +127,12 @@ def test_the_file_name_names_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "street.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in GOOD.items() if k != "name"}))
     assert load_recipe(path).name == "street"
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_ohem_is_a_share_between(share: int) -> None:
+    from segdeconv.config import load_recipe
+    from segdeconv.errors import UserError
+
+    with pytest.raises(UserError, match=f"train.ohem = {share}: input should be (greater|less) than {share}"):
+        load_recipe("demo", [f"train.ohem={share}"])

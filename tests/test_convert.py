@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import segmentation_models_pytorch as smp
+import timm
 import torch
 import torch.nn.functional as F
 from networks import NETWORKS, images, logits, scramble_batch_norms
@@ -933,7 +934,7 @@ def test_what_is_no_network_is_refused(model: Any) -> None:
 
 
 def test_a_layer_without_weights_is_kept() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(0, 3))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.utils.skip_init(nn.Linear, 0, 3))
     _, report = convert_to_network_deconv(model)
     assert {entry.name: entry.reason for entry in report.layers}["2"] == "it has no weights"
 
@@ -1121,3 +1122,41 @@ def test_calibrate_wants_batches() -> None:
     model, _ = convert_to_network_deconv(_Simple())
     with pytest.raises(UserError, match=r"expected batches of images, as in \[images\]"):
         calibrate(model, torch.randn(4, 3, 8, 8))
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_what_is_not_trained_is_not_afterwards(warm_start: bool) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, 3), nn.Linear(3, 2)
+    )
+    model.requires_grad_(False)[-1].requires_grad_(True)
+    model, _ = convert_to_network_deconv(model, warm_start=warm_start)
+    for network in (model, fold_network_deconv(model)):
+        trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        assert trained == ["4.weight", "4.bias"]
+
+
+def test_a_linear_layer_whose_batch_norm_goes_is_not_held_back() -> None:
+    model = nn.Sequential(nn.Linear(512, 4), nn.BatchNorm1d(4))
+    assert convert_to_network_deconv(model)[0][0].gain == 1
+
+
+def test_layers_refresh_on_different_steps() -> None:
+    model, _ = convert_to_network_deconv(nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(3))))
+    assert len({layer.refresh_offset for layer in model}) == 3
+
+
+@pytest.mark.parametrize("norm", ["RmsNorm", "LayerNorm2d"])
+def test_parts_with_a_norm_of_timms_are_kept(norm: str) -> None:
+    part = nn.Sequential(nn.Linear(4, 4), getattr(timm.layers, norm)(4))
+    with pytest.raises(UserError, match=f"normalised by {norm}"):
+        convert_to_network_deconv(part)
+
+
+def test_a_norm_that_stays_as_affine_is_of_its_networks_mode_and_type() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)).double().eval()
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    want = model(x)
+    model, _ = convert_to_network_deconv(model, warm_start=True)
+    assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(model(x), want, rtol=0, atol=1e-12)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import struct
 import warnings
 import zlib
@@ -11,8 +13,17 @@ import torch
 import torchvision
 from PIL import Image, ImageOps
 
+from segdeconv import data
 from segdeconv.config import DataConfig
-from segdeconv.data import EpochBatches, EvalSet, TrainSet, eval_loader, open_samples, train_loader
+from segdeconv.data import (
+    EpochBatches,
+    EvalSet,
+    TrainSet,
+    end_workers,
+    eval_loader,
+    open_samples,
+    train_loader,
+)
 from segdeconv.data.samples import even_palette
 from segdeconv.data.transforms import BatchTransform
 from segdeconv.errors import UserError
@@ -503,3 +514,111 @@ def test_shares_of_an_evaluation_are_all_pictures_once(count: int, world: int) -
         assert len(pictures) == len(share)
         for image, index in zip(pictures, share, strict=True):
             assert torch.equal(image, EvalSet(samples, config, 1)[index][0])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scale": (0.5, 1.5)}, {"resized_crop": True}, {"size": (29, 37)}], ids=str
+)
+def test_resized_masks_hold_no_label_between_two(tmp_path: Path, changes: dict) -> None:
+    """Between labels 0 and 2 there is no 1, and between 0 and 255 there is nothing."""
+    mask = np.zeros((40, 48), np.uint8)
+    mask[:, 20:], mask[30:] = 2, 255
+    write(tmp_path / "train" / "images" / "a.png", np.zeros((40, 48, 3), np.uint8))
+    write(tmp_path / "train" / "masks" / "a.png", mask)
+    config = own(tmp_path, classes=("a", "b", "c"), crop=(24, 32), **changes)
+    dataset = TrainSet(open_samples(config, "train"), config, seed=0, multiple=1)
+    labels = torch.stack([dataset[epoch][1] for epoch in range(12)])
+    assert labels.unique().tolist() == [0, 2, 255]
+
+
+def test_colours_are_jittered_as_strongly_as_asked(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "images" / "a.png", np.full((8, 8, 3), 128, np.uint8))
+    write(tmp_path / "train" / "masks" / "a.png", np.zeros((8, 8), np.uint8))
+    config = own(tmp_path, color=0.4, mean=(0, 0, 0), std=(1, 1, 1))
+    dataset = TrainSet(open_samples(config, "train"), config, seed=0, multiple=1)
+    levels = [dataset[epoch][0].mean().item() * 255 / 128 for epoch in range(40)]
+    assert 0.59 < min(levels) < 0.7
+    assert 1.3 < max(levels) < 1.41
+
+
+def test_padding_before_the_crop_moves_it(tmp_path: Path) -> None:
+    make_set(tmp_path)  # 20x30, its first row ignored
+    config = own(tmp_path, pad=4, crop=(20, 30))
+    dataset = TrainSet(open_samples(config, "train"), config, seed=0, multiple=1)
+    ignored = [int((dataset[3 * epoch][1] == 255).sum()) for epoch in range(12)]
+    assert max(ignored) > 100
+    assert max(ignored) <= 30 * 20 - 15 * 26
+
+
+def test_orders_and_changes_are_of_the_seed_and_the_picture(tmp_path: Path) -> None:
+    first, second = (list(EpochBatches(20, 5, seed, rank=0, world=1)) for seed in (1, 2))
+    assert first != second
+    make_set(tmp_path, count=2)
+    for folder, suffix in (("images", "png"), ("masks", "png")):
+        (tmp_path / "train" / folder / f"1.{suffix}").write_bytes(
+            (tmp_path / "train" / folder / f"0.{suffix}").read_bytes()
+        )
+    config = own(tmp_path, crop=(16, 16), scale=(0.5, 2.0))
+    dataset = TrainSet(open_samples(config, "train"), config, seed=1, multiple=1)
+    assert not torch.equal(dataset[0][0], dataset[1][0])
+
+
+def test_pictures_are_kept_while_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_set(tmp_path)
+    monkeypatch.setattr(data, "_CACHE_BYTES", 20 * 30 * 4 * 2)
+    for workers, kept in ((0, 2), (2, 0)):
+        config = own(tmp_path, num_workers=workers)
+        pictures = EvalSet(open_samples(config, "train"), config, 1)
+        _ = [pictures[index] for index in range(3)]
+        assert len(pictures.cached.kept) == kept
+
+
+def test_cameras_write_capitals_and_macs_hidden_files(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "DSC_1.JPG")
+    (tmp_path / "._DSC_1.JPG").write_bytes(b"a Mac's notes")
+    assert list_images(tmp_path) == ([tmp_path / "DSC_1.JPG"], [])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to ignore")
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_loader_processes_outlive_what_signals_the_whole_run(split: str, tmp_path: Path) -> None:
+    """Of six batches one is taken and two are made already; the others need the process."""
+    make_set(tmp_path, count=6)
+    config = own(tmp_path, size=(8, 8), num_workers=1)
+    samples = open_samples(config, "train")
+    loader = (
+        train_loader(samples, config, 1, 0, 1) if split == "train" else eval_loader(samples, config, 1, 1)
+    )
+    batches = iter(loader)
+    next(batches)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(batches._workers[0].pid, number)
+    assert len(list(batches)) == 5
+    end_workers(batches)
+
+
+def test_scales_and_windows_are_as_wide_as_asked(tmp_path: Path) -> None:
+    """Channels say where a pixel was: a resized crop takes 8 to 100 % of the area; scales are in range."""
+    rows, columns = np.indices((60, 80), np.uint8)
+    write(tmp_path / "train" / "images" / "a.png", np.stack([rows, columns, rows], -1))
+    write(tmp_path / "train" / "masks" / "a.png", np.zeros((60, 80), np.uint8))
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1), "hflip": False}
+    config = own(tmp_path, crop=(24, 32), resized_crop=True, **plain)
+    dataset = TrainSet(open_samples(config, "train"), config, seed=0, multiple=1)
+    corners = [dataset[epoch][0][:2, [0, -1], [0, -1]] * 255 for epoch in range(60)]
+    areas = [((c[:, 1] - c[:, 0]).clamp(min=0).prod() / (60 * 80)).item() for c in corners]
+    assert min(areas) < 0.15
+    assert max(areas) > 0.75
+
+    config = own(tmp_path, crop=(120, 160), scale=(0.5, 2.0), **plain)
+    dataset = TrainSet(open_samples(config, "train"), config, seed=0, multiple=1)
+    factors = [((dataset[epoch][1] != 255).float().sum() / (60 * 80)).sqrt().item() for epoch in range(60)]
+    assert 0.49 < min(factors) < 0.6
+    assert 1.85 < max(factors) < 2.01
+
+
+def test_mirroring_can_be_switched_off(tmp_path: Path) -> None:
+    make_set(tmp_path, count=1)
+    config = own(tmp_path, hflip=False)
+    dataset = TrainSet(open_samples(config, "train"), config, seed=0, multiple=1)
+    assert all(torch.equal(dataset[epoch][0], dataset[0][0]) for epoch in range(8))

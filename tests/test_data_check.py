@@ -184,3 +184,14 @@ def test_the_command(tmp_path: Path, call: Call) -> None:
     code, out, error = call(*command)
     assert (code, out.count("wrong: "), error.count("\n")) == (2, 61, 1)
     assert "r.yaml: 61 things are wrong with the data" in error
+
+
+def test_class_weights_are_of_the_median_frequency(tmp_path: Path) -> None:
+    from segdeconv.data.check import check
+
+    labels = np.repeat(np.arange(3, dtype=np.uint8), (60, 30, 10)).reshape(10, 10)
+    for split in ("train", "val"):
+        write(tmp_path / split / "images" / "a.png", np.zeros((10, 10, 3), np.uint8))
+        write(tmp_path / split / "masks" / "a.png", labels)
+    report = check(own(tmp_path, classes=("a", "b", "c")))
+    assert report.class_weights == pytest.approx((0.3 / 0.6, 1, 0.3 / 0.1))

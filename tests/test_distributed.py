@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -19,10 +20,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
+from test_layers import config
 from test_resume import assert_same_run
 from torch import Tensor, nn
 
-from segdeconv import layers
+from segdeconv import distributed, layers
 from segdeconv.checkpoint import has_state, load_state
 from segdeconv.config import NetworkDeconvConfig, TrainConfig
 from segdeconv.evaluate import evaluate_run, score
@@ -366,3 +368,47 @@ def test_two_processes_resume_from_their_validation(tmp_path: Path, number: int)
         assert f"stopped by a signal at step {values['step']}" in out
     finish(launch(2, run, *changes))
     assert_same_run(run, whole)
+
+
+@pytest.fixture
+def doubled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a second process did the same with the same images."""
+    for module in (distributed, layers):
+        monkeypatch.setattr(module, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda values: values.mul_(2))
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
+def test_two_processes_lose_no_small_variance(mode: str, request: pytest.FixtureRequest) -> None:
+    """Of channels far from zero, in float32: squares are summed in float64."""
+    alone, shared = (WhitenedLinear(4, 3, config=config(mode=mode)) for _ in range(2))
+    x = torch.randn(64, 4) + 300
+    alone(x)
+    request.getfixturevalue("doubled")
+    shared(x)
+    for name in ("running_moments",) if mode == "fast" else ("running_mean", "running_whitening"):
+        torch.testing.assert_close(shared.get_buffer(name), alone.get_buffer(name), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_two_processes_sample_as_one_with_all_images(mode: str, request: pytest.FixtureRequest) -> None:
+    """On a grid that is chosen by the images of both."""
+    alone = WhitenedConv2d(4, 6, 1, config=config(mode=mode, block_size=4)).double()
+    shared, x = copy.deepcopy(alone), torch.randn(4, 4, 9, 10, dtype=torch.float64)
+    alone(torch.cat((x, x)))
+    request.getfixturevalue("doubled")
+    shared(x)
+    for name, value in alone.named_buffers():
+        torch.testing.assert_close(shared.get_buffer(name), value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.usefixtures("doubled")
+def test_an_empty_batch_of_one_process_is_refused(mode: str) -> None:
+    layer = WhitenedConv2d(3, 4, 3, config=NetworkDeconvConfig(mode=mode))
+    with pytest.raises(RuntimeError, match=r"an empty batch, .* on one of 2 processes"):
+        layer(torch.zeros(0, 3, 8, 8))
+
+
+def test_means_over_ranks_are_float64() -> None:
+    assert distributed.mean_over_ranks(3, torch.ones(2))[0][0].dtype == torch.float64

@@ -338,8 +338,11 @@ def test_progress_goes_to_standard_error(
     assert told.err.startswith("weights.safetensors (MiB): 1/19, ")
 
 
-def test_server_errors_are_waited_for(server: Server, target: Path, waits: list[float]) -> None:
-    server.status = lambda request: (503, 429, 500)[request] if request < 3 else 200
+@pytest.mark.parametrize("errors", [(503, 429, 500), (408, 425, 599)])
+def test_server_errors_are_waited_for(
+    errors: tuple[int, ...], server: Server, target: Path, waits: list[float]
+) -> None:
+    server.status = lambda request: errors[request] if request < 3 else 200
     check(get(target, f"{server.url}/a"))
     assert waits == [1, 2, 4]
 

@@ -444,3 +444,49 @@ def test_scores_are_brought_to_the_labels_size() -> None:
 def test_settings_that_make_no_sense(settings: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
         Inference(**settings)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (24, 40), (3, 40)])
+def test_scores_are_resized_as_pillow_does(size: tuple[int, int]) -> None:
+    values = np.random.default_rng(0).random((12, 20), np.float32)
+    want = np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
+    got = resized(torch.from_numpy(values)[None, None], size)[0, 0]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"), [("recipe", torch.bfloat16), ("off", None), ("fp16", torch.float16)]
+)
+def test_the_precision_that_is_asked_for_is_taken(
+    asked: str, taken: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tree_recipe(
+        tmp_path, "data.dataset=toy", "data.size=[32, 64]", "data.count=[2, 2]", "train.amp=bf16"
+    )
+    given = []
+
+    def noted(model: torch.nn.Module, amp: torch.dtype | None = None) -> evaluate.Predict:
+        given.append(amp)
+        return lambda images: torch.zeros(len(images), 8, *images.shape[2:])
+
+    monkeypatch.setattr(evaluate, "torch_predictor", noted)
+    scores = evaluate_run(untrained(recipe, tmp_path / "run"), inference=Inference(amp=asked))
+    assert given == [taken]
+    assert scores["settings"]["amp"] == ("bf16" if asked == "recipe" else asked)
+
+
+@pytest.mark.parametrize(("overlap", "windows"), [(0.0, 3), (0.25, 4), (0.5, 5)])
+def test_windows_overlap_as_asked(overlap: float, windows: int) -> None:
+    shapes = []
+    predict = Inference(window=(8, 8), overlap=overlap).around(lambda x: shapes.append(x.shape) or x)
+    predict(torch.zeros(1, 3, 8, 24))
+    assert shapes == [(1, 3, 8, 8)] * windows
+
+
+@pytest.mark.parametrize(("split", "folder"), [("train", "learn"), ("val", "judge"), ("other", "other")])
+def test_splits_are_called_as_the_recipe_calls_them(split: str, folder: str, tmp_path: Path) -> None:
+    for name in ("learn", "judge", "other"):
+        make_set(tmp_path, count=2, split=name)
+    names = ["data.dataset=image_mask", "data.classes=[a, b]", "data.train=learn", "data.val=judge"]
+    run = untrained(tree_recipe(tmp_path, *names, "data.size=[16, 32]"), tmp_path / "run")
+    assert evaluate_run(run, split=split)["split"] == folder

@@ -165,3 +165,24 @@ def test_weights_that_hooks_compute_are_folded(compute: Any) -> None:
         folded = fold_network_deconv(model)
         torch.testing.assert_close(folded(x), model.eval()(x))
     assert {type(layer) for layer in folded} == {nn.Conv2d, nn.ReLU}
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(4, 6, 3), lambda: nn.ConvTranspose2d(4, 6, 3, groups=2)])
+@pytest.mark.parametrize("options", [{"eps": 0.5}, {"affine": False}, {"track_running_stats": False}])
+def test_batch_norms_of_all_kinds_fold(make: Any, options: dict) -> None:
+    norm = nn.BatchNorm2d(6, **options)
+    if norm.running_mean is not None:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    model, x = nn.Sequential(make(), norm).eval(), torch.randn(2, 4, 7, 7)
+    folded = fold_network_deconv(model)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in folded) is (norm.running_mean is None)
+    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=1e-5)
+
+
+def test_no_norm_is_folded_into_a_computed_weight() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    nn.utils.spectral_norm(model[0])
+    folded, x = fold_network_deconv(model), torch.randn(2, 3, 7, 7)
+    assert isinstance(folded[1], nn.BatchNorm2d)
+    torch.testing.assert_close(folded(x), model(x))

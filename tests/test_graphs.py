@@ -34,8 +34,10 @@ class Imitation:
         Imitation.capturing = True
         result = compute(*inputs)
         Imitation.capturing = False
-        self.recorded[key] = result
-        return result
+        place = self.recorded.setdefault(key, result)
+        if result is not None:  # a replay leaves its loss where the recording did
+            place[0].copy_(result[0])
+        return place
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from reference import (
     whitened_conv,
     whitening_by_eigenvalues,
 )
+from timm.layers import Conv2dSame
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -24,13 +26,14 @@ from segdeconv import compiling, layers
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.schedule import RefreshSchedule
-from segdeconv.whitening import folding_matrix, shrunk_inverse_sqrt
+from segdeconv.whitening import folding_matrix, inverse_sqrt, shrunk_inverse_sqrt
 
 CONVS = {
     "3x3": dict(kernel_size=3, padding=1),
     "1x1": dict(kernel_size=1),
     "7x7 stride 2": dict(kernel_size=7, stride=2, padding=3),
     "non-square": dict(kernel_size=(1, 3), padding=(0, 1), stride=(2, 1)),
+    "tall": dict(kernel_size=(3, 1), padding=(1, 0)),
     "valid": dict(kernel_size=3, padding="valid"),
     "same even": dict(kernel_size=(2, 4), padding="same"),
     "same dilated": dict(kernel_size=3, padding="same", dilation=2),
@@ -211,6 +214,7 @@ def test_loaded_state_says_whether_a_layer_decorrelates(once: bool, groups: int)
 
     assert not WhitenedConv2d(4, 4, 3, groups=4).decorrelates
     assert WhitenedConv2d(74, 74, 3, groups=2).decorrelates  # 37 channels a group, one a block
+    assert WhitenedConv2d(1, 4, 3).decorrelates  # grey pictures
     straight, stopped = depthwise(once), depthwise(once)
     stopped.load_state_dict(straight.state_dict())
     for step in range(6):
@@ -248,10 +252,19 @@ def test_small_maps_are_sampled_densely(shape: tuple, mode: str, expected: int) 
         assert rows == shape[0] * positions
 
 
+@pytest.mark.parametrize(("size", "expected"), [(25, 3), (24, 2)])
+def test_blocks_share_their_samples(size: int, expected: int) -> None:
+    exact = NetworkDeconvConfig(mode="exact", block_size=16)
+    layer = WhitenedConv2d(32, 4, 3, padding=1, config=exact)
+    assert layer.sampling_stride(torch.empty(8, 32, size, size)) == expected
+
+
 @pytest.mark.parametrize(
     ("shape", "rows"),
     [
         ((8, 16, 40, 56), 10 * 18 * 8),  # 4 rows and 3 columns apart; 4 and 4 would be 1120
+        ((8, 64, 40, 56), 10 * 18 * 8 * 2),  # two blocks of 288 features
+        ((8, 1, 40, 56), 160),  # never fewer than 128
         ((8, 16, 20, 28), 10 * 28 * 8),
         ((8, 16, 12, 12), 12 * 12 * 8),
         ((2, 16, 1, 900), 1 * 900 * 2),
@@ -260,8 +273,8 @@ def test_small_maps_are_sampled_densely(shape: tuple, mode: str, expected: int) 
     ],
 )
 def test_a_refresh_samples_the_widest_grid_that_is_enough(shape: tuple, rows: int) -> None:
-    """1152 patches, eight for each of the 144 features, and less than twice as many."""
-    layer = WhitenedConv2d(16, 4, 3, padding=1)
+    """Eight patches for each feature, 144 of 16 channels, and less than twice as many."""
+    layer = WhitenedConv2d(shape[1], 4, 3, padding=1)
     layer(torch.randn(shape))
     assert layer.cov_samples.item() == pytest.approx(rows, rel=1e-6)
 
@@ -360,9 +373,10 @@ def test_awkward_inputs_stay_finite(name: str, amp: torch.dtype | None) -> None:
         assert layer.eval()(x.detach()).isfinite().all()
 
 
-def test_statistics_are_float32_under_autocast() -> None:
+@pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
+def test_statistics_are_float32_under_autocast(mode: str) -> None:
     """The same running values as without autocast, to float32's precision on bf16 input."""
-    plain = WhitenedConv2d(8, 4, 3, padding=1)
+    plain = WhitenedConv2d(8, 4, 3, padding=1, config=config(mode=mode))
     mixed = copy.deepcopy(plain)
     x = torch.randn(4, 8, 12, 12).bfloat16()
     plain(x.float())
@@ -407,12 +421,6 @@ def test_nan_never_enters_running_values(mode: str, bad: float) -> None:
     for key, value in layer.state_dict().items():
         if (mode, key) != ("fast", "num_batches_tracked"):  # the schedule counts every step
             assert torch.equal(value, before[key]), key
-
-
-def test_without_a_finite_batch_the_whitening_is_the_identity() -> None:
-    layer = WhitenedConv2d(5, 6, 3)
-    layer(torch.full((2, 5, 7, 7), math.nan))
-    assert torch.equal(layer.running_whitening[0], torch.eye(45))
 
 
 def test_layers_in_inference_mode_are_reset_to_train() -> None:
@@ -542,7 +550,17 @@ def averaged(layer: WhitenedConv2d) -> WhitenedConv2d:
     return average.module.train()
 
 
-@pytest.mark.parametrize("received", [averaged, lambda layer: copied_into(WhitenedConv2d(4, 4, 3), layer)])
+def written_in_evaluation(layer: WhitenedConv2d) -> WhitenedConv2d:
+    new = WhitenedConv2d(4, 4, 3)
+    new(torch.randn(2, 4, 5, 5))
+    return copied_into(new.eval(), layer).train()
+
+
+def written_while_new(layer: WhitenedConv2d) -> WhitenedConv2d:
+    return copied_into(WhitenedConv2d(4, 4, 3), layer)
+
+
+@pytest.mark.parametrize("received", [averaged, written_while_new, written_in_evaluation])
 def test_a_layer_goes_on_where_its_buffers_are(received: Callable) -> None:
     """Its schedule too, though its buffers were written by others: a second process, an average."""
     layer = WhitenedConv2d(4, 4, 3)
@@ -687,6 +705,7 @@ def test_fast_mode_resumes_bit_for_bit() -> None:
         straight(batch)
         stopped(batch)
     resumed = WhitenedConv2d(4, 4, 3, padding=1)
+    resumed(batches[29])  # which what is loaded has to end
     resumed.load_state_dict(stopped.state_dict())
     for batch in batches[24:]:
         assert torch.equal(straight(batch), resumed(batch))
@@ -758,12 +777,13 @@ def test_reference_mode_running_values() -> None:
     torch.testing.assert_close(layer.running_whitening[0], expected, rtol=0, atol=1e-11)
 
 
-def test_reference_mode_samples_1x1_rows() -> None:
-    """1x1 layers take every ninth flattened row, over image borders."""
-    layer = WhitenedConv2d(4, 4, 1, config=NetworkDeconvConfig(mode="reference")).double()
-    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_reference_mode_samples_1x1_rows(stride: int) -> None:
+    """1x1 layers take every ninth flattened row, or 36th, over image borders."""
+    layer = WhitenedConv2d(4, 4, 1, stride, config=NetworkDeconvConfig(mode="reference")).double()
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
     layer(x)
-    rows = x.permute(0, 2, 3, 1).reshape(-1, 4)[::9]
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 4)[:: (3 * stride) ** 2]
     torch.testing.assert_close(layer.running_mean[0, 0], 0.1 * rows.mean(0), rtol=0, atol=1e-15)
 
 
@@ -1253,3 +1273,184 @@ def test_a_graph_for_training_is_not_exported() -> None:
         torch.jit.trace(layer, (x,))
     layer.eval()
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 1.0])
+@pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
+def test_the_settings_are_those_in_use(mode: str, momentum: float) -> None:
+    """Not the defaults, which most tests have."""
+    changes = {} if mode == "fast" else {"num_iters": 2, "sampling_stride": 1}
+    settings = NetworkDeconvConfig(mode, eps=0.3, momentum=momentum, linear_block_size=2, **changes)
+    layer = WhitenedLinear(4, 2, config=settings).double()
+    assert layer.running_whitening.shape[-1] == 2
+    found = []
+    for _ in range(3):
+        x = torch.randn(7, 4, dtype=torch.float64)
+        layer(x)
+        if mode == "fast":
+            found.append(torch.stack((x.mean(0), x.var(0, correction=0))))
+        else:
+            found.append(inverse_sqrt(layer.moments(x)[1], 0.3, 2))
+    weights = (1 - momentum) ** torch.arange(2, -1, -1).double()
+    weights /= weights.sum()
+    want = sum(weight * one for weight, one in zip(weights, found, strict=True))
+    if mode == "reference":  # whose running values begin at the identity
+        want = torch.eye(2, dtype=torch.float64)[None]
+        for one in found:
+            want = torch.lerp(want, one, momentum)
+    got = layer.running_moments if mode == "fast" else layer.running_whitening
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    if mode == "fast":
+        scale = (layer.running_moments[1] + 0.3).rsqrt().view(1, 2, 2)
+        torch.testing.assert_close(layer.running_mean_and_scale()[1], scale, rtol=0, atol=1e-12)
+        assert 14 / layer.cov_samples.item() == pytest.approx(weights.square().sum().item())
+
+
+@pytest.mark.parametrize("how", ["alone", "scheduled", "observed"])
+def test_the_grid_of_a_refresh_starts_everywhere(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same at the same step, whoever decides that it is one."""
+    layer = WhitenedConv2d(16, 4, 3, padding=1)
+    layer.refresh_offset = 0 if how == "observed" else 5
+    starts: list[tuple[int, ...]] = []
+    sample = layer._sample
+
+    def spy(x: torch.Tensor, every: tuple[int, int], first: Any) -> torch.Tensor:
+        assert every == (4, 3)
+        starts.append(tuple(map(int, first)))
+        return sample(x, every, first)
+
+    monkeypatch.setattr(layer, "_sample", spy)
+    refreshes = RefreshSchedule(layer)
+    for _ in range(30):
+        if how == "scheduled":
+            refreshes.step()
+        (layer.observe if how == "observed" else layer)(torch.randn(8, 16, 40, 56))
+    assert set(starts) == set(itertools.product(range(4), range(3)))
+    turn = layer.refresh_offset
+    assert starts[:3] == [
+        (int((turn + n) * 0.7548777 % 1 * 4), int((turn + n) * 0.5698403 % 1 * 3)) for n in range(3)
+    ]
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_layer_measures_and_folds_as_one_in_float32(mode: str, dtype: torch.dtype) -> None:
+    layer = WhitenedConv2d(8, 4, 3, padding=1, dtype=dtype, config=config(mode=mode))
+    wide = copy.deepcopy(layer).float()
+    x = torch.randn(2, 8, 9, 9).to(dtype) + 3
+    for each, images in ((layer, x), (wide, x.float())):
+        each(images)
+    for name, value in wide.named_buffers():
+        torch.testing.assert_close(layer.get_buffer(name), value, rtol=0, atol=1e-5)
+    want = [value.to(dtype) for value in wide.eval().folded_parameters()]
+    assert all(map(torch.equal, layer.eval().folded_parameters(), want))
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8], ids=str)
+def test_what_autocast_leaves_alone_spoils_nothing(mode: str, dtype: torch.dtype) -> None:
+    layer = WhitenedConv2d(3, 8, 3, config=NetworkDeconvConfig(mode=mode))
+    before = copy.deepcopy(layer.state_dict())
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=rf"an input of {dtype} for a layer"),
+    ):
+        layer(torch.ones(4, 3, 16, 16).to(dtype))
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+def test_compiled_gradients_are_float32_under_autocast() -> None:
+    """What autocast rounds is the convolution's; the product with the whitening matrix is not."""
+    torch._dynamo.reset()
+    layer, x, probe = WhitenedConv2d(4, 8, 3), torch.randn(3, 4, 8, 8), torch.randn(3, 8, 6, 6)
+    grads = []
+    for each in (layer, copy.deepcopy(layer)):
+        forward = each if each is layer else torch.compile(each, backend="aot_eager", fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = forward(x)
+        (out.float() * probe).sum().backward()
+        grads.append(each.weight.grad)
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-5 * grads[0].abs().max().item())
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_float16_autocast_folds_in_float32(amp: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """n10: under float16 the weight is folded in float32."""
+    monkeypatch.setattr(layers, "_LOW_PRECISION_PAYS", 0)
+    layer = WhitenedConv2d(8, 6, 3, padding=1)
+    mixed = copy.deepcopy(layer)
+    x = torch.randn(4, 8, 40, 12) * torch.rand(8, 1, 1) + 2
+    with torch.autocast("cpu", amp):
+        got = mixed(x).float()
+    want = layer(x)
+    assert (got - want).norm() < (0.025 if amp == torch.bfloat16 else 0.003) * want.norm()
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
+def test_a_first_batch_that_is_not_finite_leaves_nothing(mode: str) -> None:
+    layer, new = (WhitenedConv2d(5, 6, 3, config=config(mode=mode)) for _ in range(2))
+    layer(torch.full((2, 5, 7, 7), math.nan))
+    for name, value in new.named_buffers():
+        if name != "num_batches_tracked":
+            assert torch.equal(layer.get_buffer(name), value), name
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
+def test_a_single_row_is_whitened_by_the_running_values(mode: str) -> None:
+    layer = WhitenedLinear(4, 2, config=config(mode=mode, linear_block_size=4))
+    layer(torch.randn(9, 4))
+    before, x = copy.deepcopy(layer.state_dict()), torch.randn(1, 4)
+    assert torch.equal(layer(x), layer.eval()(x))
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+def test_running_correlation_is_the_average_of_steadied_batches() -> None:
+    layer = WhitenedLinear(3, 2).double()
+    covs = []
+    for n in range(4):
+        x = torch.randn(5, 3, dtype=torch.float64) * (n + 1) + n
+        layer(x)
+        moments, trust = torch.stack((x.mean(0), x.var(0, correction=0))), 5 / (5 + 16)
+        mean, var = torch.lerp(layer.running_moments, moments, trust)
+        rows = (x - mean) / (var + 1e-5).sqrt()
+        covs.append(rows.T @ rows / 5)
+    weights = 0.9 ** torch.arange(3, -1, -1).double()
+    weights /= weights.sum()
+    want = sum(weight * cov for weight, cov in zip(weights, covs, strict=True))
+    torch.testing.assert_close(layer.running_cov[0], want, rtol=0, atol=1e-12)
+    assert layer.cov_samples.item() == pytest.approx(5 / weights.square().sum().item())
+
+
+def test_observing_what_overflows_changes_nothing() -> None:
+    layer = WhitenedLinear(4, 2)
+    layer.observe(torch.randn(8, 4))
+    before = copy.deepcopy(layer.state_dict())
+    layer.observe(torch.full((8, 4), 1e30))
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key]) or key == "num_batches_tracked", key
+
+
+def test_a_step_leaves_its_number() -> None:
+    layer = WhitenedConv2d(4, 4, 3)
+    layer(torch.randn(2, 4, 5, 5))
+    assert layer._step == (layer.num_batches_tracked, 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_whitened_layer_is_in_the_mode_of_the_plain_one(training: bool) -> None:
+    assert WhitenedConv2d.from_conv(nn.Conv2d(3, 4, 3).train(training)).training is training
+    assert WhitenedLinear.from_linear(nn.Linear(3, 4).train(training)).training is training
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 2), (3, (1, 2))])
+def test_same_padding_by_the_size_of_the_input(kernel: int, stride: Any) -> None:
+
+    conv = Conv2dSame(4, 6, kernel, stride).double()
+    layer, x = WhitenedConv2d.from_conv(conv).eval(), torch.randn(2, 4, 8, 9, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), conv(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer.to_conv()(x), conv(x), rtol=0, atol=1e-12)
+    assert layer.train()(x).shape == conv(x).shape
+
+
+def test_patches_begin_inside() -> None:
+    assert WhitenedConv2d(4, 4, 3, padding=1).patches(torch.ones(1, 4, 40, 40), 100).all()

@@ -121,3 +121,21 @@ def test_the_hardest_are_a_share_of_the_labelled_pixels() -> None:
     assert loss.item() == pytest.approx(math.log(2))
     assert equal.grad is not None
     torch.testing.assert_close(equal.grad[0, 1, 0], torch.full((8,), 0.5 / 8))
+
+
+@pytest.mark.parametrize("settings", [{}, {"dice_weight": 1.0}])
+def test_the_loss_of_16_bits_is_computed_in_32(settings: dict[str, Any]) -> None:
+    from test_losses import IGNORED, batch
+
+    logits, targets = batch()
+    found = loss_of(logits.bfloat16(), targets, TrainConfig(**settings), IGNORED)
+    assert torch.equal(found, loss_of(logits.bfloat16().float(), targets, TrainConfig(**settings), IGNORED))
+
+
+def test_auxiliary_outputs_have_all_of_the_loss() -> None:
+    from test_losses import IGNORED, batch
+
+    logits, targets = batch()
+    config = TrainConfig(dice_weight=0.7, aux_weight=0.5)
+    plain = loss_of(logits, targets, config, IGNORED)
+    torch.testing.assert_close(loss_of((logits, logits), targets, config, IGNORED), 1.5 * plain)

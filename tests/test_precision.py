@@ -14,10 +14,11 @@ from PIL import Image
 from test_export import make
 
 from segdeconv import precision
-from segdeconv.checkpoint import CheckpointInfo, save_checkpoint
-from segdeconv.data import open_samples
+from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
+from segdeconv.data import EvalSet, open_samples
 from segdeconv.errors import Refused, UserError
 from segdeconv.evaluate import evaluate_run
+from segdeconv.export import preparation_of
 from segdeconv.interface import Interface
 from segdeconv.models import build_model
 from segdeconv.placement import placement
@@ -280,3 +281,33 @@ def test_windows_of_pictures_that_keep_their_sizes() -> None:
         tops.add(top)
         assert torch.equal(image, samples[0][0][:, top : top + 4])
     assert tops == {0, 1}
+
+
+def test_ranges_and_choices_are_of_different_training_pictures(run: Path) -> None:
+    model, info = load_checkpoint(run)
+    preparation = preparation_of(info, model)
+    training = precision._Training(info, preparation, None)
+    samples = open_samples(info.recipe.data, "train")
+    pictures = EvalSet(samples, info.recipe.data, preparation.size_multiple)
+    want = np.stack([pictures[index][0].numpy() for index in range(12)])
+    assert np.array_equal(np.concatenate(training.calibrating), want[::2])
+    assert np.array_equal(np.concatenate(training.choosing), want[1::2])
+
+
+def test_half_of_the_drop_is_for_choosing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*arguments: Any) -> None:
+        raise UserError(str(arguments[3:]))
+
+    monkeypatch.setattr(precision, "_quantize", asked)
+    with pytest.raises(UserError, match=r"\(0\.125, 'elsewhere'\)"):
+        export_smaller(run, tmp_path / "m.onnx", "int8", gates=Gates(max_drop=0.25), root="elsewhere")
+
+
+def test_the_speedup_is_the_full_time_over_the_smaller(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stages(segmenter: Segmenter, pictures: np.ndarray) -> Any:
+        return lambda: (0.0, 3.0 if segmenter.metadata["precision"] == "fp32" else 2.0, 0.0)
+
+    monkeypatch.setattr(precision, "stages", stages)
+    assert export_smaller(run, tmp_path / "m.onnx", "fp16", gates=NO_GATES).speedup == 1.5

@@ -499,3 +499,53 @@ def test_overlays_in_bands(height: int) -> None:
     colors = np.array([*palette, (0, 0, 0)])[labels]
     want = np.where((labels < 3)[..., None], np.round((1 - 0.55) * image + 0.55 * colors), image)
     assert np.array_equal(overlay(image, labels, palette), want)
+
+
+def test_threads_are_those_asked_for(tmp_path: Path) -> None:
+    session = Segmenter(handmade(tmp_path / "m.onnx"), threads=3).session
+    assert session.get_session_options().intra_op_num_threads == 3
+
+
+@pytest.mark.parametrize(("classes", "kind"), [(256, np.uint8), (257, np.int32)])
+def test_more_classes_than_a_byte_holds(classes: int, kind: type, tmp_path: Path) -> None:
+    many = {"classes": [str(i) for i in range(classes)], "palette": [(0, 0, 0)] * classes}
+    assert Segmenter(handmade(tmp_path / "m.onnx", ("logits",), **many))(picture(4, 5)).dtype == kind
+
+
+def test_a_prediction_that_was_cut_short_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(picture(30, 50)).save(tmp_path / "a.png")
+    segmenter, images = Segmenter(handmade(tmp_path / "m.onnx")), find_images(tmp_path / "a.png")
+    written = []
+
+    def full(image: Image.Image, path: Path) -> None:
+        if written:
+            raise UserError("disk full")
+        runtime.save_image_(image, path)
+        written.append(path)
+
+    monkeypatch.setattr(runtime, "save_image_", runtime.save_image, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "save_image", full)
+        with pytest.raises(UserError, match="disk full"):
+            list(predict_images(segmenter, images, tmp_path / "out"))
+    assert len(list(predict_images(segmenter, images, tmp_path / "out"))) == 1
+
+
+def test_a_graph_is_warm_after_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, infer = [], Segmenter._infer
+    monkeypatch.setattr(
+        Segmenter, "_infer", lambda self, batch, name: shapes.append(batch.shape) or infer(self, batch, name)
+    )
+    Segmenter(handmade(tmp_path / "m.onnx")).warm_up((20, 30), batch=2)
+    assert shapes == [(2, 3, 20, 30)] * 2
+
+
+def test_a_graph_of_one_size_gets_pictures_padded_with_the_mean(tmp_path: Path) -> None:
+    """Which is 0 when it is normalised."""
+    path = handmade(tmp_path / "m.onnx", sides=(1, 3, 8, 9), raw=True, mean=[0.5, 0.25, 0.1])
+    filled = Segmenter(path).preprocess(picture(5, 6)[None])
+    assert np.array_equal(filled[0, :5, :6], picture(5, 6))
+    for part in (filled[0, 5:], filled[0, :, 6:]):
+        assert (part == [128, 64, 26]).all()

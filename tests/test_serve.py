@@ -431,3 +431,25 @@ def test_load(requests: int, tmp_path: Path) -> None:
     assert set(report.answers) - kinds == {"good: 200", "walked away"}
     assert report.growth < LOAD["GROWTH"]
     assert report.exit_code == 128 + signal.SIGTERM
+
+
+def test_answers_are_of_the_kind_they_say() -> None:
+    from test_serve import Fake, ask, png, serving
+
+    with serving(Fake()) as port:
+        for path, body, method in (("/predict", png(picture(3, 4)), "POST"), ("/", None, "GET")):
+            assert ask(port, path, body, method)[0].headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_a_failure_of_the_server_is_counted_as_one() -> None:
+    from test_serve import Fake, ask, png, serving
+
+    class Broken(Fake):
+        def __call__(self, image: np.ndarray) -> np.ndarray:
+            raise RuntimeError("out of luck")
+
+    with serving(Broken()) as port:
+        assert ask(port, "/predict", png(picture(3, 4)))[0].status == 500
+        metrics = ask(port, "/metrics", method="GET")[1].decode().splitlines()
+    assert 'segdeconv_requests_total{code="500"} 1.0' in metrics
+    assert "segdeconv_request_seconds_count 0.0" in metrics

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -9,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,15 +22,26 @@ from torch._dynamo.utils import counters
 
 from segdeconv import layers
 from segdeconv import train as train_module
-from segdeconv.checkpoint import load_checkpoint, save_checkpoint
+from segdeconv.checkpoint import build_started, load_checkpoint, read_info, save_checkpoint, save_state
 from segdeconv.config import Recipe, TrainConfig, load_recipe
+from segdeconv.data import open_samples, train_loader
 from segdeconv.errors import UserError
 from segdeconv.evaluate import evaluate_run, table, write_scores
 from segdeconv.export import export_onnx
 from segdeconv.interface import Interface
 from segdeconv.layers import Whitened
+from segdeconv.losses import loss_of
 from segdeconv.progress import Bar
-from segdeconv.train import _Run, dry_run, first_bad_layer, lr_factor, make_optimizer, pick_device, train
+from segdeconv.train import (
+    _Run,
+    dry_run,
+    first_bad_layer,
+    lr_factor,
+    make_optimizer,
+    pick_device,
+    seed_everything,
+    train,
+)
 
 TINY = [
     "model.encoder=lcnet_050",
@@ -400,3 +413,140 @@ def test_products_in_a_precision_set_the_new_way() -> None:
     finally:
         matmul.fp32_precision = before
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("optimizer", "decay"), [("sgd", None), ("adamw", 0.8)])
+def test_a_run_is_a_plain_loop(optimizer: str, decay: float | None, tmp_path: Path) -> None:
+    """Its weights, and their average, are those of torch's own optimiser in a loop over the loader."""
+    changes = ["model.norm=bn", "train.seed=3", f"train.ema_decay={decay or 'null'}", "train.clip_grad=0.2"]
+    changes += [f"train.optimizer={optimizer}", "train.lr=0.01", "train.weight_decay=0.5"]
+    changes += ["train.schedule=poly", "train.poly_power=1", "train.warmup_epochs=0.67"]
+    recipe = tiny(*changes)
+    train(recipe, tmp_path / "run")
+
+    samples = open_samples(recipe.data, "train")
+    seed_everything(3)
+    model, _ = build_started(recipe.model, len(samples.classes))
+    loader = train_loader(samples, recipe.data, 4, 3, 1)
+    if optimizer == "sgd":
+        made: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=0.5)
+    else:
+        made = torch.optim.AdamW(model.parameters(), weight_decay=0.5)
+    average: dict[str, torch.Tensor] = {}
+    rates = iter([0.005, 0.01, 0.01, 0.0075, 0.005, 0.0025])
+    for epoch in range(2):
+        loader.batch_sampler.epoch = epoch
+        for images, targets in loader:
+            made.param_groups[0]["lr"] = next(rates)
+            made.zero_grad()
+            loss_of(model(images), targets, recipe.train, 255).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+            assert norm > 0.2
+            made.step()
+            now = {name: value.detach().clone() for name, value in model.named_parameters()}
+            average = {name: value.lerp(average.get(name, value), decay or 0) for name, value in now.items()}
+    state, last = (load_file(tmp_path / "run" / f"{name}.safetensors") for name in ("state", "last"))
+    for name, value in average.items():
+        torch.testing.assert_close(state[f"model.{name}"], now[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(last[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_scale_does_not_change_what_is_clipped() -> None:
+    changes = ["train.clip_grad=0.01", "train.weight_decay=0", "train.warmup_epochs=0", "train.amp=fp16"]
+    run = train_module._prepare(tiny(*changes), torch.device("cpu"))
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = copy.deepcopy(run.model)
+    run._step(*next(iter(run.loader)))
+    pairs = zip(run.model.parameters(), before.parameters(), strict=True)
+    moved = math.hypot(*((p - b).norm().item() for p, b in pairs))
+    assert moved == pytest.approx(0.01 * run.recipe.train.lr, rel=0.01)
+
+
+def test_every_step_and_rank_has_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train_module._prepare(tiny(), torch.device("cpu"))
+    drawn: list[float] = []
+    monkeypatch.setattr(run, "compute", lambda *_: drawn.append(torch.rand(()).item()) or torch.zeros(()))
+    for run.step, number in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        monkeypatch.setattr(train_module, "rank", lambda number=number: number)
+        run._step(*next(iter(run.loader)))
+    assert len(set(drawn)) == 3
+    assert drawn[3] == drawn[0]
+
+
+def test_the_last_epoch_is_scored_whatever_eval_every_is(tmp_path: Path) -> None:
+    assert "miou" in train(tiny("train.eval_every=3"), tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("miou") == 1
+
+
+def test_states_are_left_by_the_minute_and_training_time_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 40 seconds. The first run ends in its first validation."""
+    step, now, saved = _Run._step, 0.0, []
+
+    def slow(self: _Run, *batch: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += 40
+        return step(self, *batch)
+
+    def noted(run: Path, tensors: dict, values: dict) -> None:
+        saved.append(values["step"])
+        save_state(run, tensors, values)
+
+    monkeypatch.setattr(train_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(train_module, "save_state", noted)
+    monkeypatch.setattr(_Run, "_step", slow)
+    recipe = tiny("train.checkpoint_minutes=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_score", lambda run, epoch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(recipe, tmp_path / "run")
+    assert saved == [0, 2, 3]
+    assert train(recipe, tmp_path / "run", resume=True)["seconds"] == pytest.approx(240)
+    assert saved == [0, 2, 3, 3, 3, 5, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["train.class_weights=[1, 2]"], "class_weights has 2 values for 8 classes; give one each"),
+    ],
+)
+def test_settings_that_the_data_does_not_fit(changes: list[str], says: str, tmp_path: Path) -> None:
+    with pytest.raises(train_module.UserError, match=says):
+        train(tiny(*changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_holds_the_loss_scale(tmp_path: Path) -> None:
+    """Which else would be found anew, at the cost of steps that overflow and are left out."""
+    run, again = (train_module._prepare(tiny("train.amp=fp16"), torch.device("cpu")) for _ in range(2))
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    run.out = again.out = tmp_path
+    run.save_state()
+    again.load_state()
+    assert again.scaler.get_scale() == 512.0
+
+
+def test_tensorboard_shows_scores_and_pictures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    line = train(tiny(), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [3, 6]
+    assert events.Scalars("miou")[-1].value == pytest.approx(line["miou"])
+    assert "iou/road" in events.Tags()["scalars"]
+    assert events.Tags()["images"] == ["val"]
+
+
+def test_weights_of_another_seed_are_others(tmp_path: Path) -> None:
+    one, other = (train_module._prepare(tiny(f"train.seed={seed}"), torch.device("cpu")) for seed in (0, 1))
+    assert not torch.equal(one.model.segmentation_head[0].weight, other.model.segmentation_head[0].weight)
+
+
+def test_the_best_checkpoint_is_of_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.3, 0.5, 0.4, 0.5])
+    monkeypatch.setattr(_Run, "_score", lambda run, epoch: {"miou": next(scores)})
+    train(tiny("train.epochs=4"), tmp_path / "run")
+    files = (tmp_path / "run" / f"{name}.safetensors" for name in ("best", "last"))
+    assert [read_info(file).epoch for file in files] == [2, 4]

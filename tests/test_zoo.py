@@ -517,3 +517,23 @@ def test_an_installed_wheel_lists_the_zoo(tmp_path: Path) -> None:
     assert re.findall(r"[\w-]+\.(?:nd|bn)_\w+", listing) == names
     assert run("download", names[0]).strip() == str(site / "segdeconv" / "zoo_entries" / names[0] / WEIGHTS)
     assert entries.zoo_folder() == ROOT / "zoo"
+
+
+def test_own_weights_of_the_same_length_are_hashed(zoo: Path) -> None:
+    path = zoo / NAME / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"is not the file that entry\.json names"):
+        find_weights(NAME)
+
+
+def test_a_mirror_is_asked_first(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = move_weights(zoo, NAME, tmp_path / "www" / NAME / WEIGHTS)
+    change(zoo, NAME, urls=(url,))
+    asked = []
+    fetch = lambda target, sources, *_: asked.extend(sources) or target  # noqa: E731
+    monkeypatch.setattr("segdeconv.entries.fetch", fetch)
+    monkeypatch.setenv("SEGDECONV_ZOO_URL", "https://mirror.example/zoo/")
+    find_weights(NAME)
+    assert asked == [f"https://mirror.example/zoo/{NAME}/{WEIGHTS}", url]
