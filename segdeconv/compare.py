@@ -53,6 +53,8 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> tuple[str, l
     Raises:
         UserError: a folder is no run, is given twice or has no score yet, or the runs' tasks differ.
     """
+    if not folders:
+        raise UserError("compare: no run is given")
     metric, entries = _entries([Path(folder) for folder in folders])
     out = make_folder(Path(out))
     training_curves({entry.label: entry.folders for entry in entries}, out / "compare.png", metric)

@@ -41,8 +41,9 @@ class NetworkDeconvConfig:
             'reference' is the authors' FastDeconv to the letter: interleaved blocks, one mean for all
             blocks, running values that start at zero and identity. It is there to load their checkpoints.
         block_size: most channels of a convolution that are whitened together; the largest divisor of a
-            group's channels that is no larger is taken, 1 of a larger prime number. None is 32 in fast mode
-            and, as published, 64 in the others.
+            group's channels that is no larger is taken, 1 of a larger prime number (in reference mode the
+            greatest common divisor, and whole groups). None is 32 in fast mode and, as published, 64 in the
+            others.
         linear_block_size: the same for linear layers.
         eps: added to variances before their root: of each channel (fast) or of the features (otherwise).
         momentum: weight of a new batch in the running values.

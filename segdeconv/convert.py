@@ -257,15 +257,17 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     Args:
         model: a freshly converted network (whitening at identity) or an already trained one.
         batches: image batches (n, C, H, W) on the model's device, in the form it is trained on. Some dozens
-            of images serve, a single one not where a linear layer reads one value per feature of it.
+            of images serve; in fast mode a single one not where a linear layer reads one value per feature.
 
     Returns:
         ``model``, in the mode it was in.
 
     Raises:
         UserError: no batch was given or one is no images, the network holds no whitened layer, one of them
-            shares its weight or bias with another layer or has none of its own, cannot take what it reads,
-            saw no more than one value per channel, or statistics are not finite. The network is unchanged.
+            shares its weight or bias with another layer or has none of its own, saw no more than one value
+            per channel, or statistics are not finite.
+        ValueError: a layer cannot take an input of that shape.
+        In either case the network is unchanged.
     """
     if isinstance(batches, Tensor):  # or each of its images would count as a batch
         raise UserError("calibrate: batches is a single tensor; expected batches of images, as in [images]")
@@ -283,7 +285,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
             try:
                 observers[name].observe(x)
             except ValueError as error:
-                raise UserError(f"calibrate: {name} got {error}") from None
+                raise ValueError(f"calibrate: {name} got {error}") from None
             values[name] += x.numel() // math.prod(observers[name]._shape[:3])  # by all channels
 
         return hook
@@ -299,7 +301,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
             count += 1
     if not count:
         raise UserError("calibrate: no batch was given; pass a few image batches")
-    if world_size() == 1 and (few := [name for name, seen in values.items() if seen == 1]):
+    few = [name for name, seen in values.items() if seen == 1 and layers[name].config.mode == "fast"]
+    if few and world_size() == 1:
         raise UserError(f"calibrate: {few[0]} saw a single value per channel; give more images")
     for name, layer in layers.items():
         if observers[name].num_batches_tracked > 0:
@@ -482,6 +485,8 @@ def _reason_to_keep(
         return "its weight is computed, not a parameter"
     if not module.weight.numel():
         return "it has no weights"
+    if module.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"its weight is {module.weight.dtype}"
     if module.bias is not None and not isinstance(module.bias, nn.Parameter):
         return "its bias is computed, not a parameter"
     if name in structure.before_frozen:

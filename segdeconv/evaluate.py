@@ -357,8 +357,8 @@ def evaluate_run(
             option does not go with the others.
     """
     torch_device = torch.device("cpu" if onnx is not None else device)
-    figures = None if figures is None else make_folder(Path(figures))  # before the long part
     model, info = load_checkpoint(run, torch_device)
+    figures = None if figures is None else make_folder(Path(figures))  # before the long part
     inference = inference or Inference()
     if predictions is not None or submission is not None:
         inference = replace(inference, original=True)

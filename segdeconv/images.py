@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 import os
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,7 @@ def _resize(array: Picture, size: tuple[int, int] | None, how: Image.Resampling)
 def check_windows(window: tuple[int, int] | None, overlap: float) -> None:
     """Raise UserError unless these are sizes in pixels and a share that windows can have in common."""
     if window is not None and (
-        len(window) != 2 or not all(isinstance(side, int) and side > 0 for side in window)
+        len(window) != 2 or not all(isinstance(side, Integral) and side > 0 for side in window)
     ):
         raise UserError(f"--window {','.join(map(str, window))}: expected pixels, such as 512,1024")
     if not 0 <= overlap < 1:

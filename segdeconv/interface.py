@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -56,7 +57,7 @@ class Interface:
         if not self.outputs or not once or set(self.outputs) - set(known):
             raise UserError(f"--output {named}: expected some of {', '.join(known)}, each once")
         if self.static is not None and (
-            len(self.static) != 3 or not all(isinstance(size, int) and size > 0 for size in self.static)
+            len(self.static) != 3 or not all(isinstance(size, Integral) and size > 0 for size in self.static)
         ):
             text = ",".join(map(str, self.static))
             raise UserError(
@@ -147,7 +148,7 @@ def around(
     del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend(nodes)
     graph.initializer.extend([*before.constants, *after.constants])
-    fixed: tuple[int | str, ...] = interface.static or ("batch", "height", "width")
+    fixed = map(int, interface.static) if interface.static else ("batch", "height", "width")
     batch, height, width = fixed
     shape = [batch, height, width, 3] if raw else [batch, 3, height, width]
     kind = TensorProto.UINT8 if raw else float_type

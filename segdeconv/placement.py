@@ -117,7 +117,7 @@ def _black(source: Any, size: tuple[int, int] | None) -> np.ndarray:
     rows, columns = size or (_DEFAULT_SIDE, _DEFAULT_SIDE)
     free = (1, rows, columns, 3) if kind is np.uint8 else (1, 3, rows, columns)
     shape = [s if isinstance(s, int) else f for s, f in zip(source.shape, free, strict=True)]
-    if size is not None and tuple(shape[1:]) != free[1:]:
+    if size is not None and (rows, columns) not in (tuple(shape[1:3]), tuple(shape[2:])):
         raise UserError(f"--size {rows},{columns}: the graph takes {tuple(shape)} only")
     return np.zeros(shape, kind)
 

@@ -327,7 +327,7 @@ class Segmenter:
         count, height, width = images.shape[:3]
         multiple = 1 if self._raw else self.metadata["size_multiple"]
         rows, columns = self.size or (height + -height % multiple, width + -width % multiple)
-        if rows < height or columns < width:
+        if not self._resizes and (rows < height or columns < width):
             raise UserError(f"the graph takes pictures of {self.size} at most, not of {(height, width)}")
         if self._raw:
             if (rows, columns) == (height, width):
@@ -480,7 +480,9 @@ def predict_images(segmenter: Segmenter, images: Iterable[str | Path], out: str 
         raise UserError(f"{out}: is the folder of what is to be predicted; choose another --out")
     targets = [(out / f"{path.stem}.png", out / f"{path.stem}_overlay.jpg") for path in paths]
     if len(set(targets)) < len(targets):
-        raise UserError(f"{out}: two of the pictures have one name; choose an --out for each folder")
+        raise UserError(
+            f"{out}: two of the pictures would be predicted into one file; give each its own --out"
+        )
     for label_file, overlay_file in targets:
         if label_file.exists() and not overlay_file.exists():  # somebody's mask
             raise UserError(f"{label_file}: is there and is no earlier prediction; choose another --out")

@@ -564,6 +564,6 @@ def _read_scores(path: Path) -> dict[str, Any]:
             raise KeyError(" or ".join(MAIN_METRIC.values()))
         if not isinstance(scores["split"], str):
             raise TypeError("split")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{path}: not as segdeconv eval writes it ({error}); evaluate anew") from None
     return scores

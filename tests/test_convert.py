@@ -908,7 +908,7 @@ def test_a_network_made_under_inference_mode_is_refused() -> None:
 def test_calibrate_refuses(batches: list, says: str) -> None:
     model, _ = convert_to_network_deconv(nn.Sequential(nn.Conv2d(3, 4, 3)))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(ValueError, match=says):
         calibrate(model, batches)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(UserError, match="no whitened layer"):
@@ -933,10 +933,14 @@ def test_what_is_no_network_is_refused(model: Any) -> None:
         convert_to_network_deconv(model)
 
 
-def test_a_layer_without_weights_is_kept() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.utils.skip_init(nn.Linear, 0, 3))
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_that_cannot_be_whitened_are_kept() -> None:
+    narrow = nn.Conv2d(4, 4, 1).to(torch.float8_e4m3fn)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.utils.skip_init(nn.Linear, 0, 3), narrow)
     _, report = convert_to_network_deconv(model)
-    assert {entry.name: entry.reason for entry in report.layers}["2"] == "it has no weights"
+    reasons = {entry.name: entry.reason for entry in report.layers}
+    assert reasons["2"] == "it has no weights"
+    assert reasons["3"] == "its weight is torch.float8_e4m3fn"
 
 
 def test_what_stands_where_a_batch_norm_was_is_in_its_mode() -> None:

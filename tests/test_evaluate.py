@@ -478,7 +478,9 @@ def test_the_precision_that_is_asked_for_is_taken(
 @pytest.mark.parametrize(("overlap", "windows"), [(0.0, 3), (0.25, 4), (0.5, 5)])
 def test_windows_overlap_as_asked(overlap: float, windows: int) -> None:
     shapes = []
-    predict = Inference(window=(8, 8), overlap=overlap).around(lambda x: shapes.append(x.shape) or x)
+    predict = Inference(window=tuple(np.array([8, 8])), overlap=overlap).around(
+        lambda x: shapes.append(x.shape) or x
+    )
     predict(torch.zeros(1, 3, 8, 24))
     assert shapes == [(1, 3, 8, 8)] * windows
 

@@ -129,7 +129,7 @@ def test_predictions_of_one_name(tmp_path: Path, exported: tuple[Path, torch.nn.
         (tmp_path / folder).mkdir()
         Image.fromarray(picture(30, 50)).save(tmp_path / folder / "x.png")
     names = [str(tmp_path / folder / "x.png") for folder in "ab"]
-    with pytest.raises(UserError, match="two of the pictures have one name"):
+    with pytest.raises(UserError, match="would be predicted into one file"):
         list(predict_images(Segmenter(exported[0]), iter(names), tmp_path / "out"))
     assert len(list(predict_images(Segmenter(exported[0]), iter(names[:1]), tmp_path / "out"))) == 1
 
