@@ -1375,7 +1375,7 @@ def test_compiled_gradients_are_float32_under_autocast() -> None:
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
 def test_float16_autocast_folds_in_float32(amp: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """n10: under float16 the weight is folded in float32."""
+    """Nearer than bfloat16, in which the weight may be folded too."""
     monkeypatch.setattr(layers, "_LOW_PRECISION_PAYS", 0)
     layer = WhitenedConv2d(8, 6, 3, padding=1)
     mixed = copy.deepcopy(layer)
