@@ -76,7 +76,20 @@ class _RunLog:
     @property
     def compared(self) -> dict[str, Any]:
         """What of its recipe sets it apart from runs of another entry."""
-        return {key: value for key, value in self.recipe.items() if key not in (*FREE_KEYS, "train.seed")}
+        return {
+            key: value
+            for key, value in self.recipe.items()
+            if key not in (*FREE_KEYS, "train.seed") and (self.deconvolved or not _of_deconv(key))
+        }
+
+    @property
+    def deconvolved(self) -> bool:
+        return bool(self.recipe["model.norm"] == "nd")
+
+
+def _of_deconv(key: str) -> bool:
+    """Whether batch norm has no use for this key."""
+    return key.startswith("model.network_deconv.")
 
 
 def _read(folder: Path) -> _RunLog:
@@ -110,11 +123,12 @@ def _entries(folders: Sequence[Path]) -> tuple[str, list[RunGroup]]:
         else:
             same.append(run)
     recipes = [group[0].compared for group in groups]
-    differ = [
-        key
-        for key in dict.fromkeys(key for recipe in recipes for key in recipe)
-        if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)
-    ]
+    deconvolved = [group[0].compared for group in groups if group[0].deconvolved]
+    differ = []
+    for key in dict.fromkeys(key for recipe in recipes for key in recipe):
+        first, *others = (recipe.get(key) for recipe in (deconvolved if _of_deconv(key) else recipes))
+        if any(value != first for value in others):
+            differ.append(key)
     names = Counter(group[0].folder.name for group in groups)
     pictures = {run.folder: held for run in runs if (held := pictures_of(run.folder)) is not None}
     entries = []
@@ -149,7 +163,9 @@ def _entry(runs: list[_RunLog], name: str, differ: list[str], pictures: dict[Pat
         label=label,
         folders=[run.folder for run in runs],
         seeds=seeds,
-        recipe={key: runs[0].compared.get(key) for key in differ},
+        recipe={
+            key: runs[0].compared.get(key) for key in differ if runs[0].deconvolved or not _of_deconv(key)
+        },
         curve=points,
         loss=curve(lines, "loss"),
         best=spread(best),

@@ -75,6 +75,19 @@ def test_seeds_are_one_entry_with_mean_and_spread(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out" / "compare.png").size[0] > 1300
 
 
+def test_what_batch_norm_has_no_use_for_does_not_tell_its_runs_apart(tmp_path: Path) -> None:
+    every, rare = (f"model.network_deconv.refresh_every={n}" for n in (1, 5))
+    nd, bn = make_run(tmp_path / "nd", [every]), make_run(tmp_path / "bn", ["model.norm=bn", rare])
+    again = make_run(tmp_path / "again", ["model.norm=bn", every, "train.seed=1"])
+    entries = compare_runs([nd, bn, again], tmp_path / "out")[1]
+    assert [entry.recipe for entry in entries] == [{"model.norm": "nd"}, {"model.norm": "bn"}]
+    assert entries[1].folders == [bn, again]
+    other = make_run(tmp_path / "other", [rare])
+    entries = compare_runs([bn, nd, other], tmp_path / "out")[1]
+    key = "model.network_deconv.refresh_every"
+    assert [entry.recipe.get(key, "none") for entry in entries] == ["none", 1, 5]
+
+
 def test_runs_of_one_seed_are_pointed_out(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / str(i), [f"train.seed={seed}"]) for i, seed in enumerate((0, 1, 0))]
     for folders, notes in ((runs[:2], 0), (runs, 1)):

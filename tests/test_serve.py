@@ -372,6 +372,7 @@ def test_the_page(browser: Any, port: int, tmp_path: Path) -> None:
 
     page.set_input_files("#file", tmp_path / "notes.png")
     page.locator("#status.error", has_text="notes.png: the body is no picture").wait_for()
+    assert page.locator("#result").is_hidden()  # it is another picture's
     page.evaluate(
         """(bytes) => {
             const dropped = new DataTransfer();

@@ -31,7 +31,9 @@ async function take(file) {
     const { naturalWidth: width, naturalHeight: height } = at("overlay");
     say(`${file.name}: ${width} × ${height} pixels, ${((performance.now() - begun) / 1000).toFixed(2)} s`);
   } catch (error) {
-    if (ticket === latest) say(`${file.name}: ${error.message}`, true);
+    if (ticket !== latest) return;
+    at("result").hidden = true; // an older picture's, which would be taken for this one's
+    say(`${file.name}: ${error.message}`, true);
   } finally {
     if (ticket === latest) at("result").removeAttribute("aria-busy");
   }
