@@ -24,8 +24,8 @@ _TAGS: dict[str, Any] = (
 
 # The schedule is Python's, so graphs of torch.compile leave it out: a graph for every step would be compiled.
 # ``number`` is declared as mutated: otherwise the compiler could drop the call, or merge two of them.
-@torch.library.custom_op("segdeconv::follow", mutates_args=("number",), **_TAGS)
-def follow_outside_graph(
+@torch.library.custom_op("segdeconv::track", mutates_args=("number",), **_TAGS)
+def track_outside_graph(
     x: Tensor,
     moments: Tensor,
     samples: Tensor | None,
@@ -33,20 +33,20 @@ def follow_outside_graph(
     running_whitening: Tensor | None,
     number: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`Whitened._follow`; returns copies of the updated running moments and whitening matrix (empty if there
+    """`Whitened._track`; returns copies of the updated running moments and whitening matrix (empty if there
     is none). The ``running_`` arguments only give their shapes.
     """
     layer = LAYERS.get(int(number))
     if layer is None:
         raise RuntimeError("the network that this graph was compiled of is gone; compile another")
-    layer._follow(x, moments, x.numel() // x.shape[1] if samples is None else samples)
+    layer._track(x, moments, x.numel() // x.shape[1] if samples is None else samples)
     return tuple(
         moments.new_empty(0) if running is None else running.clone()
         for running in (layer.running_moments, layer.running_whitening)
     )  # type: ignore[return-value]
 
 
-@follow_outside_graph.register_fake
+@track_outside_graph.register_fake
 def _(
     x: Tensor,
     moments: Tensor,

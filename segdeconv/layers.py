@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from segdeconv.compiling import LAYERS, NUMBERS, follow_outside_graph, is_exporting, snapshot
+from segdeconv.compiling import LAYERS, NUMBERS, is_exporting, snapshot, track_outside_graph
 from segdeconv.config import NetworkDeconvConfig
 from segdeconv.distributed import mean_over_ranks, sum_over_ranks, world_size
 from segdeconv.whitening import (
@@ -59,7 +59,7 @@ def _low_precision(x: Tensor) -> torch.dtype | None:
     return torch.bfloat16 if bfloat16 else None
 
 
-def _again() -> bool:
+def _recomputing() -> bool:
     """Whether this forward pass repeats one, inside a backward pass: activation checkpointing does."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -146,11 +146,11 @@ class Whitened(nn.Module):
         self._held = 1.0  # what ``gain`` is to be where it was not loaded
         #: Fast mode: added to the step count, so that the layers of a network refresh on different steps.
         self.refresh_offset = 0
-        self._enrol()
+        self._register()
         # On small maps whitened taps of depthwise layers make networks train worse, on large ones no better.
         self._start_anew(decorrelates=config.mode != "fast" or groups == 1 or channels > 1)
 
-    def _enrol(self) -> None:
+    def _register(self) -> None:
         """A number of its own for every layer, copies included, by which compiled code finds it again.
 
         A tensor, so that layers of one shape can share that code. `torch.func.functional_call` shares it
@@ -171,7 +171,7 @@ class Whitened(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._enrol()
+        self._register()
         self._step = self.refresh_now = self._folding_matrix = None
 
     @property
@@ -323,7 +323,7 @@ class Whitened(nn.Module):
         if rows * self.num_blocks <= mean.shape[1]:  # one sample for every mean
             return x, *self.folded_parameters()
         whitening = self.whitening_from(cov)
-        if not _again():
+        if not _recomputing():
             self._update_running(mean, whitening, self.config.momentum)
         return x, *self._fold(whitening, mean, None)
 
@@ -500,7 +500,7 @@ class Whitened(nn.Module):
         with no_autocast(x):
             x, moments, samples = self._channel_moments(x)
             if torch.compiler.is_compiling() and outside:
-                running, refreshed = follow_outside_graph(
+                running, refreshed = track_outside_graph(
                     x.detach(),
                     moments.detach(),
                     samples if isinstance(samples, Tensor) else None,
@@ -510,11 +510,11 @@ class Whitened(nn.Module):
                 )
                 whitening = refreshed if self.decorrelates else None
             else:
-                self._follow(x.detach(), moments.detach(), samples)
+                self._track(x.detach(), moments.detach(), samples)
                 running, whitening = self.running_moments, self.running_whitening
                 if torch.compiler.is_compiling() and low_precision is not None:
                     matrix = self._folding_matrix
-            moments = self._steadied(moments, samples, running)
+            moments = self._with_prior(moments, samples, running)
             if torch.compiler.is_compiling() and running is self.running_moments:
                 moments = snapshot(moments)
             weight, bias = standardise_and_fold(
@@ -571,20 +571,20 @@ class Whitened(nn.Module):
         var = (1 - share) * (second - mean.square()) + share * mean.square()
         return x, torch.stack((mean, var)).to(moments.dtype), total
 
-    def _steadied(self, moments: Tensor, samples: Any, running: Tensor) -> Tensor:
+    def _with_prior(self, moments: Tensor, samples: Any, running: Tensor) -> Tensor:
         """The moments of a batch with the running ones counted in as ``_PRIOR_SAMPLES`` samples."""
         trust = 1 / (1 + _PRIOR_SAMPLES / samples)
         if isinstance(trust, Tensor):
             trust = trust.to(moments.dtype)
         return torch.lerp(running, moments, trust)
 
-    def _follow(self, x: Tensor, moments: Tensor, samples: Any) -> None:
+    def _track(self, x: Tensor, moments: Tensor, samples: Any) -> None:
         """Take a batch into the running moments and, when it is its turn, its correlation into the whitening.
 
         Skipped when activation checkpointing recomputes the forward pass, which then gives the same result if
         the layer is called once before the backward pass.
         """
-        if _again():
+        if _recomputing():
             return
         self._update_moments(moments, self.config.momentum)
         turn: Any
@@ -596,7 +596,7 @@ class Whitened(nn.Module):
         else:  # a number would be part of the graph
             turn = self.num_batches_tracked - 1 + self.refresh_offset
         if self.decorrelates and due:
-            moments = self._steadied(moments, samples, self.running_moments)
+            moments = self._with_prior(moments, samples, self.running_moments)
             self._refresh(x, moments, samples, turn, self.config.momentum)
 
     @torch.no_grad()

@@ -113,14 +113,14 @@ class _Metrics:
             Gauge(name, text, registry=self.registry).set_function(read)
 
 
-class _House:
-    """Who may come in and who works: at most ``workers`` busy threads, and ``queue`` requests besides."""
+class _WorkerPool:
+    """At most ``workers`` busy threads, and ``queue`` requests that wait."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._inside = self.working = 0
         self._free = asyncio.Semaphore(limits.workers)
-        self._pool = ThreadPoolExecutor(limits.workers, thread_name_prefix="segdeconv")
+        self._threads = ThreadPoolExecutor(limits.workers, thread_name_prefix="segdeconv")
 
     @property
     def waiting(self) -> int:
@@ -128,7 +128,7 @@ class _House:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """A request's place in the house, from the first byte of its body to its answer.
+        """A request's place in the pool, from the first byte of its body to its answer.
 
         Raises:
             HTTPException: 503, there is none left.
@@ -145,7 +145,7 @@ class _House:
         """Run ``work`` in a thread when one is free; nothing can stop it there, not even a timeout."""
         await self._free.acquire()
         self.working += 1
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
         future.add_done_callback(self._leave)
         return await asyncio.shield(future)
 
@@ -155,18 +155,18 @@ class _House:
         future.exception()  # seen, also where nobody waits any more
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._threads.shutdown()
 
 
 def make_app(segmenter: Segmenter, limits: Limits) -> FastAPI:
     """The application: ``/predict``, ``/health``, ``/metrics``, ``/model.json`` and the page at ``/``."""
-    house = _House(limits)
-    metrics = _Metrics(lambda: house.working, lambda: house.waiting)
+    pool = _WorkerPool(limits)
+    metrics = _Metrics(lambda: pool.working, lambda: pool.waiting)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        house.close()
+        pool.close()
 
     # FastAPI's own pages of documentation load scripts from elsewhere; /openapi.json stays.
     app = FastAPI(title="segdeconv", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -218,14 +218,14 @@ def make_app(segmenter: Segmenter, limits: Limits) -> FastAPI:
         """
 
         _check_type(request)
-        with house.place():
+        with pool.place():
             body = await _within(limits.timeout, _read(request, limits), 408, "the body did not arrive")
-            work = house.run(lambda: _respond(segmenter, body, limits, output))
+            work = pool.run(lambda: _respond(segmenter, body, limits, output))
             return await _within(limits.timeout, work, 504, "no answer")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "working": house.working, "waiting": house.waiting}
+        return {"status": "ok", "working": pool.working, "waiting": pool.waiting}
 
     @app.get("/metrics", response_class=Response)
     async def prometheus() -> Response:

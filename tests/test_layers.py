@@ -1404,7 +1404,7 @@ def test_a_single_row_is_whitened_by_the_running_values(mode: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
-def test_running_correlation_is_the_average_of_steadied_batches() -> None:
+def test_running_correlation_is_the_average_of_batches_with_their_prior() -> None:
     layer = WhitenedLinear(3, 2).double()
     covs = []
     for n in range(4):
