@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from onnxscript import opset18
+from timm.layers import Conv2dSame
+from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor, nn
 
 from segdeconv import __version__
@@ -232,18 +234,25 @@ def network_graph(model: nn.Module, interface: Interface, preparation: Preparati
     else:
         batch, size = interface.static[0], _input_size(interface.static, interface, preparation)
         shapes = None
+    network = _Logits(fold_network_deconv(model)).eval()
+    for module in network.modules():
+        if type(module) is Conv2dSame:
+            module.__class__ = _Conv2dSame
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's notes to its own developers
             program = torch.onnx.export(
-                _Logits(fold_network_deconv(model)).eval(),
+                network,
                 (torch.randn(batch, 3, *size),),
                 input_names=["image"],
                 output_names=["logits"],
                 opset_version=interface.opset,
                 dynamo=True,
                 dynamic_shapes=shapes,
-                custom_translation_table={torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average},
+                custom_translation_table={
+                    torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average,
+                    torch.ops.segdeconv.conv2d_same.default: _same_convolution,
+                },
                 verbose=False,
             )
     except Exception as error:  # the exporter raises what the traced Python raises, wrapped
@@ -281,6 +290,45 @@ def _bins(length: Any, count: int) -> Any:
     inside = op.And(op.GreaterOrEqual(at, first), op.Less(at, behind))
     width = op.Sub(behind, first)
     return op.Div(op.Cast(inside, to=onnx.TensorProto.FLOAT), op.Cast(width, to=onnx.TensorProto.FLOAT))
+
+
+# Traced through, the padding is arithmetic on sizes: some hundred nodes, and minutes of torch's time.
+@torch.library.custom_op("segdeconv::conv2d_same", mutates_args=())
+def _conv2d_same(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """TensorFlow's convolution, padded by the size of its input, as the one operator that it is in ONNX."""
+    return conv2d_same(x, weight, bias, stride, dilation=dilation, groups=groups)  # type: ignore[arg-type]
+
+
+@_conv2d_same.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    rows, columns = ((size + step - 1) // step for size, step in zip(x.shape[2:], stride, strict=True))
+    return x.new_empty(x.shape[0], weight.shape[0], rows, columns)
+
+
+def _same_convolution(
+    x: Any, weight: Any, bias: Any, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> Any:
+    along = {"strides": stride, "dilations": dilation, "group": groups}
+    return op.Conv(x, weight, bias, auto_pad="SAME_UPPER", **along)
+
+
+class _Conv2dSame(Conv2dSame):
+    def forward(self, x: Tensor) -> Tensor:
+        return _conv2d_same(x, self.weight, self.bias, self.stride, self.dilation, self.groups)
 
 
 class _Logits(nn.Module):
