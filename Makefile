@@ -19,8 +19,8 @@ help:
 install: $(STAMP)
 
 $(VENV)/.installed-%-$(RUNTIME): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "segdeconv needs Python 3.10 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "segdeconv needs Python 3.11 or newer; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@if ls $(VENV)/.installed-*-$(OTHER) >/dev/null 2>&1; then $(BIN)/python -m pip uninstall --quiet --yes $(REMOVE); fi
 	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[$(RUNTIME),$*]'

@@ -294,8 +294,7 @@ def _load_onnxruntime() -> tuple[str | None, str | None, str | None]:
     if not library.exists():
         return cuda, None, None
     try:
-        if hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()
+        onnxruntime.preload_dlls()
         # What onnxruntime does itself, but its log alone gets to see the reason.
         ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(library))

@@ -46,6 +46,7 @@ def test_segmenter_does_what_training_did(exported: tuple[Path, torch.nn.Module]
     path, model = exported
     segmenter = Segmenter(path)
     assert segmenter.metadata["resize"] == [96, 192]
+    assert not segmenter.whole
     image = picture(96, 192)
     mean, std = torch.tensor(segmenter.metadata["mean"]), torch.tensor(segmenter.metadata["std"])
     normalised = ((torch.from_numpy(image).float() / 255 - mean) / std).permute(2, 0, 1)[None]
@@ -267,6 +268,7 @@ def test_windows_average_probabilities(outputs: tuple, shape: tuple, tmp_path: P
     scores = total / times
     got = Segmenter(handmade(tmp_path / "m.onnx", outputs), window=(32, 48))(image)
     assert ((got == scores.argmax(-1)) | close_calls(scores)).all()
+    assert not Segmenter(tmp_path / "m.onnx", window=(32, 48)).whole
     whole = Segmenter(tmp_path / "m.onnx")(image)
     assert np.array_equal(whole, got) == (shape == (32, 48))
 
@@ -293,6 +295,7 @@ def test_windows_of_labels_are_cut_between_their_middles(shape: tuple, tmp_path:
 def test_batches_and_lists(raw: bool, tmp_path: Path) -> None:
     segmenter = Segmenter(handmade(tmp_path / "m.onnx", raw=raw))
     images = [picture(20, 30), picture(24, 30)[::-1], 255 - picture(20, 30)]
+    assert segmenter.whole
     singly = [segmenter(image) for image in images]
     for image, labels in zip(images, singly, strict=True):
         scores = logits_of(image)
@@ -411,6 +414,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     module = SimpleNamespace(
         get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
         InferenceSession=session,
+        preload_dlls=lambda: None,
     )
     sound = doctor.Facts(
         {"onnxruntime-gpu": "1.31.1"}, gpu="GPU", driver_cuda="13.0", onnxruntime_cuda="13.0"

@@ -77,7 +77,7 @@ def make(architecture: str, norm: str, side: int = 128) -> tuple[nn.Module, Chec
 
 def torch_stages(model: nn.Module, pictures: np.ndarray, device: torch.device) -> Callable[[], Stages]:
     """As `segdeconv.bench.stages`, in PyTorch."""
-    mean, std = np.float32(127.5), np.float32(64.0)
+    mean, std = 127.5, 64.0
 
     def now() -> float:
         if device.type == "cuda":
