@@ -94,13 +94,14 @@ def save_checkpoint(path: Path, model: nn.Module, info: CheckpointInfo) -> None:
     _save(path, model.state_dict(), metadata)
 
 
-def store_checkpoint(source: Path, target: Path, half: bool) -> None:
-    """Copy a checkpoint, with ``half`` its large tensors as float16; loading makes them float32 again.
+def store_checkpoint(source: Path, target: Path, recipe: Recipe, half: bool) -> None:
+    """Copy a checkpoint as one of ``recipe``, with ``half`` its large tensors as float16; loading makes them
+    float32 again.
 
     Small tensors (biases, counters) cost nothing and stay as they are, and so do means and variances.
     """
     with safetensors.safe_open(source, framework="pt") as file:
-        metadata = file.metadata()
+        metadata = file.metadata() | {"recipe": json.dumps(recipe_to_dict(recipe))}
     tensors = load_file(source)
     if half:
         large = {

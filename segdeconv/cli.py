@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import typer
 
 from segdeconv import __version__
-from segdeconv.errors import Refused, UserError, sentence_of
+from segdeconv.errors import Refused, UserError, printable, sentence_of
 
 if TYPE_CHECKING:
     from segdeconv.config import Recipe
@@ -481,7 +482,10 @@ def serve(
     queue: Annotated[int, typer.Option(help="Requests that may wait; further ones get 503.")] = 16,
     timeout: Annotated[float, typer.Option(help="Seconds to an answer; then 504.")] = 30.0,
     megabytes: Annotated[float, typer.Option(help="Largest body; above it 413.")] = 20.0,
-    megapixels: Annotated[float, typer.Option(help="Largest picture; above it 413.")] = 25.0,
+    megapixels: Annotated[
+        float | None,
+        typer.Option(help="Largest picture; above it 413. By default 25; 4 if pictures run whole."),
+    ] = None,
     window: Window = None,
     device: Device = "auto",
     allow_cpu: AllowCpu = False,
@@ -495,10 +499,11 @@ def serve(
     curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg -o labels.png http://127.0.0.1:8000/predict
     """
     from segdeconv.runtime import Segmenter, usable_cores
-    from segdeconv.serve import Limits
+    from segdeconv.serve import Limits, default_megapixels
     from segdeconv.serve import serve as serve_model
 
-    limits = Limits(megabytes, megapixels, workers, queue, timeout)
+    most = Limits.megapixels if megapixels is None else megapixels
+    limits = Limits(megabytes, most, workers, queue, timeout)
     with _graph_file(model) as graph:
         segmenter = Segmenter(
             graph,
@@ -508,6 +513,8 @@ def serve(
             window=_pair("--window", window),
         )
     print(_where(segmenter.device, segmenter.why_cpu))
+    if megapixels is None:
+        limits = dataclasses.replace(limits, megapixels=default_megapixels(segmenter))
     serve_model(segmenter, host, port, limits)
 
 
@@ -848,5 +855,5 @@ class _Again:
 
 
 def _fail(message: str, code: int = 2) -> None:
-    print(f"segdeconv: error: {message}", file=sys.stderr)
+    print(f"segdeconv: error: {printable(message)}", file=sys.stderr)
     sys.exit(code)

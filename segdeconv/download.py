@@ -14,6 +14,7 @@ import http.client
 import json
 import math
 import os
+import re
 import socket
 import ssl
 import time
@@ -34,6 +35,7 @@ _WAIT = 1.0  # seconds after an attempt that brought nothing new, doubled after 
 _LONGEST_WAIT = 30.0
 _TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 2**20
+_SECRET = re.compile("://[^/]*@")
 _TRY_AGAIN = (408, 425, 429)  # and all from 500 on
 
 
@@ -103,7 +105,7 @@ def _fetch(target: Path, sources: Sequence[str], size: int, sha256: str) -> None
             _state(part).unlink(missing_ok=True)
             raise _Refused(f"gives a file of another SHA-256 than {sha256[:12]}..., kept as {aside}")
         except _Refused as refusal:
-            problems.append(f"{source} {refusal}")
+            problems.append(f"{_SECRET.sub('://...@', source)} {refusal}")
     raise UserError(f"{target.name}: cannot be downloaded: {'; '.join(problems)}")
 
 
@@ -111,6 +113,8 @@ def _url(source: str) -> str:
     scheme, _, rest = source.partition("://")
     if scheme == "file":
         return source
+    if "@" in rest.partition("/")[0]:
+        raise _Refused("holds a user name or password, which are not sent; give an address without them")
     if scheme not in ("https", "http", "hf"):
         raise _Refused("is no address that starts with https://, http://, hf:// or file://")
     if offline():

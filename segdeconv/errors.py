@@ -33,6 +33,14 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {by_lower[near[0]]!r}?" if near else otherwise
 
 
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+def printable(text: str) -> str:
+    """Text for a terminal, which would obey what names of files and classes may hold."""
+    return text.translate(_CONTROL)
+
+
 def sentence_of(error: Exception) -> str:
     """An error's sentence: from a loader's process it arrives as a whole traceback, the sentence last."""
     message = str(error).strip()
@@ -47,5 +55,5 @@ def one_sentence() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {sentence_of(error)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {printable(sentence_of(error))}", file=sys.stderr)
         sys.exit(2)

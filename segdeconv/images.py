@@ -24,6 +24,7 @@ Color = tuple[int, int, int]
 Palette = tuple[Color, ...]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")  # by whatever name; of others Pillow runs foreign programs
 
 _ORIENTATION = 0x0112  # EXIF's tag, and what brings its values upright
 _UPRIGHT = {
@@ -86,7 +87,7 @@ def open_image(path: Path) -> Image.Image:
         UserError: there is no such file, or it is no picture.
     """
     try:
-        return Image.open(path)
+        return Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow's parsers raise all sorts of things

@@ -1,6 +1,12 @@
 """Tables in Markdown."""
 
+import re
 from collections.abc import Iterable, Sequence
+
+
+def escaped(text: str) -> str:
+    """A name that is to stand in Markdown as it is."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", text)
 
 
 def markdown_table(

@@ -6,12 +6,24 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Column
 
-console = Console(highlight=False, soft_wrap=True, markup=False)  # names may hold square brackets
-notes = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)  # beside what was asked for
+from segdeconv.errors import printable
+
+
+class _Console(Console):
+    """Shows the control characters that names of files and classes may hold, instead of sending them."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+console = _Console(highlight=False, soft_wrap=True, markup=False)  # names may hold square brackets
+notes = _Console(stderr=True, highlight=False, soft_wrap=True, markup=False)  # beside what was asked for
 T = TypeVar("T")
 _LINE_EVERY = 20.0  # seconds between plain lines
 

@@ -113,8 +113,7 @@ def open_session(
 
     opened, error = None, ""
     if kind != "cpu" and _CUDA in onnxruntime.get_available_providers():
-        if hasattr(onnxruntime, "preload_dlls"):  # since 1.21: finds the CUDA that pip installed
-            onnxruntime.preload_dlls()
+        onnxruntime.preload_dlls()  # finds the CUDA that pip installed
         try:
             opened = session([(_CUDA, {"device_id": number or "0"}), CPU])
         except Exception as raised:  # onnxruntime raises its own unrelated classes
@@ -214,6 +213,8 @@ class Segmenter:
         self._main = "labels" if "labels" in self._outputs else self._outputs[0]
         self._resizes = self._raw and self.metadata["resize"] is not None  # the graph itself
         self._window, self._overlap = window or (None if self._resizes else self.size), overlap
+        #: Whether pictures go through the network at whatever size they have.
+        self.whole = self._window is None and self._resize is None and not self._resizes
         self._check_windows(path)
 
     def _check_windows(self, path: str | Path) -> None:

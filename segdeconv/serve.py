@@ -29,7 +29,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
 from segdeconv.errors import UserError
-from segdeconv.images import Picture, label_png, overlay, to_rgb
+from segdeconv.images import FORMATS, Picture, label_png, overlay, to_rgb
 from segdeconv.runtime import Segmenter
 
 try:
@@ -58,7 +58,6 @@ T = TypeVar("T")
 WEB = Path(__file__).parent / "web"
 PAGE = {"": "page.html", "page.css": "page.css", "page.js": "page.js", "segment.js": "segment_server.js"}
 
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")  # those of images.SUFFIXES; Pillow knows riskier ones
 _JPEG_SCAN, _MAX_SCANS = b"\xff\xda", 100  # a progressive JPEG has some ten; each is a pass over the picture
 _MAX_SIDE = 1 << 14  # pixels; a picture one pixel wide is padded to the graph's size multiple
 _PICTURE = Path("picture")  # what a request's body is called in messages
@@ -78,7 +77,7 @@ class Limits:
     """
 
     megabytes: float = 20.0
-    megapixels: float = 25.0
+    megapixels: float = 25.0  # of a graph that resizes or has windows, see `default_megapixels`
     workers: int = 2
     queue: int = 16
     timeout: float = 30.0
@@ -89,6 +88,11 @@ class Limits:
                 raise UserError(f"--{name} {getattr(self, name)}: expected more than 0, to 1e9")
         if not 0 <= self.queue < 1e9:
             raise UserError(f"--queue {self.queue}: expected 0 or more, to 1e9")
+
+
+def default_megapixels(segmenter: Segmenter) -> float:
+    """Less where pictures go through the network whole: 25 megapixels take a small U-Net 7 GB."""
+    return 4.0 if segmenter.whole else Limits.megapixels
 
 
 class _Metrics:
@@ -332,7 +336,7 @@ def _check_type(request: Request) -> None:
 async def _within(seconds: float, work: Coroutine[Any, Any, T], code: int, sentence: str) -> T:
     try:
         return await asyncio.wait_for(work, seconds)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         raise HTTPException(code, f"{sentence} within {seconds:g} s") from None
 
 
@@ -357,11 +361,11 @@ async def _read(request: Request, limits: Limits) -> bytes:
 
 def _decode(body: bytes, limits: Limits) -> Picture:
     try:
-        image = Image.open(io.BytesIO(body), formats=_FORMATS)
+        image = Image.open(io.BytesIO(body), formats=FORMATS)
     except Image.DecompressionBombError:
         raise HTTPException(413, "the picture has too many pixels; Pillow does not open it") from None
     except Exception:  # Pillow's parsers raise all sorts of things
-        raise HTTPException(415, f"the body is no picture; expected {', '.join(_FORMATS)}") from None
+        raise HTTPException(415, f"the body is no picture; expected {', '.join(FORMATS)}") from None
     sides = map(getattr(image, "tag_v2", {}).get, (TILEWIDTH, TILELENGTH))
     tile = math.prod(side for side in sides if isinstance(side, int))  # of a TIFF; decoded whole
     if max(image.width * image.height, tile) > limits.megapixels * 1e6 or max(image.size) > _MAX_SIDE:

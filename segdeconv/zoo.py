@@ -47,7 +47,7 @@ from segdeconv.figures import read_metrics, with_legend
 from segdeconv.files import make_folder, sha256_of, to_json, write_atomically, write_text
 from segdeconv.fold import fold_network_deconv
 from segdeconv.images import overlay, save_image
-from segdeconv.markdown import markdown_table
+from segdeconv.markdown import escaped, markdown_table
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import count_parameters, resolve, size_multiple, starts_trained
 
@@ -183,6 +183,7 @@ def add(
     """
     origin = origin or Origin()
     info, scores, seconds = _finished_run(run)
+    info = replace(info, recipe=_without_home(info.recipe))
     name = name or default_name(info.recipe)
     dataset, data = _dataset_of(name, info.recipe, origin.data)
     origin = Origin(data, origin.machine or machine(device), origin.notes)
@@ -191,7 +192,7 @@ def add(
     with tempfile.TemporaryDirectory(prefix=".", dir=zoo_folder()) as temporary:
         new = make_folder(Path(temporary) / name)
         weights = new / WEIGHTS
-        store_checkpoint(run / "best.safetensors", weights, half)
+        store_checkpoint(run / "best.safetensors", weights, info.recipe, half)
         try:
             stored_scores = evaluate_run(
                 weights,
@@ -261,6 +262,14 @@ def _finished_run(run: Path) -> tuple[CheckpointInfo, dict[str, Any], float]:
             f"{info.recipe.data.val!r}; evaluate anew: segdeconv eval {run}"
         )
     return info, scores, lines[-1]["seconds"]
+
+
+def _without_home(recipe: Recipe) -> Recipe:
+    """The recipe, without the author's home folder in the place of the data."""
+    root = recipe.data.root
+    if root is None or not Path(root).is_relative_to(Path.home()):
+        return recipe
+    return replace(recipe, data=recipe.data.at(str(Path("~") / Path(root).relative_to(Path.home()))))
 
 
 def _dataset_of(name: str, recipe: Recipe, data: str | None) -> tuple[str, str]:
@@ -388,7 +397,7 @@ def _card(
     by_class = scores["iou" if entry.task == "segmentation" else "recall"]
     by_class = {cls: value for cls, value in by_class.items() if not math.isnan(value)}  # those that occur
     classes = [
-        f"{index} {cls}" + (f" ({by_class[cls]:.3f})" if cls in by_class else "")
+        f"{index} {escaped(cls)}" + (f" ({by_class[cls]:.3f})" if cls in by_class else "")
         for index, cls in enumerate(info.classes)
     ]
     per_class = "IoU" if entry.task == "segmentation" else "recall"
@@ -439,9 +448,10 @@ def _failures(
     np.fill_diagonal(shares, 0)
     worst = np.argsort(-shares, axis=None)[:_FAILURES]
     pairs = [np.unravel_index(index, shares.shape) for index in worst]
-    taken = [f"{classes[t]} for {classes[p]} ({shares[t, p]:.0%})" for t, p in pairs if shares[t, p] > 0]
+    names = [escaped(cls) for cls in classes]
+    taken = [f"{names[t]} for {names[p]} ({shares[t, p]:.0%})" for t, p in pairs if shares[t, p] > 0]
     return [
-        f"Lowest {per_class}: {', '.join(f'{cls} {by_class[cls]:.3f}' for cls in weakest)}.",
+        f"Lowest {per_class}: {', '.join(f'{escaped(cls)} {by_class[cls]:.3f}' for cls in weakest)}.",
         *([f"Most often mistaken, in percent of the true class: {', '.join(taken)}."] if taken else []),
     ]
 

@@ -236,7 +236,9 @@ def test_means_and_variances_are_not_halved(mode: str, tmp_path: Path) -> None:
     kept.fill_(1000.3)
     info = CheckpointInfo(RECIPE, "segmentation", CLASSES, ((1, 2, 3),) * 3, 4, {})
     save_checkpoint(tmp_path / "whole", layer, info)
-    store_checkpoint(tmp_path / "whole", tmp_path / "half", half=True)
+    renamed = replace(RECIPE, name="renamed")
+    store_checkpoint(tmp_path / "whole", tmp_path / "half", renamed, half=True)
+    assert read_info(tmp_path / "half") == replace(info, recipe=renamed)
     stored = load_file(tmp_path / "half")
     assert torch.equal(stored["running_moments" if mode == "fast" else "running_mean"], kept)
     assert stored["weight"].dtype == torch.float16
@@ -311,7 +313,7 @@ def test_what_half_precision_cannot_hold_stays_whole(tmp_path: Path) -> None:
     layer.weight.data[0, 0] = 1e5
     info = CheckpointInfo(RECIPE, "segmentation", CLASSES, ((1, 2, 3),) * 3, 4, {})
     save_checkpoint(tmp_path / "whole", layer, info)
-    store_checkpoint(tmp_path / "whole", tmp_path / "half", half=True)
+    store_checkpoint(tmp_path / "whole", tmp_path / "half", RECIPE, half=True)
     assert torch.equal(load_file(tmp_path / "half")["weight"], layer.weight)
 
 

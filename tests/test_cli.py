@@ -17,11 +17,13 @@ import pytest
 import yaml
 from conftest import Call
 from PIL import Image
+from rich.table import Table
 from test_checkpoint import Hostile
 from test_data import break_pair, make_set
 from test_train import TINY, tiny
 
 from segdeconv.config import recipe_to_dict
+from segdeconv.progress import console
 from segdeconv.train import only_process
 
 
@@ -388,6 +390,23 @@ def test_what_the_terminal_cannot_encode_ends_no_command() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert b"mIoU" in done.stdout
+
+
+def test_control_characters_of_names_are_shown(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\x1b]52;c;aGk=\x07\x9b2J"
+    shown = r"a\x1b]52;c;aGk=\x07\x9b2J"
+    code, _, said = call("predict", tmp_path / f"{name}.onnx", tmp_path)
+    assert code == 2
+    assert f"{shown}.onnx: no such file" in said
+    table = Table(name)
+    table.add_row(name)
+    console.print(name)
+    console.print(table)
+    said = capsys.readouterr().out
+    assert shown.replace(r"\x07", "") in said  # rich itself drops the bell
+    assert not set(said) & {"\x1b", "\x07", "\x9b"}
 
 
 def test_a_request_to_end_that_a_callback_swallows_is_made_again() -> None:

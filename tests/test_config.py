@@ -123,6 +123,14 @@ def test_a_key_that_stands_twice_is_refused(text: str, key: str, tmp_path: Path)
         load_recipe(path)
 
 
+@pytest.mark.parametrize("text", ["name: &a x\nmodel: *a", "a: &a [*a]"])
+def test_aliases_are_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"bomb\.yaml: .*the alias \*a: write out what it stands for"):
+        load_recipe(path)
+
+
 def test_the_file_name_names_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "street.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in GOOD.items() if k != "name"}))

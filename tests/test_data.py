@@ -222,6 +222,8 @@ def break_pair(root: Path, what: str) -> None:
     elif what == "truncated":
         data = (images / "1.png").read_bytes()
         (images / "1.png").write_bytes(data[: len(data) // 2])
+    elif what == "PostScript":
+        (images / "1.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     elif what == "not a picture":
         (images / "1.png").write_text("hello")
     elif what == "two of a name":
@@ -244,6 +246,7 @@ def break_pair(root: Path, what: str) -> None:
         ("four bits", r"masks/1.png: a mask must be an 8-bit .* not L;4"),
         ("size", r"masks/1.png: is 31x20, but its picture is 30x20"),
         ("truncated", r"images/1.png: a damaged picture"),
+        ("PostScript", r"images/1.png: not a readable picture"),
         ("not a picture", r"images/1.png: not a readable picture"),
         ("two of a name", r"there is a second picture of that name"),
         ("empty", r"images: holds no picture"),

@@ -358,8 +358,9 @@ def test_every_source_says_its_part(server: Server, target: Path, tmp_path: Path
     server.status = lambda request: 404 if request == 0 else 500
     sources = (f"{server.url}/a", f"{server.url}/b", "http://127.0.0.1:1/c", "http://nowhere.invalid/d")
     with pytest.raises(UserError) as error:
-        get(target, *sources, (tmp_path / "e").as_uri(), "ftp://f")
+        get(target, *sources, (tmp_path / "e").as_uri(), "ftp://f", "https://bob:hunter2@g.example/h")
     text = str(error.value)
+    assert "hunter2" not in text
     for part in (
         "weights.safetensors: cannot be downloaded",
         "/a answers 404 Not Found;",
@@ -368,6 +369,7 @@ def test_every_source_says_its_part(server: Server, target: Path, tmp_path: Path
         "http://nowhere.invalid/d cannot be reached: no network, or no such host;",
         "/e cannot be reached",
         "ftp://f is no address",
+        "https://...@g.example/h holds a user name or password",
     ):
         assert part in text
     assert "\n" not in text

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "images": FILES,
     "markdown": set(),
     "config": LEAVES,
-    "progress": set(),
+    "progress": LEAVES,
     "doctor": {"files"},
     "runtime": PICTURES | {"doctor"},
     "placement": LEAVES | {"markdown"} | {"runtime"},

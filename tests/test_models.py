@@ -60,6 +60,11 @@ def test_vgg11_means_the_one_with_batch_norm() -> None:
         ("tu-resnet18", {"classes": 3}, "classes: the data says them"),
         ("resnet18", {"decoder_chanels": [8]}, "did you mean 'decoder_channels'"),
         ("tu-resnet18", {"decoder_chanels": [8]}, "did you mean 'decoder_channels'"),
+        ("tu-resnet18", {"checkpoint_path": "a.pth"}, "checkpoint_path: files are not named here"),
+        ("tu-resnet18", {"pretrained_cfg": {"url": "http://x/y"}}, "pretrained_cfg: files are not named"),
+        ("tu-resnet18", {"cache_dir": "/"}, "cache_dir: files are not named here"),
+        ("tu-hf-hub:a/b", {}, "no encoder is called 'tu-hf-hub:a/b'"),
+        ("tu-local-dir:/a", {}, "no encoder is called"),
     ],
 )
 def test_options_that_are_none(encoder: str, options: dict, says: str) -> None:

@@ -30,7 +30,7 @@ from PIL import Image, TiffImagePlugin
 
 from segdeconv.errors import UserError
 from segdeconv.images import overlay
-from segdeconv.serve import Limits, serve, server_config
+from segdeconv.serve import Limits, default_megapixels, serve, server_config
 
 LOAD = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "load_test.py"))
 CLASSES, PALETTE = ("road", "tree", "café"), ((200, 0, 0), (0, 200, 0), (0, 0, 200))
@@ -331,6 +331,12 @@ def test_what_cannot_be_served(port: int) -> None:
         name, value = next(iter(wrong.items()))
         with pytest.raises(UserError, match=f"--{name} {value}: expected"):
             Limits(**wrong)
+
+
+def test_pictures_that_run_whole_are_smaller() -> None:
+    segmenter = Fake()
+    for segmenter.whole, megapixels in ((True, 4), (False, 25)):
+        assert default_megapixels(segmenter) == megapixels
 
 
 def test_the_page(browser: Any, port: int, tmp_path: Path) -> None:

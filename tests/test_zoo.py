@@ -37,6 +37,7 @@ from segdeconv.train import train
 from segdeconv.zoo import (
     Origin,
     _card,
+    _without_home,
     add,
     card,
     count_gflops,
@@ -207,6 +208,13 @@ def test_what_add_makes(zoo: Path, runs: Path) -> None:
     assert not [path for path in zoo.iterdir() if path.name.startswith(".")]
 
 
+def test_an_entry_does_not_name_its_authors_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    for root, public in (("/home/ada/data/x", "~/data/x"), ("/data/x", "/data/x"), (None, None)):
+        data = dataclasses.replace(tiny().data, root=root)
+        assert _without_home(dataclasses.replace(tiny(), data=data)).data.root == public
+
+
 def test_metrics_are_of_what_is_stored(zoo: Path) -> None:
     again = evaluate_run(zoo / NAME / WEIGHTS)
     assert json.loads(json.dumps(again["confusion"])) == measured(NAME)["confusion"]
@@ -239,6 +247,9 @@ def test_a_card_names_a_class_that_does_not_occur(zoo: Path, runs: Path) -> None
     assert "trained from scratch." in text
     assert re.search(r"\d person\b(?! \()", text)
     assert re.search(r"\d road \(0\.\d{3}\)", text)
+    named = dataclasses.replace(info, classes=("a|b", "<i>", *info.classes[2:]))
+    text = _card(read_entry(NAME), named, scores, scores, 60.0, drawn, "overlay.jpg")
+    assert r"0 a\|b, 1 \<i\>, 2 " in text
     info.recipe.model.options["pretrained"] = True
     text = _card(read_entry(NAME), info, scores, scores, 60.0, drawn, "overlay.jpg")
     assert "trained from pretrained weights." in text

@@ -22,6 +22,8 @@ ARCHITECTURES: dict[str, Architecture] = merge(
     segmentation.ARCHITECTURES, classification.ARCHITECTURES, cifar.ARCHITECTURES
 )
 
+# With these timm fetches and reads files of any place, which a stranger's recipe or checkpoint may name.
+_OPTIONS_OF_PLACES = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
 _PRETRAINED_OPTIONS = ("weights", "weights_backbone", "encoder_weights", "pretrained")
 
 
@@ -85,6 +87,9 @@ def build_model(
     """
     architecture, encoder = resolve(config)
     options = dict(config.options)
+    for key in _OPTIONS_OF_PLACES:
+        if options.get(key) is not None:
+            raise UserError(f"model.options.{key}: files are not named here; start from one with model.init")
     if not pretrained:
         implied = architecture.with_weights if options.get("weights") else {}
         asked = {key: value for key, value in options.items() if key not in _PRETRAINED_OPTIONS}

@@ -18,10 +18,11 @@ from segdeconv.models.registry import Architecture
 
 def check_encoder(name: str) -> str:
     """An encoder's name as smp takes it: smp's own, or a timm network (``tu-`` is put before it)."""
-    if name in smp_encoders or name.startswith("tu-"):
+    if name in smp_encoders:
         return name
-    if timm.is_model(name):
-        return f"tu-{name}"
+    of_timm = name.removeprefix("tu-")
+    if timm.is_model(of_timm):  # not everything that timm takes for a name: it downloads and reads others
+        return f"tu-{of_timm}"
     others = "see segmentation_models_pytorch's list of encoders"
     hint = did_you_mean(name, [*smp_encoders, *timm.list_models()], others)
     raise UserError(f"no encoder is called {name!r}; {hint}")
