@@ -122,8 +122,21 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
             save_file(plain, temporary, metadata)
         except safetensors.SafetensorError as error:  # what it makes of a full disk
             raise OSError(str(error)) from None
+        _sort_header(temporary)
 
     write_atomically(path, write)
+
+
+def _sort_header(path: Path) -> None:
+    """Safetensors writes metadata in an order of chance: equal files are to have equal hashes."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # as long as it was, padding aside
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def save_state(run: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -295,7 +308,8 @@ def load_checkpoint(run: str | Path, device: torch.device | str = "cpu") -> tupl
         after = path.stat()
         if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
             break  # else a training has put the next one in its place meanwhile
-    model, _ = build_for(state, info.recipe.model, len(info.classes))
+    with torch.device("cpu"):  # whatever the default: a meta tensor could not hold the weights
+        model, _ = build_for(state, info.recipe.model, len(info.classes))
     _fit(model, state, path, "a network of its recipe")
     return model.to(device).eval(), replace(info, sha256=digest)
 

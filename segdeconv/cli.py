@@ -802,6 +802,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks must not end a command
             stream.reconfigure(errors="backslashreplace")
+    if (
+        os.environ.get("COLUMNS") == "0"
+    ):  # of a terminal that does not know its size; rich would print nothing
+        del os.environ["COLUMNS"]
     # As Ctrl-C does, a request to end must not leave temporary files behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.unraisablehook = again = _Again()

@@ -35,7 +35,7 @@ from segdeconv.fold import fold_network_deconv
 from segdeconv.interface import Interface, Preparation, around
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import main_output, size_multiple
-from segdeconv.runtime import cpu_session
+from segdeconv.runtime import cpu_session, import_onnxruntime
 from segdeconv.structure import detached_copy, set_to_evaluation
 
 TOLERANCE = 1e-4  # of the largest logit; more only where float32 itself is less exact, see compare
@@ -82,10 +82,14 @@ def export_onnx(
         The comparison with PyTorch, at three sizes that were not traced or at the one that is fixed.
 
     Raises:
-        UserError: the network cannot be exported, the graph disagrees with PyTorch (nothing is written), or
-            ``path`` cannot be written.
+        UserError: the network is not in float32 or cannot be exported, the graph disagrees with PyTorch
+            (nothing is written), or ``path`` cannot be written.
     """
     path, interface = check_graph_place(path), interface or Interface()
+    import_onnxruntime()  # what the graph is compared in must not be missed after minutes of tracing
+    other = {value.dtype for value in model.parameters()} - {torch.float32}
+    if other:
+        raise UserError(f"{path}: not written, the network has weights in {other.pop()}; give model.float()")
     preparation = preparation_of(info, model)
     model = detached_copy(model).cpu()
     set_to_evaluation(model)

@@ -346,13 +346,13 @@ def _draw_filters(
     top, *below = figure.subfigures(1 + len(sets), 1, height_ratios=[3.2] + [5.2] * len(sets))
     picture = image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     axes = top.subplots(1, 1 + len(sets))
-    axes[0].imshow(picture.permute(1, 2, 0).clamp(0, 1))
+    axes[0].imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy())
     axes[0].set_title("a picture of the validation split")
     for axis, (title, rows) in zip(axes[1:], sets.items(), strict=True):
         kernel = torch.tensor(np.stack(rows), dtype=torch.float32)
         white = F.conv2d(image[None], kernel)[0]
         centred = white - white.mean((1, 2), keepdim=True)
-        axis.imshow((0.5 + centred / (6 * centred.std())).permute(1, 2, 0).clamp(0, 1))
+        axis.imshow((0.5 + centred / (6 * centred.std())).permute(1, 2, 0).clamp(0, 1).numpy())
         axis.set_title(f"whitened by {title}")
     for axis in axes:
         axis.axis("off")

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -208,10 +209,16 @@ def _without_shape_checks(model: nn.Module) -> Iterator[None]:
             del module.requires_divisible_input_shape  # the class attribute shows again
 
 
+# torch.fx replaces how modules are called, in the whole process and until it has traced.
+_TRACING = threading.RLock()
+
+
 class _Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self.registered = set(root.modules())
-        return super().trace(root, concrete_args)
+        self.thread = threading.get_ident()
+        with _TRACING:
+            return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Whitened layers are Conv2d and Linear too. Pools of timm's compute with the input's size.
@@ -233,6 +240,8 @@ class _Tracer(fx.Tracer):
         return super().iter(obj)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)  # another network, which computes meanwhile
         if isinstance(m, nn.Sequential) and m not in self.registered:
             return forward(*args, **kwargs)  # a slice made on the fly, as in smp's DPN encoders
         return super().call_module(m, forward, args, kwargs)

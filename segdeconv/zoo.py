@@ -179,8 +179,11 @@ def add(
         root: where the data lies, if not where the recipe says.
 
     Raises:
-        UserError: the run is not finished or not evaluated, its data is not here, or there is such an entry.
+        UserError: the run is not finished or not evaluated, its data is not here, there is such an entry, or
+            the package is not that of a clone.
     """
+    if zoo_folder().name == "zoo_entries":
+        raise UserError("zoo add: the zoo lies in an installed package; add to a clone of the repository")
     origin = origin or Origin()
     info, scores, seconds = _finished_run(run)
     info = replace(info, recipe=_without_home(info.recipe))

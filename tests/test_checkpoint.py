@@ -244,6 +244,17 @@ def test_means_and_variances_are_not_halved(mode: str, tmp_path: Path) -> None:
     assert stored["weight"].dtype == torch.float16
 
 
+def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
+    """Safetensors puts metadata into an order of chance."""
+    layer = torch.nn.Linear(3, 2)
+    info = CheckpointInfo(RECIPE, "segmentation", ("straße", "a/b"), ((1, 2, 3),) * 2, 4, {"miou": 0.5})
+    for number in range(6):
+        save_checkpoint(tmp_path / str(number), layer, info)
+    assert len({sha256_of(path) for path in tmp_path.iterdir()}) == 1
+    assert read_info(tmp_path / "0") == info
+    assert torch.equal(load_file(tmp_path / "0")["weight"], layer.weight)
+
+
 def test_nothing_half_written(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

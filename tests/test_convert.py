@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -394,6 +395,40 @@ def test_only_what_holds_in_evaluation_is_folded() -> None:
 
     report = same_after_warm_start(Block(embedding))
     assert "by module order" in reasons(report, "removed")["norm"]
+
+
+def test_networks_compute_and_are_converted_beside_a_conversion() -> None:
+    """torch.fx replaces how modules are called, for all threads, while it traces."""
+    served, x = NETWORKS["torchvision resnet18"]().eval(), torch.randn(1, 3, 32, 32)
+    stop = threading.Event()
+    reports, errors = [], []
+
+    def serve() -> None:
+        while not stop.is_set():
+            try:
+                served(x)
+            except Exception as error:
+                errors.append(error)
+
+    def convert() -> None:
+        reports.append(convert_to_network_deconv(NETWORKS["unet"]())[1])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        server = threading.Thread(target=serve)
+        converters = [threading.Thread(target=convert) for _ in range(3)]
+        for thread in (server, *converters):
+            thread.start()
+        for thread in converters:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        server.join()
+    assert not errors
+    assert len(reports) == 3
+    assert reports[0] == reports[1] == reports[2]
 
 
 @pytest.mark.parametrize("alias", [False, True])

@@ -143,6 +143,13 @@ def test_a_network_that_puts_out_nan_is_not_written(tmp_path: Path) -> None:
         export_onnx(model, info, tmp_path / "nan.onnx")
 
 
+def test_a_network_that_is_not_float32_is_refused(tmp_path: Path) -> None:
+    model, info = make("lcnet_050")
+    with pytest.raises(UserError, match=r"the network has weights in torch\.float64; give model\.float\(\)"):
+        export_onnx(model.double(), info, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_labels_may_differ_only_at_ties() -> None:
     class Fixed(torch.nn.Module):
         def __init__(self, logits: torch.Tensor) -> None:

@@ -107,6 +107,13 @@ def test_imports_go_one_way() -> None:
     assert not rooms
 
 
+def test_type_checkers_see_the_public_names() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    checking = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {node.names[0].asname: node.module for node in checking.body if isinstance(node, ast.ImportFrom)}
+    assert seen == {name: f"segdeconv.{home}" for name, home in segdeconv._HOMES.items()}
+
+
 def test_nothing_imports_the_command_line() -> None:
     assert not [path for path in MODULES if "cli" in imported(path)]
 

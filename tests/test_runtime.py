@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -289,6 +290,13 @@ def test_windows_of_labels_are_cut_between_their_middles(shape: tuple, tmp_path:
         down, across = windows[nearest]
         scores = by_window[nearest][row - down.start, column - across.start]
         assert got[row, column] == scores.argmax() or np.diff(np.sort(scores))[-1] < 1e-6
+
+
+def test_a_graph_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(bytes(tmp_path / "m") + b"\xe9.onnx"))
+    path.touch()
+    with pytest.raises(UserError, match=r"\.onnx: onnxruntime takes no path that is not UTF-8"):
+        Segmenter(path)
 
 
 @pytest.mark.parametrize("raw", [False, True], ids=["none", "graph"])

@@ -433,6 +433,15 @@ def test_runs_that_make_no_entry(zoo: Path, runs: Path, tmp_path: Path, case: st
     assert entry_names() == [TWIN, NAME]
 
 
+def test_nothing_is_added_to_an_installed_package(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segdeconv.zoo.zoo_folder", lambda: tmp_path / "zoo_entries")
+    with pytest.raises(UserError, match="the zoo lies in an installed package"):
+        add(runs / "nd")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_entry_that_cannot_be_measured_is_not_made(
     zoo: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
