@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from onnxscript import opset18
+from onnxscript.optimizer import optimize
 from timm.layers import Conv2dSame
 from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ _SMALLEST = 128  # pixels a side; PAN takes no fewer than 113
 _TRACED_SIZE = (128, 160)
 _CHECKED = ((1, 192, 128), (2, 131, 163), (3, 160, 224))  # batch, height, width; none of them is traced
 _PREPARED = 1e-3  # of a standard deviation: a sixteenth of a grey level, the most that resizing may differ
+_FOLDED = 1 << 24  # bytes of a constant that a graph of fixed sizes may have computed beforehand
 _LARGEST = (1 << 31) - (1 << 20)  # bytes; protobuf ends at 2 GiB
 
 
@@ -203,12 +205,25 @@ def finish(
             f"{len(info.classes)} classes"
         )
     graph = around(core, interface, preparation, info.task, len(info.classes))
+    if interface.static is not None:
+        graph = _with_sizes_as_numbers(graph, interface)
+    _strip(graph)
+    graph.ir_version = onnx.helper.find_min_ir_version_for(graph.opset_import)  # for older runtimes
     digest = hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()
     graph.graph.name = f"{info.recipe.name}_{info.recipe.model.norm}_{digest[:16]}"
     del graph.metadata_props[:]  # what tools left there is not JSON
     for key, value in (graph_metadata(info, interface, preparation) | changes).items():
         graph.metadata_props.add(key=key, value=json.dumps(value))
     onnx.checker.check_model(graph, full_check=True)
+    return graph
+
+
+def _with_sizes_as_numbers(graph: onnx.ModelProto, interface: Interface) -> onnx.ModelProto:
+    """A graph of one size without what computes with sizes, which not every runtime does."""
+    kept = ["planes"] if interface.preprocess == "graph" else []  # `compare` looks at them
+    graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in kept)
+    graph = optimize(graph, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
+    del graph.graph.output[len(interface.outputs) :]
     return graph
 
 
@@ -264,11 +279,20 @@ def network_graph(model: nn.Module, interface: Interface, preparation: Preparati
         raise UserError(f"the network cannot be exported to ONNX: {reason}") from None
     assert program is not None
     graph = program.model_proto
-    del graph.graph.value_info[:]  # symbol names of the tracer; shape inference makes them again
-    del graph.graph.metadata_props[:]
+    sizes = {value.name: value.type.tensor_type.shape.dim[2:] for value in graph.graph.value_info}
     for node in graph.graph.node:
-        del node.metadata_props[:]  # lines and folders of the Python that was traced
+        if node.op_type == "Resize" and [size.dim_value for size in sizes.get(node.input[0], ())] == [1, 1]:
+            # The same, and OpenCV's linear mode reads memory beyond a map of one pixel (seen in 5.0).
+            next(attribute for attribute in node.attribute if attribute.name == "mode").s = b"nearest"
+    _strip(graph)
     return graph
+
+
+def _strip(graph: onnx.ModelProto) -> None:
+    """Take out symbol names of sizes, which shape inference makes again, and lines and folders of Python."""
+    del graph.graph.value_info[:], graph.graph.metadata_props[:]
+    for part in (*graph.graph.node, *graph.graph.initializer):
+        del part.metadata_props[:]
 
 
 def _adaptive_average(planes: Any, output_size: Sequence[int]) -> Any:
@@ -285,8 +309,7 @@ def _bins(length: Any, count: int) -> Any:
     """The matrix (count, length) that averages an axis: bin i is of i L / n, rounded down, to (i + 1) L / n,
     rounded up.
     """
-    n, one = op.Constant(value_ints=[count]), op.Constant(value_ints=[1])
-    index = op.Constant(value_ints=list(range(count)))
+    n, one, index = _numbers(count), _numbers(1), _numbers(*range(count))
     first = op.Div(op.Mul(index, length), n)
     behind = op.Div(op.Sub(op.Add(op.Mul(op.Add(index, one), length), n), one), n)
     first, behind = op.Unsqueeze(first, one), op.Unsqueeze(behind, one)
@@ -296,7 +319,7 @@ def _bins(length: Any, count: int) -> Any:
     return op.Div(op.Cast(inside, to=onnx.TensorProto.FLOAT), op.Cast(width, to=onnx.TensorProto.FLOAT))
 
 
-# Traced through, the padding is arithmetic on sizes: some hundred nodes, and minutes of torch's time.
+# Traced through, what it pads by takes torch minutes.
 @torch.library.custom_op("segdeconv::conv2d_same", mutates_args=())
 def _conv2d_same(
     x: Tensor,
@@ -306,7 +329,7 @@ def _conv2d_same(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """TensorFlow's convolution, padded by the size of its input, as the one operator that it is in ONNX."""
+    """TensorFlow's convolution, padded by the size of its input."""
     return conv2d_same(x, weight, bias, stride, dilation=dilation, groups=groups)  # type: ignore[arg-type]
 
 
@@ -326,8 +349,18 @@ def _(
 def _same_convolution(
     x: Any, weight: Any, bias: Any, stride: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Any:
-    along = {"strides": stride, "dilations": dilation, "group": groups}
-    return op.Conv(x, weight, bias, auto_pad="SAME_UPPER", **along)
+    # Not auto_pad="SAME_UPPER", which OpenCV computes otherwise (seen in 5.0).
+    reach = [step * (length - 1) for step, length in zip(dilation, weight.shape[2:], strict=True)]
+    behind = op.Mod(op.Sub(op.Shape(x, start=2), _numbers(1)), _numbers(*stride))
+    total = op.Max(op.Sub(_numbers(*reach), behind), _numbers(0))
+    before = op.Div(total, _numbers(2))
+    none = _numbers(0, 0)
+    padded = op.Pad(x, op.Concat(none, before, none, op.Sub(total, before), axis=0))
+    return op.Conv(padded, weight, bias, strides=stride, dilations=dilation, group=groups)
+
+
+def _numbers(*values: int) -> Any:
+    return op.Constant(value_ints=list(values))
 
 
 class _Conv2dSame(Conv2dSame):

@@ -128,21 +128,22 @@ def around(
             "Slice", scores, after.ints([0, 0]), "prepared_size", after.ints([2, 3]), name=inner
         )
     for output in interface.outputs:
-        last = "" if resized else output
+        value, name = scores, "" if resized else output
         if output == "labels":
+            # TensorRT has uint8 at the ends of a graph alone, and makes it of floats alone.
             indices = after.add("ArgMax", scores, axis=1, keepdims=int(resized))
-            value = after.add("Cast", indices, to=label_type, name=last)
-        else:
-            value = scores if output == "logits" else after.add("Softmax", scores, axis=1, name=last)
-        if not resized:
-            continue
-        size = after.add("Shape", "image", start=1, end=3)
-        if output == "labels":  # the nearest neighbour that images.resize_labels takes
-            how = {"mode": "nearest", "nearest_mode": "round_prefer_ceil"}
-            value = after.resize(value, size, **how)
-            after.add("Squeeze", value, after.ints([1]), name=output)
-        else:
-            after.resize(value, size, name=output, mode="linear")
+            value = after.add("Cast", indices, to=TensorProto.FLOAT)
+        elif output == "probabilities":
+            value = after.add("Softmax", scores, axis=1, name=name)
+        if resized:
+            size = after.add("Shape", "image", start=1, end=3)
+            if output == "labels":  # the nearest neighbour that images.resize_labels takes
+                how = {"mode": "nearest", "nearest_mode": "round_prefer_ceil"}
+                value = after.add("Squeeze", after.resize(value, size, **how), after.ints([1]))
+            else:
+                after.resize(value, size, name=output, mode="linear")
+        if output == "labels":
+            after.add("Cast", value, to=label_type, name=output)
 
     nodes = [*before.nodes, *graph.node, *after.nodes]
     del graph.node[:], graph.input[:], graph.output[:]
@@ -180,6 +181,35 @@ class _Nodes:
         sides = self.add("Concat", self.add("Shape", value, end=2), size, axis=0)
         return self.add("Resize", value, "", "", sides, name=name, **how)
 
+    def resize_smoothly(self, value: str, size: str) -> str:
+        """`resize` by Pillow's bilinear filter, as a product with a matrix from either side.
+
+        Resize with antialias=1 is the same, but TensorRT refuses it, and others ignore it without a word.
+        """
+        down, across = (self._triangles(value, size, axis) for axis in (0, 1))
+        return self.add("MatMul", self.add("MatMul", down, value), self.add("Transpose", across, perm=[1, 0]))
+
+    def _triangles(self, value: str, size: str, axis: int) -> str:
+        """The matrix (wanted, length) that resizes an axis: its rows are triangles about the wanted
+        pixels' centres, as wide as the scale and at least one pixel, and sum to one.
+        """
+        add, one = self.add, self.floats([1])
+        length = add("Shape", value, start=2 + axis, end=3 + axis)
+        wanted = add("Slice", size, self.ints([axis]), self.ints([axis + 1]))
+        scale = add("Div", *(add("Cast", count, to=TensorProto.FLOAT) for count in (length, wanted)))
+        wanted, places = (
+            add("Add", add("Cast", self._range(count), to=TensorProto.FLOAT), self.floats([0.5]))
+            for count in (wanted, length)
+        )
+        centres = add("Unsqueeze", add("Mul", wanted, scale), self.ints([1]))
+        away = add("Abs", add("Sub", places, centres))
+        weights = add("Relu", add("Sub", one, add("Div", away, add("Max", scale, one))))
+        return add("Div", weights, add("ReduceSum", weights, self.ints([1])))
+
+    def _range(self, count: str) -> str:
+        zero, one = (self._constant(TensorProto.INT64, [], [number]) for number in (0, 1))
+        return self.add("Range", zero, self.add("Squeeze", count), one)
+
     def ints(self, values: Sequence[int]) -> str:
         return self._constant(TensorProto.INT64, [len(values)], values)
 
@@ -195,14 +225,14 @@ class _Nodes:
 def _prepare(nodes: _Nodes, preparation: Preparation, float_type: int) -> None:
     """From ``image`` (n, H, W, 3) uint8 to ``planes``; ``prepared_size`` is their size before padding."""
     add = nodes.add
-    pixels = add("Cast", add("Transpose", "image", perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
+    pixels = add("Transpose", add("Cast", "image", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])  # see labels
     size = nodes.ints(preparation.resize) if preparation.resize is not None else ""
     if preparation.shorter_side is not None:
         whole = add("Shape", pixels, start=2)
         shorter = add("ReduceMin", whole, keepdims=1)
         size = add("Div", add("Mul", whole, nodes.ints([preparation.shorter_side])), shorter)
     if size:  # Pillow's bilinear filter, but for Pillow's rounding to whole numbers between the axes
-        pixels = nodes.resize(pixels, size, mode="linear", antialias=1, exclude_outside=1)
+        pixels = nodes.resize_smoothly(pixels, size)
     if preparation.central_crop is not None:
         crop = nodes.ints(preparation.central_crop)
         spare = add("Cast", add("Sub", size, crop), to=TensorProto.FLOAT)
@@ -214,7 +244,8 @@ def _prepare(nodes: _Nodes, preparation: Preparation, float_type: int) -> None:
         pixels = add(operator, pixels, nodes.floats(scaled.tolist(), 1, 3, 1, 1))
     add("Shape", pixels, start=2, name="prepared_size")
     if preparation.size_multiple > 1:
-        missing = add("Mod", add("Neg", "prepared_size"), nodes.ints([preparation.size_multiple]))
+        multiple = nodes.ints([preparation.size_multiple])  # of no negative number: runtimes differ there
+        missing = add("Mod", add("Sub", multiple, add("Mod", "prepared_size", multiple)), multiple)
         pixels = add("Pad", pixels, add("Concat", nodes.ints([0] * 6), missing, axis=0))
     add("Cast", pixels, to=float_type, name="planes")
 

@@ -349,8 +349,9 @@ def to_int8(
         # Between quantised tensors onnxruntime gives a float layer int8 weights after all, with one scale,
         # when it loads the graph (WeightBiasQuantization, its pull request 22969), unless something stands
         # before it. A sum of one changes nothing, and no optimiser takes it away.
-        made.graph.node.append(onnx.helper.make_node("Sum", [node.input[0]], [f"{node.name}_in_float"]))
-        node.input[0] = f"{node.name}_in_float"
+        name = f"{node.name}_in_float"
+        made.graph.node.append(onnx.helper.make_node("Sum", [node.input[0]], [name], name))
+        node.input[0] = name
     return _sorted(made)
 
 
