@@ -54,7 +54,8 @@ def operators(path: Path) -> collections.Counter:
 
 
 @pytest.mark.parametrize(
-    "name", ["unet+tf_mobilenetv3_small_minimal_100", "deeplabv3plus+lcnet_050", "linknet+lcnet_050"]
+    "name",
+    [f"{decoder}+tf_mobilenetv3_small_minimal_100" for decoder in ("unet", "linknet", "deeplabv3plus")],
 )
 def test_the_graph_is_that_of_the_batch_norm_twin(name: str, tmp_path: Path) -> None:
     """Same operators and node count, parity at every size that was not traced, nothing of whitening."""
@@ -74,7 +75,7 @@ def test_the_graph_is_that_of_the_batch_norm_twin(name: str, tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    results = export_onnx(*make("unet+lcnet_050"), path)
+    results = export_onnx(*make("unet+tf_mobilenetv3_small_minimal_100"), path)
     assert all(np.isnan(result.max_diff) and result.labels_differ < 1e-3 for result in results)
     return path
 
@@ -107,7 +108,7 @@ def test_what_older_and_other_runtimes_cannot_read_is_left_out(
 ) -> None:
     path = tmp_path / "m.onnx"
     interface = Interface(("labels", "logits"), "graph", static)
-    export_onnx(*make("linknet+lcnet_050", size="[32, 64]"), path, interface)
+    export_onnx(*make("linknet+tf_mobilenetv3_small_minimal_100", size="[32, 64]"), path, interface)
     graph = onnx.load(path)
     assert graph.ir_version == 8
     assert not graph.graph.value_info
@@ -162,7 +163,7 @@ def test_classifier(tmp_path: Path) -> None:
 
 def test_a_graph_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: a graph made from other weights is caught."""
-    model, info = make("unet+lcnet_050")
+    model, info = make("unet+tf_mobilenetv3_small_minimal_100")
     made = export.network_graph
 
     def wrong(*arguments: Any) -> onnx.ModelProto:
@@ -178,7 +179,7 @@ def test_a_graph_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_network_that_puts_out_nan_is_not_written(tmp_path: Path) -> None:
-    model, info = make("unet+lcnet_050")
+    model, info = make("unet+tf_mobilenetv3_small_minimal_100")
     with torch.no_grad():
         model.segmentation_head[0].weight.fill_(float("nan"))
     with pytest.raises(UserError, match="disagrees with PyTorch"):
@@ -218,7 +219,7 @@ def test_labels_may_differ_only_at_ties() -> None:
 )
 def test_wrong_places(name: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
-        export_onnx(*make("unet+lcnet_050"), tmp_path / name)
+        export_onnx(*make("unet+tf_mobilenetv3_small_minimal_100"), tmp_path / name)
 
 
 def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else -x
 
-    _, info = make("unet+lcnet_050")
+    _, info = make("unet+tf_mobilenetv3_small_minimal_100")
     with pytest.raises(UserError, match="cannot be exported to ONNX"):
         export_onnx(Moody(), info, tmp_path / "x.onnx")
 
@@ -257,7 +258,11 @@ ALL = ("labels", "logits", "probabilities")
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("unet+lcnet_050", "[40, 60]"), ("linknet+lcnet_050", "null"), ("linknet+lcnet_050", "[40, 60]")],
+    [
+        ("unet+tf_mobilenetv3_small_minimal_100", "[40, 60]"),
+        ("linknet+tf_mobilenetv3_small_minimal_100", "null"),
+        ("linknet+tf_mobilenetv3_small_minimal_100", "[40, 60]"),
+    ],
 )
 def test_a_graph_that_prepares_pictures_is_the_runtime(name: str, size: str, tmp_path: Path) -> None:
     """Pictures of any size in, labels of that size out: those that Segmenter makes with Pillow and numpy.
@@ -310,7 +315,11 @@ def test_a_classifier_that_crops_pictures(tmp_path: Path) -> None:
 def test_static_graphs(preprocess: Any, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     shape = (2, 64, 96) if preprocess == "none" else (2, 50, 70)
-    (result,) = export_onnx(*make("linknet+lcnet_050", size="null"), path, Interface(ALL, preprocess, shape))
+    (result,) = export_onnx(
+        *make("linknet+tf_mobilenetv3_small_minimal_100", size="null"),
+        path,
+        Interface(ALL, preprocess, shape),
+    )
     assert result.shape == shape
     session = onnxruntime.InferenceSession(path)
     batch, height, width = shape
@@ -326,7 +335,11 @@ def test_static_graphs(preprocess: Any, tmp_path: Path) -> None:
 
 
 def test_another_opset(tmp_path: Path) -> None:
-    export_onnx(*make("unet+lcnet_050"), tmp_path / "m.onnx", Interface(preprocess="graph", opset=20))
+    export_onnx(
+        *make("unet+tf_mobilenetv3_small_minimal_100"),
+        tmp_path / "m.onnx",
+        Interface(preprocess="graph", opset=20),
+    )
     assert [(o.domain, o.version) for o in onnx.load(tmp_path / "m.onnx").opset_import] == [("", 20)]
 
 
@@ -337,7 +350,7 @@ def test_the_name_of_a_graph_is_of_its_weights(tmp_path: Path) -> None:
         export_onnx(model, info, tmp_path / "m.onnx", interface)
         return onnx.load(tmp_path / "m.onnx").graph.name
 
-    model, info = make("unet+lcnet_050")
+    model, info = make("unet+tf_mobilenetv3_small_minimal_100")
     first = name(model)
     assert first == name(model)
     assert first.startswith("demo_nd_")
@@ -349,7 +362,7 @@ def test_the_name_of_a_graph_is_of_its_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["mean", "size_multiple", "resize"])
 def test_a_wrong_preparation_is_caught(what: str) -> None:
-    model, info = make("linknet+lcnet_050", size="[40, 60]")
+    model, info = make("linknet+tf_mobilenetv3_small_minimal_100", size="[40, 60]")
     interface = Interface(preprocess="graph")
     right = export.preparation_of(info, model)
     wrong = {"mean": (0.485, 0.456, 0.4), "size_multiple": 128, "resize": (40, 62)}
@@ -360,7 +373,7 @@ def test_a_wrong_preparation_is_caught(what: str) -> None:
 
 
 def test_other_classes_than_the_network_has(tmp_path: Path) -> None:
-    model, info = make("unet+lcnet_050")
+    model, info = make("unet+tf_mobilenetv3_small_minimal_100")
     for change in ({"classes": ("a", "b"), "palette": info.palette[:2]}, {"task": "classification"}):
         with pytest.raises(UserError, match="not written, the network puts out"):
             export_onnx(model, dataclasses.replace(info, **change), tmp_path / "m.onnx")
@@ -388,7 +401,11 @@ def test_wrong_interfaces(settings: dict[str, Any], says: str) -> None:
 
 def test_a_static_size_that_the_network_cannot_take(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--static 1,50,64: this network takes multiples of 32 pixels"):
-        export_onnx(*make("linknet+lcnet_050"), tmp_path / "m.onnx", Interface(static=(1, 50, 64)))
+        export_onnx(
+            *make("linknet+tf_mobilenetv3_small_minimal_100"),
+            tmp_path / "m.onnx",
+            Interface(static=(1, 50, 64)),
+        )
 
 
 def test_graphs_beyond_two_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,12 +413,12 @@ def test_graphs_beyond_two_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(export, "_LARGEST", 1000)
     monkeypatch.setattr(export, "around", lambda *_: pytest.fail("too late"))
     with pytest.raises(UserError, match="2 GB or more"):
-        export_onnx(*make("unet+lcnet_050"), tmp_path / "m.onnx")
+        export_onnx(*make("unet+tf_mobilenetv3_small_minimal_100"), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_operators_beyond_onnx_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, info = make("unet+lcnet_050")
+    model, info = make("unet+tf_mobilenetv3_small_minimal_100")
     made = export.network_graph
 
     def wrong(*arguments: Any) -> onnx.ModelProto:
@@ -423,7 +440,9 @@ def test_nothing_of_the_machine_is_in_the_file(exported: Path) -> None:
 def test_a_graph_of_one_size_that_resizes(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     export_onnx(
-        *make("unet+lcnet_050", size="[32, 64]"), path, Interface(preprocess="graph", static=(1, 50, 70))
+        *make("unet+tf_mobilenetv3_small_minimal_100", size="[32, 64]"),
+        path,
+        Interface(preprocess="graph", static=(1, 50, 70)),
     )
     segmenter = Segmenter(path, "cpu")
     assert segmenter(np.zeros((50, 70, 3), np.uint8)).shape == (50, 70)
@@ -442,7 +461,7 @@ def test_no_logits_and_one_class(tmp_path: Path) -> None:
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.conv2d(image, self.weight)
 
-    _, info = make("unet+lcnet_050")
+    _, info = make("unet+tf_mobilenetv3_small_minimal_100")
     info = dataclasses.replace(info, classes=("only",), palette=((1, 2, 3),))
     results = export_onnx(Zero(), info, tmp_path / "m.onnx", Interface(ALL))
     assert all(result.passed and result.max_diff == 0 for result in results)

@@ -32,9 +32,13 @@ NO_GATES = Gates(max_drop=1.0, min_speedup=0.0)
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for the toy set, its network not trained."""
     folder = tmp_path_factory.mktemp("run")
-    recipe = make("linknet+lcnet_050", size="[32, 64]", crop="null", scale="[1, 1]", count="[12, 4]")[
-        1
-    ].recipe
+    recipe = make(
+        "linknet+tf_mobilenetv3_small_minimal_100",
+        size="[32, 64]",
+        crop="null",
+        scale="[1, 1]",
+        count="[12, 4]",
+    )[1].recipe
     samples = open_samples(recipe.data, "val")
     model, _ = build_model(recipe.model, len(samples.classes))
     with torch.no_grad():

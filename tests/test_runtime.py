@@ -32,7 +32,7 @@ PALETTE = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
     """linknet pads to a multiple of 32, so that the runtime's padding is exercised."""
-    model, info = make("linknet+lcnet_050")
+    model, info = make("linknet+tf_mobilenetv3_small_minimal_100")
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     export_onnx(model, info, path)
     return path, fold_network_deconv(model)
@@ -69,7 +69,9 @@ def test_pictures_of_any_size_come_back_at_their_own(exported: tuple[Path, torch
 
 
 def test_logits_graphs_work_too(tmp_path: Path, exported: tuple[Path, torch.nn.Module]) -> None:
-    export_onnx(*make("linknet+lcnet_050"), tmp_path / "logits.onnx", Interface(("logits",)))
+    export_onnx(
+        *make("linknet+tf_mobilenetv3_small_minimal_100"), tmp_path / "logits.onnx", Interface(("logits",))
+    )
     image = picture(40, 60)
     assert (Segmenter(tmp_path / "logits.onnx")(image) != Segmenter(exported[0])(image)).mean() < 1e-3
 

@@ -87,7 +87,7 @@ def tarball() -> Path:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    export_onnx(*make("linknet+lcnet_050"), path)
+    export_onnx(*make("linknet+tf_mobilenetv3_small_minimal_100"), path)
     return path
 
 
@@ -98,7 +98,7 @@ def test_the_browser_labels_as_python_does(
     """The whole page, whoever resizes or pads (to a multiple of 32); no picture is sent."""
     model = tmp_path / "model.onnx"
     if prepares == "graph":
-        export_onnx(*make("linknet+lcnet_050"), model, Interface(preprocess="graph"))
+        export_onnx(*make("linknet+tf_mobilenetv3_small_minimal_100"), model, Interface(preprocess="graph"))
     else:
         graph = onnx.load(exported)
         if prepares == "page pads":
