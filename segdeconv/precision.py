@@ -137,6 +137,8 @@ def export_smaller(
     path, interface, gates = check_graph_place(path), interface or Interface(), gates or Gates()
     model, info = load_checkpoint(run)
     preparation = preparation_of(info, model)
+    for split in ("train", "val") if precision == "int8" else ("val",):
+        open_samples(info.recipe.data.at(root), split)  # what is missing must not be missed after an export
     # Accuracy is that of the network, on pictures of any size; the outside is for speed and for the file.
     plain = Interface(opset=interface.opset)
     core = network_graph(model, plain, preparation)
