@@ -172,7 +172,7 @@ def _attempt(url: str, part: Path, size: int, title: str) -> bool:
             _forget(part)
             raise _Interrupted("has changed the file meanwhile")
         missing = size - offset
-        with open(part, "ab", buffering=0) as file:
+        with open(part, "ab") as file:
             for chunk in Bar(
                 _chunks(response, missing), math.ceil(missing / _CHUNK), f"{title} (MiB)", notes
             ):

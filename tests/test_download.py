@@ -424,6 +424,20 @@ def test_a_full_disk(server: Server, target: Path, monkeypatch: pytest.MonkeyPat
     assert not target.exists()
 
 
+@pytest.mark.parametrize("tag", ['"one"', None])
+def test_a_disk_that_fills_up_in_the_last_piece(server: Server, target: Path, tag: str | None) -> None:
+    resource = pytest.importorskip("resource")
+    server.tag = lambda request: tag
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE - 1, hard))  # a write is cut there, the next one fails
+    try:
+        with pytest.raises(UserError, match=r"cannot be written to .* \(File too large\); .* make room"):
+            get(target, f"{server.url}/a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(server.requests) == 1
+
+
 def test_a_folder_that_cannot_be_made(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
