@@ -112,6 +112,36 @@ def test_grey_sets_become_rgb(tmp_path: Path, name: str, folder: str) -> None:
     assert resized.load(0)[0].shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (idx(np.zeros((4, 5, 5), np.uint8))[:50], b"", r"train-images-idx3-ubyte: is damaged .* delete it"),
+        (b"PK\3\4", b"", r"train-images-idx3-ubyte: is damaged .* delete it"),
+        (None, b"", r"train-labels-idx1-ubyte: is damaged .* delete it"),
+        (None, idx(np.zeros(2, np.uint8)), r"mnist has 2 labels for 4 pictures .* delete its files"),
+        (None, idx(np.array([1, 2, 3, 255], np.uint8)), r"the label 255 .* 10 classes; delete its files"),
+    ],
+    ids=["cut", "of another kind", "empty", "fewer labels", "label 255"],
+)
+def test_damaged_files_of_mnist(
+    tmp_path: Path, images: bytes | None, labels: bytes, message: str, download: bool
+) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(images or idx(np.zeros((4, 5, 5), np.uint8)))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    with pytest.raises(UserError, match=message):
+        open_samples(DataConfig("mnist", root=str(tmp_path), download=download), "train")
+
+
+def test_a_root_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"^{tmp_path}/file: cannot make the folder"):
+        open_samples(DataConfig("mnist", root=str(tmp_path / "file"), download=True), "train")
+
+
 def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *arguments: True)
     folder = tmp_path / "cifar-10-batches-py"

@@ -14,6 +14,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torchvision
+from torchvision.datasets import mnist
 
 from segdeconv.config import DataConfig
 from segdeconv.data.samples import Samples, even_palette, root_of
@@ -36,6 +37,19 @@ def _alone(root: Path) -> AbstractContextManager[object]:
     return filelock.FileLock(lock) if writable else nullcontext()
 
 
+def _check_readable(raw: Path, part: str) -> None:
+    """Raise UserError if a file of MNIST's is there and damaged: torchvision fetches only what is missing."""
+    for kind, read in (("images-idx3", mnist.read_image_file), ("labels-idx1", mnist.read_label_file)):
+        path = raw / f"{part}-{kind}-ubyte"
+        try:
+            if path.is_file():
+                read(str(path))
+        except Exception as error:  # it asserts, and lets through what torch raises
+            raise UserError(
+                f"{path}: is damaged ({first_line(error)}); delete it, and set data.download=true to fetch it"
+            ) from None
+
+
 class TorchvisionSet(Samples):
     """See the file's header. Splits are train and test; val is test. Grey pictures become RGB.
 
@@ -53,9 +67,13 @@ class TorchvisionSet(Samples):
         try:
             with _alone(root) if config.download else nullcontext():
                 data = TORCHVISION[config.dataset](str(root), split == "train", download=config.download)
-        except (OSError, RuntimeError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # torchvision's readers assert, and let through what torch raises
+            kind = TORCHVISION[config.dataset].__name__
+            _check_readable(root / kind / "raw", "train" if split == "train" else "t10k")
             if config.download:
-                what = f"cannot be downloaded ({first_line(error)}); check the connection"
+                what = f"cannot be downloaded ({first_line(error)}); check the connection and the room there"
             else:
                 what = "is not here, or is damaged; set data.download=true to fetch it"
             raise UserError(f"{root}: {config.dataset} {what}") from None
@@ -64,6 +82,13 @@ class TorchvisionSet(Samples):
         self.palette = even_palette(len(self.classes))
         self.images = np.asarray(data.data)
         self.labels = [int(label) for label in data.targets]
+        wrong = set(self.labels) - set(range(len(self.classes)))
+        if wrong or len(self.labels) != len(self.images):
+            what = f"the label {max(wrong)}" if wrong else f"{len(self.labels)} labels"
+            raise UserError(
+                f"{root}: {config.dataset} has {what} for {len(self.images)} pictures of {len(self.classes)} "
+                "classes; delete its files, and set data.download=true to fetch them"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
