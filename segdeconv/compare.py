@@ -109,9 +109,10 @@ def _read(folder: Path) -> _RunLog:
 def _entries(folders: Sequence[Path]) -> tuple[str, list[RunGroup]]:
     runs: list[_RunLog] = []
     for folder in folders:
+        read = _read(folder)
         if any(folder.resolve() == run.folder.resolve() for run in runs):
             raise UserError(f"{folder}: is given twice")
-        runs.append(_read(folder))
+        runs.append(read)
         if runs[-1].metric != runs[0].metric:
             told = " and ".join(f"{run.folder} has {run.metric}" for run in (runs[0], runs[-1]))
             raise UserError(f"runs of different tasks cannot be compared: {told}")

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from segdeconv.download import fetch
 from segdeconv.errors import UserError, did_you_mean
-from segdeconv.files import cache_folder, sha256_of
+from segdeconv.files import cache_folder, sha256_of, with_home
 from segdeconv.progress import notes
 
 WEIGHTS = "model.safetensors"
@@ -158,5 +158,5 @@ def _mirror(name: str) -> list[str]:
     if not base:
         return []
     if "://" not in base:
-        base = Path(base).expanduser().resolve().as_uri()
+        base = with_home(base, "SEGDECONV_ZOO_URL").absolute().as_uri()
     return [f"{base}/{name}/{WEIGHTS}"]

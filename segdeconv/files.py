@@ -83,6 +83,21 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def with_home(path: str, name: str) -> Path:
+    """A path with ``~`` written out.
+
+    Args:
+        name: of what the path was given as, for the message.
+
+    Raises:
+        UserError: there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name} {path!r}: there is no such home folder; write the path in full") from None
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:

@@ -44,7 +44,7 @@ from segdeconv.entries import (
 from segdeconv.errors import UserError
 from segdeconv.evaluate import Inference, evaluate_run, predicted_samples, torch_predictor
 from segdeconv.figures import read_metrics, with_legend
-from segdeconv.files import make_folder, sha256_of, to_json, write_atomically, write_text
+from segdeconv.files import make_folder, sha256_of, to_json, with_home, write_atomically, write_text
 from segdeconv.fold import fold_network_deconv
 from segdeconv.images import overlay, save_image
 from segdeconv.markdown import escaped, markdown_table
@@ -269,10 +269,10 @@ def _finished_run(run: Path) -> tuple[CheckpointInfo, dict[str, Any], float]:
 
 def _without_home(recipe: Recipe) -> Recipe:
     """The recipe, without the author's home folder in the place of the data."""
-    root = recipe.data.root
-    if root is None or not Path(root).is_relative_to(Path.home()):
+    root, home = recipe.data.root, os.path.expanduser("~")  # which Path.home refuses where there is none
+    if root is None or not Path(root).is_relative_to(home):
         return recipe
-    return replace(recipe, data=recipe.data.at(str(Path("~") / Path(root).relative_to(Path.home()))))
+    return replace(recipe, data=recipe.data.at(str(Path("~") / Path(root).relative_to(home))))
 
 
 def _dataset_of(name: str, recipe: Recipe, data: str | None) -> tuple[str, str]:
@@ -521,10 +521,11 @@ def publish(to: str, names: Sequence[str] = ()) -> list[str]:
     names = list(names) or entry_names()
     if not to or (not to.startswith("hf://") and re.match("[A-Za-z][A-Za-z0-9+.-]*:/", to)):
         raise UserError(f"--to {to!r}: expected a folder or hf://ORG/REPO")
+    folder = None if to.startswith("hf://") else with_home(to, "--to")
     weights = {name: find_weights(name) for name in names}  # all of them, before anything is written
-    if not to.startswith("hf://"):
+    if folder is not None:
         for name in names:
-            _lay_out(name, weights[name], Path(to).expanduser())
+            _lay_out(name, weights[name], folder)
         return names
     repository = to.removeprefix("hf://").strip("/")
     if repository.count("/") != 1:

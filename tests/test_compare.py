@@ -134,6 +134,9 @@ def test_bad_runs(tmp_path: Path) -> None:
         compare_runs([good, tmp_path / "nothing"], out)
     with pytest.raises(UserError, match="good: is given twice"):
         compare_runs([good, tmp_path / "good" / ".." / "good"], out)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="loop: no run"):
+        compare_runs([good, tmp_path / "loop"], out)
     with pytest.raises(UserError, match="young: has no score; wait for"):
         compare_runs([good, make_run(tmp_path / "young", scores=[None])], out)
     with pytest.raises(UserError, match=r"good has miou and .*cifar has top1"):

@@ -270,6 +270,8 @@ def test_broken_sets_are_named(tmp_path: Path, what: str, says: str) -> None:
 def test_unknown_set_and_missing_keys(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="known are toy, camvid"):
         open_samples(DataConfig("imagnet"), "train")
+    with pytest.raises(UserError, match=r"data.root '~nobody\$/x': there is no such home folder; write"):
+        open_samples(DataConfig("camvid", root="~nobody$/x"), "val")
     with pytest.raises(UserError, match=r"data.root is missing"):
         open_samples(DataConfig("camvid"), "train")
     with pytest.raises(UserError, match=r"data.classes is missing"):

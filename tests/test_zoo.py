@@ -213,6 +213,8 @@ def test_an_entry_does_not_name_its_authors_home(monkeypatch: pytest.MonkeyPatch
     for root, public in (("/home/ada/data/x", "~/data/x"), ("/data/x", "/data/x"), (None, None)):
         data = dataclasses.replace(tiny().data, root=root)
         assert _without_home(dataclasses.replace(tiny(), data=data)).data.root == public
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as of a user without a home
+    assert _without_home(tiny("data.root=/data/x")).data.root == "/data/x"
 
 
 def test_metrics_are_of_what_is_stored(zoo: Path) -> None:
@@ -470,6 +472,15 @@ def test_names_that_are_none(zoo: Path, call: Call) -> None:
 def test_places_that_cannot_be_published_to(zoo: Path, to: str) -> None:
     with pytest.raises(UserError, match="expected"):
         publish(to)
+
+
+def test_homes_of_nobody(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGDECONV_ZOO_URL", "~nobody$/zoo")
+    with pytest.raises(UserError, match=r"^SEGDECONV_ZOO_URL '~nobody\$/zoo': there is no such home folder"):
+        find_weights(NAME)
+    monkeypatch.delenv("SEGDECONV_ZOO_URL")
+    with pytest.raises(UserError, match=r"^--to '~nobody\$/zoo': there is no such home folder; write"):
+        publish("~nobody$/zoo")
 
 
 def test_publishing_looks_before_it_writes(

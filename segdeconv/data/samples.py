@@ -12,6 +12,7 @@ import numpy as np
 
 from segdeconv.config import DataConfig
 from segdeconv.errors import UserError
+from segdeconv.files import with_home
 from segdeconv.images import (
     Palette,
     Picture,
@@ -87,14 +88,11 @@ def root_of(config: DataConfig) -> Path:
     """Where the recipe says its data lies.
 
     Raises:
-        UserError: it does not say.
+        UserError: it does not say, or names the home of nobody.
     """
     if config.root is None:
         raise UserError(f"data.root is missing: the folder of the {config.dataset} data")
-    try:
-        return Path(config.root).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"data.root = {config.root!r}: {error}") from None
+    return with_home(config.root, "data.root")
 
 
 def folder(config: DataConfig, *parts: str) -> Path:
