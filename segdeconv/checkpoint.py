@@ -32,7 +32,7 @@ from segdeconv.config import (
 from segdeconv.convert import ConversionReport
 from segdeconv.entries import WEIGHTS, find_weights, is_entry, near
 from segdeconv.errors import UserError
-from segdeconv.files import make_folder, sha256_of, to_json, write_atomically, write_text
+from segdeconv.files import check_utf8, make_folder, sha256_of, to_json, write_atomically, write_text
 from segdeconv.models import as_configured, build_model
 from segdeconv.progress import console
 
@@ -272,6 +272,7 @@ def read_info(path: Path) -> CheckpointInfo:
     Raises:
         UserError: the file is damaged, or not one of ours.
     """
+    check_utf8(path, "safetensors")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

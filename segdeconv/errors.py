@@ -41,6 +41,11 @@ def printable(text: str) -> str:
     return text.translate(_CONTROL)
 
 
+def as_utf8(text: str) -> str:
+    """Text for what takes UTF-8 alone, which names of files and classes need not be."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def sentence_of(error: Exception) -> str:
     """An error's sentence: from a loader's process it arrives as a whole traceback, the sentence last."""
     message = str(error).strip()

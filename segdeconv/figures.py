@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, as_utf8
 from segdeconv.files import read_json_lines, write_atomically
 from segdeconv.images import Palette, Picture, overlay
 
@@ -257,5 +257,5 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def _literal(name: str) -> str:
-    """A name for matplotlib, which takes what stands between dollar signs for a formula."""
-    return name.replace("$", r"\$")
+    """A name for matplotlib, which takes what stands between dollar signs for a formula, and UTF-8 alone."""
+    return as_utf8(name).replace("$", r"\$")

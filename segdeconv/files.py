@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, as_utf8
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -45,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Like `write_atomically`, a text."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(as_utf8(text), encoding="utf-8"))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -81,6 +81,16 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"{path}: cannot make the folder ({error.strerror})") from None
     return path
+
+
+def check_utf8(path: str | Path, reader: str) -> None:
+    """Raise UserError if a path has bytes that are not UTF-8, for a reader written in another language."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path}: {reader} takes no path that is not UTF-8; rename it, or choose another"
+        ) from None
 
 
 def with_home(path: str, name: str) -> Path:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from segdeconv.errors import UserError, first_line
-from segdeconv.files import make_folder
+from segdeconv.files import check_utf8, make_folder
 from segdeconv.images import (
     Palette,
     Picture,
@@ -103,10 +103,7 @@ def open_session(
     onnxruntime = import_onnxruntime()
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; make one with segdeconv export")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{path}: onnxruntime takes no path that is not UTF-8; rename it") from None
+    check_utf8(path, "onnxruntime")
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (":" in device and not (kind == "cuda" and number.isdigit())):
         raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N")

@@ -65,10 +65,10 @@ from segdeconv.data import (
     train_loader,
 )
 from segdeconv.distributed import rank, sum_over_ranks, world_size
-from segdeconv.errors import UserError, first_line
+from segdeconv.errors import UserError, as_utf8, first_line
 from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
 from segdeconv.figures import read_metrics, training_curves, triptych
-from segdeconv.files import append_json_line, make_folder, to_json, write_text
+from segdeconv.files import append_json_line, check_utf8, make_folder, to_json, write_text
 from segdeconv.graphs import StepGraphs
 from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
@@ -186,6 +186,7 @@ def train(
 
 
 def _train(recipe: Recipe, out: Path, device: torch.device, resume: bool) -> dict[str, Any]:
+    check_utf8(out, "safetensors")
     resume = resume and has_state(out)
     run = None if resume else _prepare(recipe, device)  # what fails in it leaves no folder behind
     make_folder(out)
@@ -723,7 +724,7 @@ class _Run:
         assert self.board is not None
         for key, value in line.items():
             for name, number in value.items() if isinstance(value, dict) else [("", value)]:
-                self.board.add_scalar(f"{key}/{name}" if name else key, number, self.step)
+                self.board.add_scalar(as_utf8(f"{key}/{name}" if name else key), number, self.step)
         if score_now >= 0 and held_out.task == "segmentation":
             predict = torch_predictor(self.evaluated, self.amp)
             rows = predicted_samples(predict, held_out, self.val_set, self.device)

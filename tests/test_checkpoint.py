@@ -96,6 +96,12 @@ def test_not_ours(saved: tuple[Path, torch.nn.Module]) -> None:
         load_checkpoint(path)
 
 
+def test_a_name_that_is_not_utf8(saved: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    moved = saved[0].rename(tmp_path / "run\udce9")
+    with pytest.raises(UserError, match=r"run.*: safetensors takes no path that is not UTF-8; rename it"):
+        load_checkpoint(moved)
+
+
 def test_damaged_metadata(saved: tuple[Path, torch.nn.Module]) -> None:
     path, _ = saved
     save_file({"x": torch.zeros(1)}, path, {"format": "segdeconv/1", "recipe": "{"})

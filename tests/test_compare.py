@@ -128,6 +128,12 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert list(columns[0].cells) == [str(runs[0]), "", "", str(runs[1]), "", ""]
 
 
+def test_a_run_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    compare_runs([make_run(tmp_path / "run\udce9")], tmp_path / "out")
+    assert r"- run\udce9: one run" in (tmp_path / "out" / "compare.md").read_text()
+    assert (tmp_path / "out" / "compare.png").is_file()
+
+
 def test_bad_runs(tmp_path: Path) -> None:
     good, out = make_run(tmp_path / "good"), tmp_path / "out"
     with pytest.raises(UserError, match=r"nothing: no run \(it has no recipe.yaml\)"):

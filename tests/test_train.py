@@ -179,7 +179,7 @@ def test_auxiliary_head(tmp_path: Path) -> None:
 def test_classification(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
-        for name, level in (("dark", 60), ("light", 190)):
+        for name, level in (("dark", 60), ("light\udce9", 190)):  # not every file's name is UTF-8
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(8):
                 picture = rng.normal(level, 20, (32, 32, 3)).clip(0, 255).astype(np.uint8)
@@ -195,6 +195,12 @@ def test_classification(tmp_path: Path) -> None:
     )
     assert evaluate_run(tmp_path / "run")["top1"] == best
     assert table(evaluate_run(tmp_path / "run"), "classification").row_count == 3
+
+
+def test_a_run_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run.*: safetensors takes no path that is not UTF-8; rename it"):
+        train(tiny(), tmp_path / "run\udce9")
+    assert not list(tmp_path.iterdir())
 
 
 def test_warm_start_from_the_batch_norm_twin(tmp_path: Path) -> None:
