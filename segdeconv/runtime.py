@@ -110,7 +110,10 @@ def open_session(
 
     def session(providers: list[Any]) -> Any:
         # Without enable_fallback=0 a session whose CUDA fails in the middle is made anew on the CPU.
-        return onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        made = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        # What is not UTF-8 in a damaged file fails only when it is asked for.
+        _ = made.get_modelmeta().custom_metadata_map, [*map(str, (*made.get_inputs(), *made.get_outputs()))]
+        return made
 
     opened, error = None, ""
     if kind != "cpu" and _CUDA in onnxruntime.get_available_providers():
@@ -195,23 +198,26 @@ class Segmenter:
             self.classes = tuple(self.metadata["classes"])
             self.palette: Palette = tuple(tuple(color) for color in self.metadata["palette"])
             self._raw = self.metadata.get("preprocess", "none") == "graph"  # takes uint8 NHWC of any size
-            self._mean = np.array(self.metadata["mean"], np.float32) * 255
-            self._std = np.array(self.metadata["std"], np.float32) * 255
+            self._mean = np.array(self.metadata["mean"], np.float32).reshape(3) * 255
+            self._std = np.array(self.metadata["std"], np.float32).reshape(3) * 255
             self._resize = None if self._raw or self.metadata["resize"] is None else _size(self.metadata)
             self.metadata["size_multiple"] = int(self.metadata["size_multiple"])
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: its metadata is damaged ({error})") from None
+            source = self.session.get_inputs()[0]
+            self._input = source.name
+            self._input_type = np.dtype(TYPES[source.type])
+            fixed = [side if isinstance(side, int) else None for side in source.shape]
+            self._batch = fixed[0]
+            height, width = fixed[1:3] if self._raw else fixed[2:4]
+            self._outputs = [output.name for output in self.session.get_outputs()]
+            self._main = "labels" if "labels" in self._outputs else self._outputs[0]
+            if any(len(color) != 3 or not {*range(256)}.issuperset(color) for color in self.palette):
+                raise ValueError("a colour of its palette is not three numbers from 0 to 255")
+            if min(self.metadata["size_multiple"], *(self._resize or ()), *self._std) <= 0:
+                raise ValueError("size_multiple, resize and std are above 0")
+        except (ValueError, TypeError, LookupError) as error:
+            raise UserError(f"{path}: its metadata or input is damaged ({error}); export it again") from None
         self._label_type = np.uint8 if len(self.classes) <= 256 else np.int32
-
-        source = self.session.get_inputs()[0]
-        self._input = source.name
-        self._input_type = np.dtype(TYPES[source.type])
-        fixed = [side if isinstance(side, int) else None for side in source.shape]
-        self._batch = fixed[0]
-        height, width = fixed[1:3] if self._raw else fixed[2:4]
         self.size = None if height is None or width is None else (height, width)
-        self._outputs = [output.name for output in self.session.get_outputs()]
-        self._main = "labels" if "labels" in self._outputs else self._outputs[0]
         self._resizes = self._raw and self.metadata["resize"] is not None  # the graph itself
         self._window, self._overlap = window or (None if self._resizes else self.size), overlap
         #: Whether pictures go through the network at whatever size they have.

@@ -179,6 +179,26 @@ def test_wrong_graphs(what: str, says: str, tmp_path: Path, exported: tuple[Path
 
 
 @pytest.mark.parametrize(
+    ("there", "instead", "says"),
+    [
+        (b"segmentation", b"segmentati\xffn", "onnxruntime cannot load it .*'utf-8' codec"),
+        (b"\x01n\n", b"\x01\xff\n", "onnxruntime cannot load it .*'utf-8' codec"),
+        (b"[255, ", b"[256, ", "a colour of its palette is not three numbers from 0 to 255.*export it again"),
+        (b"size_multiple\x12\x011", b"size_multiple\x12\x010", "size_multiple, resize and std are above 0"),
+        (b"image\x12\x19\n\x17\x08\x02", b"image\x12\x19\n\x17\x08\x03", "its metadata or input is damaged"),
+    ],
+    ids=["metadata not UTF-8", "input not UTF-8", "palette", "size multiple", "type of input"],
+)
+def test_damaged_graphs(there: bytes, instead: bytes, says: str, tmp_path: Path) -> None:
+    path = handmade(tmp_path / "x.onnx", raw=True)
+    whole = path.read_bytes()
+    assert there in whole
+    path.write_bytes(whole.replace(there, instead))
+    with pytest.raises(UserError, match=f"x.onnx: .*{says}"):
+        Segmenter(path)
+
+
+@pytest.mark.parametrize(
     ("shape", "dtype"), [((4, 4), "uint8"), ((4, 4, 3), "float32"), ((4, 4, 4), "uint8")]
 )
 def test_wrong_arrays(shape: tuple, dtype: str, exported: tuple[Path, torch.nn.Module]) -> None:
@@ -414,6 +434,14 @@ class FakeSession:
 
     def get_providers(self) -> list[str]:
         return self.names
+
+    def get_modelmeta(self) -> SimpleNamespace:
+        return SimpleNamespace(custom_metadata_map={})
+
+    def get_inputs(self) -> list[Any]:
+        return []
+
+    get_outputs = get_inputs
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
