@@ -811,14 +811,18 @@ def main() -> None:
     sys.unraisablehook = again = _Again()
     try:
         code = app(standalone_mode=False)  # what a command gave typer.Exit, otherwise None
+        print(end="", flush=True)
         if code:
             sys.exit(code)
     except UserError as error:
         _fail(sentence_of(error), code=3 if isinstance(error, Refused) else 2)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os._exit(141)  # Python would complain once more when it flushes standard output
+    except (BrokenPipeError, SystemExit) as error:
+        # The reader of a pipe has seen enough, of which rich and typer make exit code 1.
+        if BrokenPipeError in (type(error), type(error.__context__)):
+            os._exit(141)  # Python would complain once more when it flushes standard output
+        raise
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("", "segdeconv"):
             raise

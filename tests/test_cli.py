@@ -428,3 +428,13 @@ cli.main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stderr) == (143, "")
+
+
+@pytest.mark.parametrize("asked", ["recipes", "--version"])
+def test_a_reader_that_has_seen_enough(asked: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "segdeconv", asked]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
