@@ -62,12 +62,14 @@ def check_place(path: Path) -> None:
     """Before long work: whether a file can be written here, as far as the path tells.
 
     Raises:
-        UserError: the path is a folder, or its folder is not there.
+        UserError: the path is a folder, or its folder is not there or may not be written.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder, not a file to write")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent} to write into")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {path.parent} cannot be written; choose another place")
 
 
 def make_folder(path: Path) -> Path:
@@ -78,8 +80,12 @@ def make_folder(path: Path) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(
+            f"{error.filename}: is no folder, or a link to none; remove it, or choose another place"
+        ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot make the folder ({error.strerror})") from None
+        raise UserError(f"{path}: cannot make the folder ({error.strerror}); choose another place") from None
     return path
 
 

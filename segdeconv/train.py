@@ -218,16 +218,22 @@ def only_process(out: Path) -> Iterator[None]:
     if rank() != 0:
         yield
         return
+    lock = filelock.FileLock(out / ".lock", blocking=False)
     try:
-        with filelock.FileLock(out / ".lock", blocking=False):
-            for pattern in (".*.tmp*", ".tmp*"):  # what a killed process was writing, or safetensors for it
-                for stale in out.glob(pattern):
-                    stale.unlink()
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise UserError(
             f"{out}: another process trains in this folder; wait for it, or choose another --out"
         ) from None
+    except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
+        raise UserError(f"{out}: cannot be locked ({first_line(error)}); choose another --out") from None
+    try:
+        for pattern in (".*.tmp*", ".tmp*"):  # what a killed process was writing, or safetensors for it
+            for stale in out.glob(pattern):
+                stale.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 class _Stop:

@@ -30,7 +30,7 @@ from segdeconv.checkpoint import (
 )
 from segdeconv.config import ModelConfig, NetworkDeconvConfig, Recipe, load_recipe
 from segdeconv.errors import UserError
-from segdeconv.files import sha256_of, to_json, write_atomically, write_text
+from segdeconv.files import check_place, make_folder, sha256_of, to_json, write_atomically, write_text
 from segdeconv.layers import WhitenedConv2d
 from segdeconv.models import build_model
 
@@ -259,6 +259,22 @@ def test_equal_checkpoints_are_equal_files(tmp_path: Path) -> None:
     assert len({sha256_of(path) for path in tmp_path.iterdir()}) == 1
     assert read_info(tmp_path / "0") == info
     assert torch.equal(load_file(tmp_path / "0")["weight"], layer.weight)
+
+
+@pytest.mark.parametrize("below", ["", "inner/out"])
+@pytest.mark.parametrize("place", ["file", "link"])
+def test_folders_that_cannot_be_made(place: str, below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nothing")
+    with pytest.raises(UserError, match=r"; (remove it, or )?choose another place"):
+        make_folder(tmp_path / place / below)
+
+
+def test_a_file_in_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_place(tmp_path / "m.onnx")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(UserError, match=r"m\.onnx: the folder .* cannot be written; choose another place"):
+        check_place(tmp_path / "m.onnx")
 
 
 def test_nothing_half_written(tmp_path: Path) -> None:

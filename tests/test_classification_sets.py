@@ -138,7 +138,7 @@ def test_damaged_files_of_mnist(
 
 def test_a_root_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"^{tmp_path}/file: cannot make the folder"):
+    with pytest.raises(UserError, match=f"^{tmp_path}/file: is no folder, or a link to none; remove it"):
         open_samples(DataConfig("mnist", root=str(tmp_path / "file"), download=True), "train")
 
 

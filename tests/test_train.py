@@ -203,6 +203,12 @@ def test_a_run_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_folder_that_cannot_be_locked(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot be locked \(.*\.lock.*choose another --out"):
+        train(tiny(), tmp_path)
+
+
 def test_warm_start_from_the_batch_norm_twin(tmp_path: Path) -> None:
     """A deconvolved run with init starts from the twin's function, whatever became of the twin."""
     train(tiny("model.norm=bn"), tmp_path / "bn")
