@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
 TOLERANCE = 1e-3  # of a metric measured again, on a machine that rounds otherwise
 _UNIT = {"miou": "mIoU", "top1": "top-1", "top5": "top-5", "pixel_acc": "pixel accuracy"}
 _PRECISION = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of train.amp
+_ADDING = ".adding."  # begins the folder of an entry that is being made
 _FAILURES = 4  # classes and confusions that a card names
 
 
@@ -192,7 +194,10 @@ def add(
     origin = Origin(data, origin.machine or machine(device), origin.notes)
 
     make_folder(zoo_folder())
-    with tempfile.TemporaryDirectory(prefix=".", dir=zoo_folder()) as temporary:
+    for stale in zoo_folder().glob(f"{_ADDING}*"):
+        if time.time() - stale.stat().st_mtime > 24 * 3600:  # left by a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_ADDING, dir=zoo_folder()) as temporary:
         new = make_folder(Path(temporary) / name)
         weights = new / WEIGHTS
         store_checkpoint(run / "best.safetensors", weights, info.recipe, half)
@@ -232,7 +237,11 @@ def add(
         write_text(new / "metrics.json", to_json(stored_scores, indent=1) + "\n")
         write_text(new / "card.md", _card(entry, info, stored_scores, scores, seconds, origin, picture))
         write_text(new / "entry.json", entry_json(entry))
-        os.replace(new, zoo_folder() / name)
+        try:
+            os.replace(new, zoo_folder() / name)
+        except OSError as error:
+            _check_new(zoo_folder() / name)  # another process may have added it meanwhile
+            raise UserError(f"{zoo_folder() / name}: cannot be written ({error.strerror})") from None
     return zoo_folder() / name
 
 
@@ -292,12 +301,16 @@ def _dataset_of(name: str, recipe: Recipe, data: str | None) -> tuple[str, str]:
             f"--name {name!r}: says {dataset}, but the run's data.dataset is {of}; choose another name, or "
             "say with --data what the data is and its licence"
         )
-    folder, data = zoo_folder() / name, data or DATA.get(dataset)
-    if folder.exists():
-        raise UserError(f"{folder}: there is such an entry; remove it first, or choose another --name")
+    data = data or DATA.get(dataset)
+    _check_new(zoo_folder() / name)
     if data is None:
         raise UserError(f"--data is missing: what {dataset} is and under which licence, in a sentence or two")
     return dataset, data
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists():
+        raise UserError(f"{folder}: there is such an entry; remove it first, or choose another --name")
 
 
 def default_name(recipe: Recipe) -> str:

@@ -13,7 +13,9 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -454,6 +456,22 @@ def test_an_entry_that_cannot_be_measured_is_not_made(
     with pytest.raises(UserError, match="measured on what is stored, which failed: data/toy: no such folder"):
         add(runs / "nd", "new.nd_toy", half=True)
     assert {path.name for path in zoo.iterdir()} == {NAME, TWIN}
+
+
+def test_an_entry_that_another_process_adds_meanwhile(
+    zoo: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quicker(*arguments: Any, **options: Any) -> dict[str, Any]:
+        shutil.copytree(zoo / NAME, zoo / "new.nd_toy")
+        return evaluate_run(*arguments, **options)
+
+    for killed, age in ((".adding.old", 90_000), (".adding.young", 60)):
+        (zoo / killed / "new.nd_toy").mkdir(parents=True)
+        os.utime(zoo / killed, (time.time() - age,) * 2)
+    monkeypatch.setattr("segdeconv.zoo.evaluate_run", quicker)
+    with pytest.raises(UserError, match=r"new\.nd_toy: there is such an entry; remove it first, or choose"):
+        add(runs / "nd", "new.nd_toy", half=True)
+    assert {path.name for path in zoo.iterdir()} == {NAME, TWIN, "new.nd_toy", ".adding.young"}
 
 
 def test_names_that_are_none(zoo: Path, call: Call) -> None:
