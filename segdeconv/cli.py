@@ -425,7 +425,7 @@ def bench(
     if json_file is not None:
         check_place(json_file)
     result = measure(models, _pair("--size", size), batch, threads, runs, device, allow_cpu)
-    print(table(result), end="")
+    print(table(result), end="", flush=True)  # --json may be the same place
     if json_file is not None:
         write_text(json_file, to_json(result, indent=1) + "\n")
 

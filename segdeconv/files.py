@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,28 +20,41 @@ from segdeconv.errors import UserError, as_utf8
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file next to ``path``, then rename it there: all or nothing.
 
+    A link stays, and what it leads to is replaced. Devices and pipes are written into.
+
     Raises:
         UserError: the place cannot be written.
     """
-    if not path.name:
+    if os.path.isdir(path):  # False where Path.is_dir raises
         raise UserError(f"{path}: is a folder, not a file to write")
+    target = Path(os.path.realpath(path))
     # Names have 255 bytes; of two writers at once, threads or in containers, each has its own.
-    temporary = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(8)}.tmp{path.suffix}")
+    temporary = target.with_name(f".{path.stem[:40]}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
+        if path.exists() and (not path.is_file() or path.parent == Path("/dev")):  # stdout may be a file
+            _write_into(path, write)
+            return
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors leaves files to their owner alone
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, mode)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         with contextlib.suppress(OSError):  # it is there, whether or not the folder may be read
-            _sync_folder(path.parent)
+            _sync_folder(target.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _write_into(path: Path, write: Callable[[Path], object]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write(temporary := Path(folder, path.name))
+        with path.open("ab") as device:
+            device.write(temporary.read_bytes())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,10 +80,12 @@ def check_place(path: Path) -> None:
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder, not a file to write")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent} to write into")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: the folder {path.parent} cannot be written; choose another place")
+    folder = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
+    if not folder.is_dir():
+        raise UserError(f"{path}: there is no folder {folder} to write into")
+    place = path if path.exists() and not path.is_file() else folder  # a device is written into
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{path}: {place} cannot be written; choose another place")
 
 
 def make_folder(path: Path) -> Path:

@@ -4,6 +4,8 @@ import copy
 import os
 import pickle
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -295,6 +297,43 @@ def test_nothing_half_written(tmp_path: Path) -> None:
     for nowhere in (path / "in a file", tmp_path / ("long" * 100)):
         with pytest.raises(UserError, match="cannot be written"):
             write_atomically(nowhere, lambda temporary: temporary.write_text("whole"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_its_file_is_written(there: bool, tmp_path: Path) -> None:
+    link, file = tmp_path / "link.json", tmp_path / "elsewhere" / "file"
+    link.symlink_to(file)
+    with pytest.raises(UserError, match=r"link\.json: there is no folder .*elsewhere to write into"):
+        check_place(link)
+    file.parent.mkdir()
+    check_place(link)
+    if there:
+        file.write_text("old")
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+    assert len(list(tmp_path.rglob("*"))) == 3
+
+
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    """As devices are, which only root could replace."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "new")
+    assert os.read(reader, 9) == b"new"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="a fault here would replace the machine's /dev/stdout")
+def test_standard_output_may_be_a_file(tmp_path: Path) -> None:
+    code = (
+        "from segdeconv.files import *; print('table', flush=True); write_text(Path('/dev/stdout'), 'more')"
+    )
+    with (tmp_path / "out").open("w") as out:
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "table\nmore"
 
 
 def test_files_are_as_the_umask_has_them(tmp_path: Path) -> None:
