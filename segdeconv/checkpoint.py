@@ -3,11 +3,13 @@
 A run folder holds ``recipe.yaml``, ``metrics.jsonl``, ``last.safetensors`` and ``best.safetensors``. A
 checkpoint is the network's state dict with its recipe, class names and scores in the file's metadata, so that
 one file is enough to rebuild the network. ``state.safetensors`` is what training resumes from: network,
-optimiser and averages as tensors, everything else as JSON; ``state.previous.safetensors`` is the one before.
+optimiser and averages as tensors, everything else as JSON, and a hash of both; ``state.previous.safetensors``
+is the one before.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -17,6 +19,7 @@ from typing import Any, cast
 
 import safetensors
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -143,7 +146,9 @@ def save_state(run: Path, tensors: dict[str, Tensor], values: dict[str, Any]) ->
     """Write what training resumes from, atomically; the state before is kept beside it."""
     path = run / _STATE
     fresh = run / "state.new.safetensors"
-    _save(fresh, tensors, {"format": STATE_FORMAT, "values": json.dumps(values)})
+    tensors = {name: value.detach().cpu() for name, value in tensors.items()}
+    metadata = {"format": STATE_FORMAT, "values": json.dumps(values)}
+    _save(fresh, tensors, metadata | {"sha256": _sha256_of_state(tensors, metadata["values"])})
     try:
         if path.exists():
             os.replace(path, run / _PREVIOUS)
@@ -156,10 +161,25 @@ def has_state(run: Path) -> bool:
     return any((run / name).exists() for name in (_STATE, _PREVIOUS))
 
 
+def recipe_digest(run: Path) -> str:
+    """A hash of a run's recipe, but for `FREE_KEYS`: of its file, to which newer versions add no keys."""
+    begun = flat(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
+    kept = {key: value for key, value in begun.items() if key not in FREE_KEYS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256_of_state(tensors: dict[str, Tensor], values: str) -> str:
+    digest = hashlib.sha256(values.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def pictures_of(run: Path) -> dict[str, list[Any]] | None:
     """How many pictures a run trains on and validates on, and a hash of their names; None without a state."""
     try:
-        return cast(dict[str, list[Any]], _state_values(run / _STATE)["pictures"])
+        return cast(dict[str, list[Any]], json.loads(_state_metadata(run / _STATE)["values"])["pictures"])
     except _UNREADABLE:
         return None
 
@@ -167,16 +187,27 @@ def pictures_of(run: Path) -> dict[str, list[Any]] | None:
 _UNREADABLE = (OSError, ValueError, KeyError, safetensors.SafetensorError)
 
 
-def _state_values(path: Path) -> dict[str, Any]:
+def _state_metadata(path: Path) -> dict[str, str]:
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     if metadata.get("format") != STATE_FORMAT:
         raise ValueError(f"its format is not {STATE_FORMAT}")
-    return cast(dict[str, Any], json.loads(metadata["values"]))
+    return cast(dict[str, str], metadata)
+
+
+def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, metadata = load_file(path), _state_metadata(path)
+    # Older states have no hash of themselves, and none of their recipe.
+    if metadata.get("sha256") not in (None, _sha256_of_state(tensors, metadata["values"])):
+        raise ValueError("is damaged")
+    values = json.loads(metadata["values"])
+    if "recipe" in values and values["recipe"] != recipe_digest(path.parent):
+        raise ValueError("is the state of a run with another recipe")
+    return tensors, values
 
 
 def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and values of the newest state of a run that can be read.
+    """Tensors and values of the newest state of a run that can be read, and is this run's.
 
     Raises:
         UserError: there is none.
@@ -184,7 +215,7 @@ def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     problems: list[str] = []
     for path in (run / _STATE, run / _PREVIOUS):
         try:
-            state = load_file(path), _state_values(path)
+            state = _read_state(path)
             if problems:
                 console.print(f"{problems[0]}; going on from the state before, {path.name}")
             return state

@@ -48,6 +48,7 @@ from segdeconv.checkpoint import (
     load_state,
     named,
     read_info,
+    recipe_digest,
     restore_training,
     save_checkpoint,
     save_state,
@@ -390,6 +391,7 @@ class _Run:
             "seconds": self.seconds,
             "scaler": self.scaler.state_dict(),
             "pictures": self.pictures,
+            "recipe": self.recipe_digest,
         }
         save_state(self.out, tensors, values)
 
@@ -399,14 +401,20 @@ class _Run:
             restore_training(tensors, self.model, self.optimizer)
             if self.ema is not None:
                 self.ema.load_state_dict(named("ema", tensors))
-        except RuntimeError as error:
-            raise UserError(f"{self.out}: its state does not fit the network ({first_line(error)})") from None
-        if values["finished_epochs"] < self.recipe.train.epochs:
+            self.scaler.load_state_dict(values["scaler"])
+            self.loss_total = tensors["loss_total"].to(self.device)
+            self.step, self.finished_epochs = values["step"], values["finished_epochs"]
+            self.best, self.seconds = values["best"], values["seconds"]
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{self.out}: its state does not fit the network ({first_line(error)}); choose another --out"
+            ) from None
+        if self.finished_epochs < self.recipe.train.epochs:
             self._check_pictures(values.get("pictures", self.pictures))
-        self.scaler.load_state_dict(values["scaler"])
-        self.loss_total = tensors["loss_total"].to(self.device)
-        self.step, self.finished_epochs = values["step"], values["finished_epochs"]
-        self.best, self.seconds = values["best"], values["seconds"]
+
+    @functools.cached_property
+    def recipe_digest(self) -> str:
+        return recipe_digest(self.out)
 
     @functools.cached_property
     def pictures(self) -> dict[str, list[Any]]:

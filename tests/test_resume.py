@@ -11,16 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Call
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import tiny
 
 from segdeconv import train as train_module
-from segdeconv.checkpoint import load_state, save_state
+from segdeconv.checkpoint import STATE_FORMAT, load_state, save_state
 from segdeconv.errors import UserError
 from segdeconv.train import train
 
@@ -169,6 +170,55 @@ def test_a_damaged_state_falls_back_to_the_one_before(
     (tmp_path / "state.previous.safetensors").unlink()
     with pytest.raises(UserError, match=r"no state to resume from.*state.safetensors"):
         load_state(tmp_path)
+
+
+def other_run(state: Path) -> None:
+    tensors, values = load_state(state.parent)
+    save_state(state.parent, tensors, values | {"recipe": "another"})
+
+
+def changed(state: Path, old: bytes, new: bytes) -> None:
+    content = state.read_bytes()
+    assert old in content
+    state.write_bytes(content.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (other_run, "is the state of a run with another recipe"),
+        (lambda state: changed(state, state.read_bytes()[-5000:-4996], b"\1\2\3\4"), "is damaged"),
+        (lambda state: changed(state, b"scaler", b"scxler"), "is damaged"),
+    ],
+)
+def test_a_state_that_is_not_this_runs_or_not_whole_is_not_taken(
+    spoil: Callable[[Path], None], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, state = tiny("train.epochs=1"), tmp_path / "state.safetensors"
+    train(recipe, tmp_path)
+    weights = load_file(tmp_path / "last.safetensors")
+    spoil(state)
+    capsys.readouterr()
+    assert train(recipe, tmp_path, resume=True)["epoch"] == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{says}; going on from the state before" in told
+    assert all(
+        torch.equal(value, weights[key]) for key, value in load_file(tmp_path / "last.safetensors").items()
+    )
+    assert load_state(tmp_path)[1]["finished_epochs"] == 1
+
+
+def test_older_states_have_no_hashes(tmp_path: Path) -> None:
+    recipe, state = tiny("train.epochs=1"), tmp_path / "state.safetensors"
+    line = train(recipe, tmp_path)
+    tensors, values = load_state(tmp_path)
+    del values["recipe"]
+    save_file(tensors, state, {"format": STATE_FORMAT, "values": json.dumps(values)})
+    assert train(recipe, tmp_path, resume=True) == line
+    del values["scaler"]
+    save_file(tensors, state, {"format": STATE_FORMAT, "values": json.dumps(values)})
+    with pytest.raises(UserError, match=r"its state does not fit the network \('scaler'\); choose another"):
+        train(recipe, tmp_path, resume=True)
 
 
 def child_with_small_files(out: str) -> None:

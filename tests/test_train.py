@@ -22,7 +22,14 @@ from torch._dynamo.utils import counters
 
 from segdeconv import layers
 from segdeconv import train as train_module
-from segdeconv.checkpoint import build_started, load_checkpoint, read_info, save_checkpoint, save_state
+from segdeconv.checkpoint import (
+    build_started,
+    create_run_folder,
+    load_checkpoint,
+    read_info,
+    save_checkpoint,
+    save_state,
+)
 from segdeconv.config import Recipe, TrainConfig, load_recipe
 from segdeconv.data import open_samples, train_loader
 from segdeconv.errors import UserError
@@ -535,6 +542,7 @@ def test_a_state_holds_the_loss_scale(tmp_path: Path) -> None:
     run, again = (train_module._prepare(tiny("train.amp=fp16"), torch.device("cpu")) for _ in range(2))
     run.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
     run.out = again.out = tmp_path
+    create_run_folder(tmp_path, run.recipe)
     run.save_state()
     again.load_state()
     assert again.scaler.get_scale() == 512.0
