@@ -10,7 +10,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     if os.path.isdir(path):  # False where Path.is_dir raises
         raise UserError(f"{path}: is a folder, not a file to write")
     target = Path(os.path.realpath(path))
-    # Names have 255 bytes; of two writers at once, threads or in containers, each has its own.
-    temporary = target.with_name(f".{path.stem[:40]}.{secrets.token_hex(8)}.tmp{path.suffix}")
+    # Of two writers at once, threads or in containers, each has its own.
+    temporary = target.with_name(_temporary_name(path, secrets.token_hex(8)))
     try:
         if path.exists() and (not path.is_file() or path.parent == Path("/dev")):  # stdout may be a file
             _write_into(path, write)
@@ -48,6 +48,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _temporary_name(path: Path, token: str) -> str:
+    return f".{path.stem[:40]}.{token}.tmp{path.suffix}"  # names have 255 bytes
+
+
+def temporaries_of(path: Path) -> Iterator[Path]:
+    """What killed processes left of writing ``path``, and a live one is filling."""
+    return Path(os.path.realpath(path)).parent.glob(_temporary_name(path, "?" * 16))
 
 
 def _write_into(path: Path, write: Callable[[Path], object]) -> None:

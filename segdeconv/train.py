@@ -69,7 +69,7 @@ from segdeconv.distributed import rank, sum_over_ranks, world_size
 from segdeconv.errors import UserError, as_utf8, first_line
 from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
 from segdeconv.figures import read_metrics, training_curves, triptych
-from segdeconv.files import append_json_line, check_utf8, make_folder, to_json, write_text
+from segdeconv.files import append_json_line, check_utf8, make_folder, temporaries_of, to_json, write_text
 from segdeconv.graphs import StepGraphs
 from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
@@ -78,6 +78,10 @@ from segdeconv.progress import Bar, console
 from segdeconv.schedule import RefreshSchedule
 
 _CALIBRATION_BATCHES = 16
+_FILES = (
+    *("recipe.yaml", "conversion.txt", "metrics.jsonl", "curves.png"),
+    *("state.new.safetensors", "last.safetensors", "best.safetensors"),
+)  # which only the process writes that holds the folder's lock
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str, power: float) -> float:
@@ -229,9 +233,10 @@ def only_process(out: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
         raise UserError(f"{out}: cannot be locked ({first_line(error)}); choose another --out") from None
     try:
-        for pattern in (".*.tmp*", ".tmp*"):  # what a killed process was writing, or safetensors for it
-            for stale in out.glob(pattern):
-                stale.unlink()
+        # What a killed process was writing, or safetensors for it; other commands write other files here.
+        for left in chain(out.glob(".tmp??????"), *(temporaries_of(out / name) for name in _FILES)):
+            if left.is_file():
+                left.unlink()
         yield
     finally:
         lock.release()

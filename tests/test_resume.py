@@ -23,7 +23,7 @@ from test_train import tiny
 from segdeconv import train as train_module
 from segdeconv.checkpoint import STATE_FORMAT, load_state, save_state
 from segdeconv.errors import UserError
-from segdeconv.train import train
+from segdeconv.train import only_process, train
 
 TIMES = ("seconds", "images_per_second", "loader_share", "memory_mib")  # what no run repeats
 
@@ -144,14 +144,23 @@ def test_kill_9_at_any_moment(wanted: int, workers: int, tmp_path: Path) -> None
         assert not list(out.glob(".*tmp*"))
 
 
-def test_what_a_killed_process_was_writing_goes(tmp_path: Path) -> None:
-    """safetensors has temporary names of its own."""
-    train(tiny("train.epochs=1"), tmp_path)
-    left = [tmp_path / ".tmpNkOvDq", tmp_path / ".state.safetensors.tmp123"]
-    for path in left:
-        path.write_text("half")
-    train(tiny("train.epochs=1"), tmp_path, resume=True)
-    assert not any(path.exists() for path in left)
+@pytest.mark.parametrize(
+    ("name", "goes"),
+    [
+        (".tmpNkOvDq", True),  # safetensors has temporary names of its own
+        (".state.new.0123456789abcdef.tmp.safetensors", True),
+        (".curves.0123456789abcdef.tmp.png", True),
+        (".last.0123456789abcdef.tmp.onnx", False),  # another command's, which may be alive
+        (".mine.tmp", False),
+    ],
+)
+def test_what_a_killed_training_was_writing_goes(name: str, goes: bool, tmp_path: Path) -> None:
+    folder = tmp_path / ".last.0123456789abcdef.tmp.safetensors"
+    folder.mkdir()
+    (tmp_path / name).write_text("half")
+    with only_process(tmp_path):
+        assert (tmp_path / name).exists() != goes
+    assert folder.is_dir()
 
 
 def test_a_damaged_state_falls_back_to_the_one_before(
