@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -211,7 +211,20 @@ def evaluate(
     )
     info = read_info(find_checkpoint(run))
     folder = scores_folder(run) if out is None else make_folder(out)
-    scores = evaluate_run(
+
+    def tell(scores: dict[str, Any]) -> None:
+        if any(map(any, scores["confusion"])):
+            shown = f"{scores['samples']} pictures of {split}"
+            console.print(f"epoch {info.epoch} of {info.recipe.name}, {shown}")
+            console.print(table(scores, info.task))
+            beside = "" if onnx else "; drawing pictures beside it"
+            console.print(f"wrote {write_scores(folder, scores)}{beside}")
+        else:
+            console.print("these pictures have no labels, so there is nothing to score")
+        for path in filter(None, (save_predictions, submit)):
+            console.print(f"wrote {path}")
+
+    evaluate_run(
         run,
         pick_device(device) if onnx is None else device,
         onnx,
@@ -221,16 +234,8 @@ def evaluate(
         figures=None if onnx else folder,
         predictions=save_predictions,
         submission=submit,
+        tell=tell,
     )
-    if any(map(any, scores["confusion"])):
-        console.print(f"epoch {info.epoch} of {info.recipe.name}, {scores['samples']} pictures of {split}")
-        console.print(table(scores, info.task))
-        beside = "" if onnx else ", with pictures beside it"
-        console.print(f"wrote {write_scores(folder, scores)}{beside}")
-    else:
-        console.print("these pictures have no labels, so there is nothing to score")
-    for path in filter(None, (save_predictions, submit)):
-        console.print(f"wrote {path}")
 
 
 @app.command(short_help="Curves and scores of several runs.")

@@ -338,6 +338,7 @@ def evaluate_run(
     figures: Path | None = None,
     predictions: Path | None = None,
     submission: Path | None = None,
+    tell: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run, with PyTorch or, given ``onnx``, with onnxruntime.
 
@@ -351,6 +352,7 @@ def evaluate_run(
         predictions: a folder for a label PNG of every picture, at its own size: label ids named as the
             Cityscapes server wants them, or class numbers. Implies ``inference.original``.
         submission: a zip file of the same, for the Cityscapes server; the split must be 'test'.
+        tell: takes the scores before ``figures`` are drawn, which may fail.
 
     Raises:
         UserError: no such run, its data is not there or has other classes, the graph is another run's, or an
@@ -408,10 +410,7 @@ def evaluate_run(
             write_atomically(submission, lambda path: _zip(path, [folder / name for name in names]))
     if objects is not None and objects.any:
         scores |= objects.scores(torch.tensor(scores["confusion"]))
-    if figures is not None and np.any(scores["confusion"]):  # there are labels
-        confusion_picture(scores["confusion"], samples.classes, figures / "confusion.png")
-        worst.save(figures / "worst.jpg")
-    return {
+    result = {
         "recipe": info.recipe.name,
         "split": data.val,
         "samples": len(samples),
@@ -421,6 +420,12 @@ def evaluate_run(
         "settings": {"size": data.size, **asdict(inference), "amp": amp if onnx is None else "off"},
         **scores,
     }
+    if tell is not None:
+        tell(result)
+    if figures is not None and np.any(scores["confusion"]):  # there are labels
+        confusion_picture(scores["confusion"], samples.classes, figures / "confusion.png")
+        worst.save(figures / "worst.jpg")
+    return result
 
 
 def predicted_samples(

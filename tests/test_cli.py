@@ -107,6 +107,17 @@ def test_eval_with_everything(road: Path, call: Call, tmp_path: Path) -> None:
     assert (scores["split"], Image.open(next(labels.iterdir())).size) == ("train", (256, 128))
 
 
+@pytest.mark.parametrize("name", ["confusion.png", "worst.jpg"])
+def test_a_picture_that_cannot_be_written_costs_no_scores(
+    name: str, road: Path, call: Call, tmp_path: Path
+) -> None:
+    (tmp_path / name).mkdir()
+    code, out, err = call("eval", road / "run", "--out", tmp_path)
+    assert (code, f"{name}: is a folder, not a file to write" in err) == (2, True)
+    assert "miou" in out
+    assert "miou" in json.loads((tmp_path / "eval.json").read_text())
+
+
 def test_compare(road: Path, call: Call, tmp_path: Path) -> None:
     code, told, _ = call("compare", road / "run", "--out", tmp_path / "out")
     assert code == 0
