@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from segdeconv.checkpoint import build_started, load_checkpoint
-from segdeconv.config import load_recipe
+from segdeconv.config import Recipe, load_recipe
 from segdeconv.data import open_samples
 from segdeconv.errors import UserError
 from segdeconv.evaluate import evaluate_run, table, write_scores
@@ -32,21 +32,24 @@ def run_demo(out: Path, overrides: list[str] | None = None) -> None:
     Raises:
         UserError: ``out`` cannot be written, or holds something that is no demo.
     """
-    start = time.monotonic()
     recipe = load_recipe("demo", overrides)
     marker = out / ".segdeconv-demo"
-    if out.is_dir() and any(out.iterdir()) and not marker.exists():
+    if out.is_dir() and not marker.exists() and any(path.name != ".lock" for path in out.iterdir()):
         raise UserError(f"{out}: is not empty and was not made by the demo; choose another --out")
     classes = open_samples(recipe.data, "train").classes
     build_started(recipe.model, len(classes))  # what is wrong with the recipe leaves an earlier demo alone
     with only_process(make_folder(out)):
-        for path in out.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
         marker.touch()
+        for path in out.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in (".lock", marker.name):  # or a demo that is stopped here is none any more
+                path.unlink()
+        _run(recipe, out)
 
+
+def _run(recipe: Recipe, out: Path) -> None:
+    start = time.monotonic()
     console.rule("1. train a deconvolved U-Net on drawn street scenes")
     train(recipe, out)
     console.rule("2. evaluate the best checkpoint")

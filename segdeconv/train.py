@@ -219,11 +219,11 @@ def dry_run(recipe: Recipe, device: torch.device | str = "cpu") -> None:
 
 @contextlib.contextmanager
 def only_process(out: Path) -> Iterator[None]:
-    """Hold the run folder's lock, which dies with the process, on rank 0."""
+    """Hold the run folder's lock, which dies with the process, on rank 0; its holder may again."""
     if rank() != 0:
         yield
         return
-    lock = filelock.FileLock(out / ".lock", blocking=False)
+    lock = filelock.FileLock(out / ".lock", blocking=False, is_singleton=True)
     try:
         lock.acquire()
     except filelock.Timeout:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import onnx
 import pytest
@@ -24,7 +25,6 @@ from test_train import TINY, tiny
 
 from segdeconv.config import recipe_to_dict
 from segdeconv.progress import console
-from segdeconv.train import only_process
 
 
 def changes(*more: str) -> list[str]:
@@ -149,12 +149,39 @@ def test_demo_end_to_end(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyP
     assert (code, "did you mean 'unet'?" in err) == (2, True)
     assert (tmp_path / "demo" / "overlay.png").is_file()  # which is worth more than nothing
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
-    with only_process(tmp_path / "demo"):
+    with filelock.FileLock(tmp_path / "demo" / ".lock"):
         assert "another process trains in this folder" in call("demo", "--out", tmp_path / "demo")[2]
     assert (tmp_path / "demo" / "overlay.png").is_file()
     monkeypatch.chdir(tmp_path / "demo")
     assert call("demo", "--out", ".", "--set", "model.architecture=unett")[0] == 2
     assert (tmp_path / "demo" / "overlay.png").is_file()
+
+
+@pytest.mark.parametrize("at", ["shutil.rmtree", "segdeconv.demo.train", "segdeconv.demo.evaluate_run"])
+def test_a_demo_is_alone_and_begins_again_wherever_it_was_stopped(
+    at: str, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = tmp_path / "demo"
+    (demo / "runs").mkdir(parents=True)
+    (demo / ".segdeconv-demo").touch()
+    (demo / "link").symlink_to(demo / "runs")
+    others = []
+
+    def stop(*_: object) -> None:
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(demo / ".lock", blocking=False).acquire()
+        others.append(at)
+        raise KeyboardInterrupt
+
+    # The worst order: what marks the demo first.
+    monkeypatch.setattr(Path, "iterdir", lambda path: map(path.joinpath, sorted(os.listdir(path))))
+    monkeypatch.setattr("segdeconv.demo.train", lambda *_: None)
+    monkeypatch.setattr(at, stop)
+    for _ in range(2):
+        assert call("demo", "--out", demo, *changes())[0] == 130
+        assert (demo / ".segdeconv-demo").exists()
+        (demo / "runs").mkdir(exist_ok=True)
+    assert others == [at] * 2
 
 
 def test_help_and_version(call: Call) -> None:
