@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -599,6 +601,43 @@ def test_loader_processes_outlive_what_signals_the_whole_run(split: str, tmp_pat
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(batches._workers[0].pid, number)
     assert len(list(batches)) == 5
+    end_workers(batches)
+
+
+def signalled_at_once(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    data._leave_signals_to_the_run(worker)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no mask of signals")
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_loader_processes_outlive_signals_from_their_first_moment_on(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the process that starts them gets its own once they run."""
+    make_set(tmp_path)
+    config = own(tmp_path, size=(8, 8), num_workers=1)
+    reset, came = data._Workers._reset, []
+
+    def signalled(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        reset(*arguments, **options)
+
+    monkeypatch.setattr(data._Workers, "_reset", signalled)
+    loader = eval_loader(open_samples(config, "train"), config, 1, 1)
+    loader.worker_init_fn = signalled_at_once
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        batches = iter(loader)
+        assert came
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        assert len(list(batches)) == len(loader)
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+        signal.signal(signal.SIGTERM, before)
     end_workers(batches)
 
 

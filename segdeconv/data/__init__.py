@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from segdeconv.config import DataConfig, Size
 from segdeconv.data.camvid import CamVid
@@ -195,6 +199,46 @@ class EpochBatches(Sampler[list[int]]):
             yield items[self.rank :: self.world]
 
 
+class Loader(DataLoader[Any]):
+    """A loader whose processes leave Ctrl-C and SIGTERM, which often come to all of a run, to the run."""
+
+    def __init__(self, dataset: Dataset[Any], **options: Any) -> None:
+        super().__init__(dataset, worker_init_fn=_leave_signals_to_the_run, **options)
+
+    def _get_iterator(self) -> _BaseDataLoaderIter:
+        return _Workers(self) if self.num_workers else super()._get_iterator()
+
+
+class _Workers(_MultiProcessingDataLoaderIter):
+    def __init__(self, loader: Loader) -> None:
+        if multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # when it starts, it ends the waiting
+        with _signals_wait():
+            super().__init__(loader)
+
+
+_TO_ALL_OF_A_RUN = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Hold signals back from this thread, and for good from processes that it starts."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_ALL_OF_A_RUN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """For processes that inherit no mask, as those of a forkserver."""
+    for number in _TO_ALL_OF_A_RUN:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def train_loader(
     samples: Samples,
     config: DataConfig,
@@ -220,14 +264,13 @@ def train_loader(
     if config.crop is None and not samples.same_size and batch_size > 1:
         raise UserError("data: pictures of different sizes make no batch; give data.crop or data.size")
     dataset = TrainSet(samples, config, seed, multiple)
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=EpochBatches(len(dataset), batch_size, seed, rank, world),
         num_workers=config.num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.num_workers > 0,
-        worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator().manual_seed(seed),  # else each epoch would draw from torch's global one
     )
 
@@ -236,12 +279,6 @@ def _collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """A batch with images in the channels-last layout, the fastest for convolutions in every precision."""
     images, targets = default_collate(samples)
     return images.contiguous(memory_format=torch.channels_last), targets
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C, and many schedulers, signal every process of a run; it stops its loaders when it is ready."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def end_workers(batches: Any) -> None:
@@ -268,12 +305,11 @@ def eval_loader(
     each gets its share. ``resize`` and ``keep`` are as `EvalSet` takes them.
     """
     one_size = samples.same_size or config.shorter_side is not None
-    return DataLoader(
+    return Loader(
         Subset(EvalSet(samples, config, multiple, resize, keep), range(rank, len(samples), world)),
-        batch_size if one_size else 1,
+        batch_size=batch_size if one_size else 1,
         num_workers=config.num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_run,
         generator=torch.Generator().manual_seed(0),
     )
