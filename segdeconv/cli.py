@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from segdeconv import __version__
-from segdeconv.errors import Refused, UserError, printable, sentence_of
+from segdeconv.errors import Refused, UserError, printable, sentence_of, shortage
 
 if TYPE_CHECKING:
     from segdeconv.config import Recipe
@@ -833,8 +833,10 @@ def main() -> None:
             raise
         _fail(f"this command needs {error.name}: pip install 'segdeconv[train]'")
     except OSError as error:
-        _fail(f"{error.filename or 'writing'}: {error.strerror or sentence_of(error)}")
+        _fail(shortage(error) or f"{error.filename or 'writing'}: {error.strerror or sentence_of(error)}")
     except Exception as error:
+        if short := shortage(error):
+            _fail(short)
         if not hasattr(error, "format_message"):  # the usage errors of the click that typer carries
             raise
         if type(error).__name__ == "NoArgsIsHelpError":

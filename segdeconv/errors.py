@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,25 @@ class Refused(UserError):
 def first_line(error: BaseException) -> str:
     """An error's message, cut to one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+_SHORT_OF = {
+    "(unable to allocate|out of) shared memory": "lower data.num_workers, or make /dev/shm larger",
+    "Too many open files|received 0 items of ancdata": "lower data.num_workers, or raise ulimit -n",
+    r"DataLoader worker \(pid.*?(killed by signal: [\w ]+|exited unexpectedly)": (
+        "if memory ran out, lower data.num_workers; segdeconv train --resume goes on with a run"
+    ),
+}
+
+
+def shortage(error: Exception) -> str | None:
+    """The sentence for an error that says what the machine has too little of; None for another one. Of a
+    loader's processes torch says it in words only, and wherever the program is.
+    """
+    for words, advice in _SHORT_OF.items():
+        if found := re.search(words, str(error)):
+            return f"{found[0]}; {advice}"
+    return None
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:

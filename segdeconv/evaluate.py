@@ -30,7 +30,7 @@ from segdeconv.config import DataConfig
 from segdeconv.data import EvalSet, Samples, end_workers, eval_loader, evenly_spread, open_samples
 from segdeconv.data.cityscapes import Cityscapes
 from segdeconv.distributed import sum_over_ranks
-from segdeconv.errors import UserError, first_line
+from segdeconv.errors import UserError, first_line, shortage
 from segdeconv.figures import confusion_picture, triptych
 from segdeconv.files import check_place, make_folder, to_json, write_atomically, write_text
 from segdeconv.images import Picture, check_windows, label_png, save_image, window_starts
@@ -288,7 +288,7 @@ def score(
                     "windows (--window), or lower data.size or train.batch_size"
                 ) from None
             except (RuntimeError, ValueError, AssertionError) as error:
-                if images.shape[1:] in fitting:  # so it is something else
+                if images.shape[1:] in fitting or shortage(error):  # so it is something else
                     raise
                 raise UserError(
                     f"the network cannot take pictures of shape {tuple(images.shape)} ({first_line(error)}); "

@@ -66,7 +66,7 @@ from segdeconv.data import (
     train_loader,
 )
 from segdeconv.distributed import rank, sum_over_ranks, world_size
-from segdeconv.errors import UserError, as_utf8, first_line
+from segdeconv.errors import UserError, as_utf8, first_line, shortage
 from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
 from segdeconv.figures import read_metrics, training_curves, triptych
 from segdeconv.files import append_json_line, check_utf8, make_folder, temporaries_of, to_json, write_text
@@ -626,7 +626,8 @@ class _Run:
                     "start a run with train.compile=false"
                 ) from error
             at_work = self.step > 0 and isinstance(error, RuntimeError)  # not for want of a network that fits
-            if at_work or isinstance(error, UserError) or distributed.says_a_process_is_gone(error):
+            elsewhere = shortage(error) or distributed.says_a_process_is_gone(error)
+            if at_work or isinstance(error, UserError) or elsewhere:
                 raise
             raise UserError(
                 f"the network cannot train on batches of shape {tuple(images.shape)} "

@@ -408,6 +408,34 @@ def test_bad_input(
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "Killed; if memory ran out, lower"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "8) exited unexpectedly; if memory ran"),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\n  x\nRuntimeError: unable to allocate "
+                      "shared memory(shm) for file </torch_9_1>: No space left on device (28)"), "make /dev/shm larger"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+                      "workers are out of shared memory."), "make /dev/shm larger"),
+        (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "raise ulimit -n"),
+        (OSError(24, "Too many open files", "a.png"), "raise ulimit -n"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_has_too_little_of(
+    error: Exception, says: str, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever torch raises it: one sentence with what helps."""
+
+    def short(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("segdeconv.checkpoint.find_checkpoint", short)
+    code, _, err = call("eval", "run")
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
+
+
 def test_bad_input_in_a_real_process(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from segdeconv.cli import main; main()", "eval", "nothing"],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -28,7 +29,7 @@ from segdeconv.data import (
 )
 from segdeconv.data.samples import even_palette
 from segdeconv.data.transforms import BatchTransform
-from segdeconv.errors import UserError
+from segdeconv.errors import UserError, shortage
 from segdeconv.images import central_crop, list_images, read_rgb
 
 
@@ -639,6 +640,54 @@ def test_loader_processes_outlive_signals_from_their_first_moment_on(
         multiprocessing.set_start_method(usual, force=True)
         signal.signal(signal.SIGTERM, before)
     end_workers(batches)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("started", [0, 1, 2])
+def test_loader_processes_that_cannot_be_started_leave_none(
+    started: int, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor an error in the destructor of torch's iterator."""
+    make_set(tmp_path)
+    config = own(tmp_path, size=(8, 8), num_workers=2)
+    samples = open_samples(config, "train")
+    loader = (
+        train_loader(samples, config, 1, 0, 1) if split == "train" else eval_loader(samples, config, 1, 1)
+    )
+    left, start, reset = [], multiprocessing.Process.start, data._Workers._reset
+
+    def limited(process: multiprocessing.Process) -> None:
+        if len(multiprocessing.active_children()) == started:
+            raise OSError(24, "Too many open files")
+        start(process)
+
+    def last(*arguments: Any, **options: Any) -> None:
+        reset(*arguments, **options)
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("sys.unraisablehook", left.append)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", limited)
+    monkeypatch.setattr(data._Workers, "_reset", last)
+    with pytest.raises(UserError, match=r"data.num_workers = 2: .* cannot be started \(Too many"):
+        iter(loader)
+    for process in multiprocessing.active_children():
+        process.join(5)
+    assert not multiprocessing.active_children()
+    gc.collect()
+    assert not left
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_killed_loader_process_is_known_for_what_it_is(tmp_path: Path) -> None:
+    make_set(tmp_path, count=9)
+    config = own(tmp_path, size=(8, 8), num_workers=2)
+    batches = iter(eval_loader(open_samples(config, "train"), config, 1, 1))
+    with pytest.raises(RuntimeError) as raised:  # noqa: PT012 - from wherever the program is
+        os.kill(batches._workers[0].pid, signal.SIGKILL)
+        list(batches)
+    end_workers(batches)
+    assert "DataLoader worker" in str(shortage(raised.value))
+    assert not multiprocessing.active_children()
 
 
 def test_scales_and_windows_are_as_wide_as_asked(tmp_path: Path) -> None:

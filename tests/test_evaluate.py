@@ -315,6 +315,17 @@ def test_a_picture_that_the_network_cannot_take(error: Exception, said: str) -> 
         score(predict, eval_loader(samples, config, 1, 1), samples, 255, "cpu")
 
 
+def test_a_loader_process_that_dies_is_not_put_down_to_the_pictures() -> None:
+    config = DataConfig("toy", size=(32, 64), count=(1, 2))
+    samples = open_samples(config, "val")
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        score(predict, eval_loader(samples, config, 1, 1), samples, 255, "cpu")
+
+
 def test_what_fails_after_pictures_of_that_shape_is_no_bad_input() -> None:
     config = DataConfig("toy", size=(32, 64), count=(1, 2))
     samples = open_samples(config, "val")

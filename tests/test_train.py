@@ -251,6 +251,17 @@ def test_a_network_that_cannot_take_the_batches_says_so(tmp_path: Path) -> None:
         train(tiny("model.encoder=null", "model.architecture=dpt", "model.options={}"), tmp_path / "run")
 
 
+def test_a_loader_process_that_dies_is_not_put_down_to_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(train_module._Run, "_compute", killed)
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        train(tiny(), tmp_path / "run")
+
+
 def test_a_dry_run_leaves_no_process_behind() -> None:
     dry_run(tiny("data.num_workers=1"))
     assert not multiprocessing.active_children()

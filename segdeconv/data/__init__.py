@@ -210,11 +210,37 @@ class Loader(DataLoader[Any]):
 
 
 class _Workers(_MultiProcessingDataLoaderIter):
+    """The processes of a loader: all of them or, where they cannot be started, none.
+
+    Raises:
+        UserError: the system does not let them start.
+    """
+
     def __init__(self, loader: Loader) -> None:
-        if multiprocessing.get_start_method() != "fork":
-            resource_tracker.ensure_running()  # when it starts, it ends the waiting
-        with _signals_wait():
-            super().__init__(loader)
+        # Torch's destructor asks for them, even if its constructor did not come so far.
+        self._shutdown, self._worker_pids_set, self._workers = True, False, []
+        try:
+            if multiprocessing.get_start_method() != "fork":
+                resource_tracker.ensure_running()  # when it starts, it ends the waiting
+            with _signals_wait():
+                super().__init__(loader)
+        except BaseException as error:
+            self._shutdown = not self._worker_pids_set  # torch cannot end them before it has noted them all
+            self.close()
+            if not isinstance(error, OSError):
+                raise
+            raise UserError(
+                f"data.num_workers = {loader.num_workers}: these processes cannot be started "
+                f"({error.strerror}); lower it, or make ulimit -n or /dev/shm larger"
+            ) from None
+
+    def close(self) -> None:
+        """End the processes. They ignore SIGTERM, so one that stayed would hang Python's exit."""
+        try:
+            self._shutdown_workers()
+        finally:
+            for worker in self._workers:
+                worker.kill()
 
 
 _TO_ALL_OF_A_RUN = (signal.SIGINT, signal.SIGTERM)
@@ -282,12 +308,10 @@ def _collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def end_workers(batches: Any) -> None:
-    """End the processes of a loader's iterator, or of a generator that ends them when it is closed. They
-    ignore SIGTERM, so they would hang Python's exit where a traceback holds the iterator.
+    """End the processes, if any, of a loader's iterator, or of a generator that ends them when it is closed:
+    a traceback may hold either.
     """
-    if hasattr(batches, "_shutdown_workers"):  # there is no public way
-        batches._shutdown_workers()
-    elif hasattr(batches, "close"):
+    if hasattr(batches, "close"):
         batches.close()
 
 

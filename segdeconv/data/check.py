@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Column, Table
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from segdeconv.config import DataConfig
-from segdeconv.data import find_samples
+from segdeconv.data import Loader, end_workers, find_samples
 from segdeconv.data.samples import PairedSamples, Samples
 from segdeconv.errors import UserError
 from segdeconv.images import exif_turn, folder_of_pictures, open_image
@@ -166,24 +166,26 @@ def _check_split(samples: Samples, name: str, config: DataConfig) -> SplitReport
     binary: list[str] = []
     turned: list[str] = []
     digests: dict[bytes, str] = {}
-    loader = DataLoader(
-        _Survey(samples), batch_size=None, num_workers=config.num_workers, collate_fn=_as_it_is
-    )
-    for index, sample in enumerate(Bar(loader, len(samples), f"reading {name}")):
-        if sample.problem is not None:
-            problems.append(sample.problem)
-            continue
-        counted = sample.labels[:count]
-        pictures += 1
-        digests.setdefault(sample.digest, samples.name(index))
-        if sample.turned:
-            turned.append(samples.name(index))
-        levels += sample.levels
-        labels += counted
-        holding += counted > 0
-        beside += (counted > 0) * counted.sum()
-        if samples.task == "segmentation" and count == 2 and counted[1] == 0 and sample.labels[255]:
-            binary.append(samples.name(index))
+    loader = Loader(_Survey(samples), batch_size=None, num_workers=config.num_workers, collate_fn=_as_it_is)
+    batches = iter(loader)
+    try:
+        for index, sample in enumerate(Bar(batches, len(samples), f"reading {name}")):
+            if sample.problem is not None:
+                problems.append(sample.problem)
+                continue
+            counted = sample.labels[:count]
+            pictures += 1
+            digests.setdefault(sample.digest, samples.name(index))
+            if sample.turned:
+                turned.append(samples.name(index))
+            levels += sample.levels
+            labels += counted
+            holding += counted > 0
+            beside += (counted > 0) * counted.sum()
+            if samples.task == "segmentation" and count == 2 and counted[1] == 0 and sample.labels[255]:
+                binary.append(samples.name(index))
+    finally:
+        end_workers(batches)
     if pictures and not labels.any():
         problems.append(f"{name}: no pixel of any mask is labelled, all are {config.ignore_index}, ignored")
     warnings = []
