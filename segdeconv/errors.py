@@ -34,6 +34,15 @@ _SHORT_OF = {
         "if memory ran out, lower data.num_workers; segdeconv train --resume goes on with a run"
     ),
 }
+_NO_MEMORY = re.compile(
+    "[Cc]an(no|')t allocate memory|out of memory|bad_alloc|_ArrayMemoryError|failed to map segment"
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a GPU's, or the computer's, of which torch says so in words only."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or bool(_NO_MEMORY.search(str(error)))
 
 
 def shortage(error: Exception) -> str | None:
@@ -43,6 +52,8 @@ def shortage(error: Exception) -> str | None:
     for words, advice in _SHORT_OF.items():
         if found := re.search(words, str(error)):
             return f"{found[0]}; {advice}"
+    if out_of_memory(error):
+        return "the memory ran out; lower train.batch_size, data.crop, data.size or data.num_workers"
     return None
 
 

@@ -30,7 +30,7 @@ from segdeconv.config import DataConfig
 from segdeconv.data import EvalSet, Samples, end_workers, eval_loader, evenly_spread, open_samples
 from segdeconv.data.cityscapes import Cityscapes
 from segdeconv.distributed import sum_over_ranks
-from segdeconv.errors import UserError, first_line, shortage
+from segdeconv.errors import UserError, first_line, out_of_memory, shortage
 from segdeconv.figures import confusion_picture, triptych
 from segdeconv.files import check_place, make_folder, to_json, write_atomically, write_text
 from segdeconv.images import Picture, check_windows, label_png, save_image, window_starts
@@ -282,12 +282,12 @@ def score(
                     output = output.argmax(1)
             except UserError:
                 raise
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"the device ran out of memory on pictures of shape {tuple(images.shape)}; evaluate in "
-                    "windows (--window), or lower data.size or train.batch_size"
-                ) from None
-            except (RuntimeError, ValueError, AssertionError) as error:
+            except (MemoryError, RuntimeError, ValueError, AssertionError) as error:
+                if out_of_memory(error):
+                    raise UserError(
+                        f"the device ran out of memory on pictures of shape {tuple(images.shape)}; evaluate "
+                        "in windows (--window), or lower data.size or train.batch_size"
+                    ) from None
                 if images.shape[1:] in fitting or shortage(error):  # so it is something else
                     raise
                 raise UserError(

@@ -66,7 +66,7 @@ from segdeconv.data import (
     train_loader,
 )
 from segdeconv.distributed import rank, sum_over_ranks, world_size
-from segdeconv.errors import UserError, as_utf8, first_line, shortage
+from segdeconv.errors import UserError, as_utf8, first_line, out_of_memory, shortage
 from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
 from segdeconv.figures import read_metrics, training_curves, triptych
 from segdeconv.files import append_json_line, check_utf8, make_folder, temporaries_of, to_json, write_text
@@ -616,9 +616,9 @@ class _Run:
         """What ``call`` returns for a batch; where the network cannot take it, one sentence."""
         try:
             return call(images, *targets)
-        except torch.OutOfMemoryError:
-            raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except (MemoryError, RuntimeError, ValueError, AssertionError) as error:
+            if out_of_memory(error):
+                raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
             if self.recipe.train.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 reason = first_line(getattr(error, "inner_exception", error))
                 raise UserError(

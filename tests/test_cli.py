@@ -419,6 +419,11 @@ def test_bad_input(
                       "workers are out of shared memory."), "make /dev/shm larger"),
         (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "raise ulimit -n"),
         (OSError(24, "Too many open files", "a.png"), "raise ulimit -n"),
+        (OSError(12, "Cannot allocate memory"), "the memory ran out; lower"),
+        (RuntimeError("Caught _ArrayMemoryError in DataLoader worker process 0.\n"
+                      "numpy._core._exceptions._ArrayMemoryError: Unable to allocate"), "the memory ran out; lower"),
+        (MemoryError(), "the memory ran out; lower"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "the memory ran out; lower"),
     ],
 )  # fmt: skip
 def test_what_the_machine_has_too_little_of(

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from test_data import make_set, own, write
+from test_train import NO_MEMORY
 from torch import Tensor
 
 from segdeconv import evaluate
@@ -301,6 +302,8 @@ def test_a_run_is_scored_at_its_own_size_or_the_original(tmp_path: Path, inferen
         (RuntimeError("too small"), r"cannot take pictures of shape \(1, 3, 32, 64\) \(too small\)"),
         (AssertionError("not 224"), r"cannot take pictures of shape \(1, 3, 32, 64\) \(not 224\)"),
         (torch.OutOfMemoryError(), r"out of memory on pictures of shape \(1, 3, 32, 64\)"),
+        (MemoryError(), "out of memory on pictures of shape"),
+        (RuntimeError(NO_MEMORY), "out of memory on pictures of shape"),
     ],
     ids=repr,
 )

@@ -251,14 +251,29 @@ def test_a_network_that_cannot_take_the_batches_says_so(tmp_path: Path) -> None:
         train(tiny("model.encoder=null", "model.architecture=dpt", "model.options={}"), tmp_path / "run")
 
 
-def test_a_loader_process_that_dies_is_not_put_down_to_the_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: object) -> None:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+NO_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+)
 
-    monkeypatch.setattr(train_module._Run, "_compute", killed)
-    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "^DataLoader worker"),
+        (torch.OutOfMemoryError(), "the device ran out of memory; lower"),
+        (RuntimeError(NO_MEMORY), "the device ran out of memory; lower"),
+        (MemoryError("Unable to allocate 6 GiB for an array"), "the device ran out of memory; lower"),
+    ],
+    ids=repr,
+)
+def test_what_is_not_put_down_to_the_network(
+    error: Exception, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train_module._Run, "_compute", fails)
+    with pytest.raises((RuntimeError, UserError), match=says):
         train(tiny(), tmp_path / "run")
 
 
