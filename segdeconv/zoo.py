@@ -279,7 +279,7 @@ def _finished_run(run: Path) -> tuple[CheckpointInfo, dict[str, Any], float]:
 def _without_home(recipe: Recipe) -> Recipe:
     """The recipe, without the author's home folder in the place of the data."""
     root, home = recipe.data.root, os.path.expanduser("~")  # which Path.home refuses where there is none
-    if root is None or not Path(root).is_relative_to(home):
+    if root is None or home == "/" or not Path(root).is_relative_to(home):
         return recipe
     return replace(recipe, data=recipe.data.at(str(Path("~") / Path(root).relative_to(home))))
 

@@ -49,7 +49,7 @@ def resolve(config: ModelConfig) -> tuple[Architecture, str | None]:
             )
         if heads:
             architecture, encoder = ARCHITECTURES[heads[0]], name[len(heads[0]) + 1 :]
-        elif timm.is_model(name) and config.encoder is None:
+        elif timm.is_model(name):
             architecture, encoder = classification.timm_architecture(name), None
         else:
             others = f"known are {', '.join(segmentation.ARCHITECTURES)} and torchvision's and timm's"
