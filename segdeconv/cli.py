@@ -297,6 +297,14 @@ def export(
             "itself; none takes normalised (n, 3, H, W)."
         ),
     ] = "none",
+    portable: Annotated[
+        bool,
+        typer.Option(
+            "--portable",
+            help="With --preprocess graph, for other runtimes than onnxruntime: resize by products of "
+            "matrices, slower on large pictures.",
+        ),
+    ] = False,
     static: Annotated[
         str | None, typer.Option(metavar="N,H,W", help="Fix batch, height and width; otherwise any do.")
     ] = None,
@@ -338,6 +346,7 @@ def export(
         preprocess=preprocess,
         static=_triple("--static", static),
         opset=opset,
+        portable=portable,
     )
     if fp16 and int8:
         raise UserError("--fp16 and --int8: choose one; each is a file of its own")
@@ -807,9 +816,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks must not end a command
             stream.reconfigure(errors="backslashreplace")
-    if (
-        os.environ.get("COLUMNS") == "0"
-    ):  # of a terminal that does not know its size; rich would print nothing
+    # A terminal that does not know its size says 0; rich would print nothing.
+    if os.environ.get("COLUMNS") == "0":
         del os.environ["COLUMNS"]
     # As Ctrl-C does, a request to end must not leave temporary files behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

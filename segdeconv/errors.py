@@ -29,14 +29,13 @@ def first_line(error: BaseException) -> str:
 
 _SHORT_OF = {
     "(unable to allocate|out of) shared memory": "lower data.num_workers, or make /dev/shm larger",
-    "Too many open files|received 0 items of ancdata": "lower data.num_workers, or raise ulimit -n",
+    "Too many open files|received 0 items of ancdata": "raise ulimit -n, or lower data.num_workers",
+    "failed to map segment from shared object": "memory ran out, or it lies where no programs run (noexec)",
     r"DataLoader worker \(pid.*?(killed by signal: [\w ]+|exited unexpectedly)": (
         "if memory ran out, lower data.num_workers; segdeconv train --resume goes on with a run"
     ),
 }
-_NO_MEMORY = re.compile(
-    "[Cc]an(no|')t allocate memory|out of memory|bad_alloc|_ArrayMemoryError|failed to map segment"
-)
+_NO_MEMORY = re.compile("[Cc]an(no|')t allocate memory|out of memory|bad_alloc|_ArrayMemoryError")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -46,14 +45,17 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def shortage(error: Exception) -> str | None:
-    """The sentence for an error that says what the machine has too little of; None for another one. Of a
-    loader's processes torch says it in words only, and wherever the program is.
+    """The sentence for an error that says what the machine has too little of; None for another one. Torch
+    tells of a loader's processes in words only, at whatever line the program is.
     """
     for words, advice in _SHORT_OF.items():
         if found := re.search(words, str(error)):
             return f"{found[0]}; {advice}"
     if out_of_memory(error):
-        return "the memory ran out; lower train.batch_size, data.crop, data.size or data.num_workers"
+        return (
+            "the memory ran out; take smaller pictures, windows or batches (--window, data.crop, "
+            "train.batch_size), or fewer data.num_workers"
+        )
     return None
 
 

@@ -208,7 +208,7 @@ def finish(
     if interface.static is not None:
         graph = _with_sizes_as_numbers(graph, interface)
     _strip(graph)
-    graph.ir_version = onnx.helper.find_min_ir_version_for(graph.opset_import)  # for older runtimes
+    graph.ir_version = onnx.helper.find_min_ir_version_for(graph.opset_import, True)  # for older runtimes
     digest = hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()
     graph.graph.name = f"{info.recipe.name}_{info.recipe.model.norm}_{digest[:16]}"
     del graph.metadata_props[:]  # what tools left there is not JSON

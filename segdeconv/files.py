@@ -16,6 +16,8 @@ from typing import Any
 
 from segdeconv.errors import UserError, as_utf8
 
+_STREAMS = ("/dev", "/dev/fd", "/proc/self/fd")  # hold links to what the shell has opened
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file next to ``path``, then rename it there: all or nothing.
@@ -31,7 +33,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     # Of two writers at once, threads or in containers, each has its own.
     temporary = target.with_name(_temporary_name(path, secrets.token_hex(8)))
     try:
-        if path.exists() and (not path.is_file() or path.parent == Path("/dev")):  # stdout may be a file
+        if path.exists() and (not path.is_file() or str(path.parent) in _STREAMS):  # stdout may be a file
             _write_into(path, write)
             return
         temporary.touch()

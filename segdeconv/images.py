@@ -91,7 +91,8 @@ def open_image(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow's parsers raise all sorts of things
-        raise UserError(f"{path}: not a readable picture ({first_line(error)})") from None
+        kinds = ", ".join(FORMATS)
+        raise UserError(f"{path}: not a readable picture; expected {kinds} ({first_line(error)})") from None
 
 
 def load_pixels(image: Image.Image, path: Path) -> Image.Image:

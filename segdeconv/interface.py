@@ -36,6 +36,9 @@ class Interface:
             resizes or pads and normalises it itself; all outputs then have the size of the picture.
         static: batch, height and width of ``image``, where they are to be fixed.
         opset: version of ONNX's operators.
+        portable: of ``graph``: resize by two products of matrices, for other runtimes than onnxruntime.
+            Resize with antialiasing, much faster there on large pictures, is refused by TensorRT and computed
+            otherwise by OpenVINO and OpenCV, without a word.
 
     Raises:
         UserError: an output is named twice or not known, or a number makes no sense.
@@ -45,6 +48,7 @@ class Interface:
     preprocess: Literal["none", "graph"] = "none"
     static: tuple[int, int, int] | None = None
     opset: int = OPSET
+    portable: bool = False
 
     def __post_init__(self) -> None:
         known = ("labels", "logits", "probabilities")
@@ -52,6 +56,8 @@ class Interface:
             raise UserError(f"outputs = {self.outputs!r}: expected a tuple, such as ({self.outputs!r},)")
         if self.preprocess not in ("none", "graph"):
             raise UserError(f"--preprocess {self.preprocess}: expected none or graph")
+        if self.portable and self.preprocess != "graph":
+            raise UserError("--portable goes with --preprocess graph; other graphs are so anyway")
         named = ",".join(self.outputs)
         once = len(set(self.outputs)) == len(self.outputs)
         if not self.outputs or not once or set(self.outputs) - set(known):
@@ -116,7 +122,7 @@ def around(
     before, after = _Nodes("prepare"), _Nodes("answer")
     if raw:
         _rename(graph, "image", "planes")
-        _prepare(before, preparation, float_type)
+        _prepare(before, preparation, float_type, interface.portable)
     padded = raw and segments and preparation.size_multiple > 1
     resized = raw and segments and preparation.size is not None
     scores = "logits"
@@ -181,11 +187,8 @@ class _Nodes:
         sides = self.add("Concat", self.add("Shape", value, end=2), size, axis=0)
         return self.add("Resize", value, "", "", sides, name=name, **how)
 
-    def resize_smoothly(self, value: str, size: str) -> str:
-        """`resize` by Pillow's bilinear filter, as a product with a matrix from either side.
-
-        Resize with antialias=1 is the same, but TensorRT refuses it, and others ignore it without a word.
-        """
+    def resize_by_products(self, value: str, size: str) -> str:
+        """`resize` with antialiasing, as a product with a matrix from either side."""
         down, across = (self._triangles(value, size, axis) for axis in (0, 1))
         return self.add("MatMul", self.add("MatMul", down, value), self.add("Transpose", across, perm=[1, 0]))
 
@@ -222,7 +225,7 @@ class _Nodes:
         return name
 
 
-def _prepare(nodes: _Nodes, preparation: Preparation, float_type: int) -> None:
+def _prepare(nodes: _Nodes, preparation: Preparation, float_type: int, portable: bool) -> None:
     """From ``image`` (n, H, W, 3) uint8 to ``planes``; ``prepared_size`` is their size before padding."""
     add = nodes.add
     pixels = add("Transpose", add("Cast", "image", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])  # see labels
@@ -232,7 +235,10 @@ def _prepare(nodes: _Nodes, preparation: Preparation, float_type: int) -> None:
         shorter = add("ReduceMin", whole, keepdims=1)
         size = add("Div", add("Mul", whole, nodes.ints([preparation.shorter_side])), shorter)
     if size:  # Pillow's bilinear filter, but for Pillow's rounding to whole numbers between the axes
-        pixels = nodes.resize_smoothly(pixels, size)
+        if portable:
+            pixels = nodes.resize_by_products(pixels, size)
+        else:
+            pixels = nodes.resize(pixels, size, mode="linear", antialias=1, exclude_outside=1)
     if preparation.central_crop is not None:
         crop = nodes.ints(preparation.central_crop)
         spare = add("Cast", add("Sub", size, crop), to=TensorProto.FLOAT)

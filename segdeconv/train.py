@@ -411,8 +411,9 @@ class _Run:
             self.step, self.finished_epochs = values["step"], values["finished_epochs"]
             self.best, self.seconds = values["best"], values["seconds"]
         except (KeyError, RuntimeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
             raise UserError(
-                f"{self.out}: its state does not fit the network ({first_line(error)}); choose another --out"
+                f"{self.out}: its state does not fit the network ({reason}); choose another --out"
             ) from None
         if self.finished_epochs < self.recipe.train.epochs:
             self._check_pictures(values.get("pictures", self.pictures))
@@ -616,6 +617,8 @@ class _Run:
         """What ``call`` returns for a batch; where the network cannot take it, one sentence."""
         try:
             return call(images, *targets)
+        except UserError:
+            raise
         except (MemoryError, RuntimeError, ValueError, AssertionError) as error:
             if out_of_memory(error):
                 raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
@@ -627,7 +630,7 @@ class _Run:
                 ) from error
             at_work = self.step > 0 and isinstance(error, RuntimeError)  # not for want of a network that fits
             elsewhere = shortage(error) or distributed.says_a_process_is_gone(error)
-            if at_work or isinstance(error, UserError) or elsewhere:
+            if at_work or elsewhere:
                 raise
             raise UserError(
                 f"the network cannot train on batches of shape {tuple(images.shape)} "

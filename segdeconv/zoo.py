@@ -6,6 +6,7 @@ entry is, and how its weights are fetched, is in entries.py and download.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -195,8 +196,9 @@ def add(
 
     make_folder(zoo_folder())
     for stale in zoo_folder().glob(f"{_ADDING}*"):
-        if time.time() - stale.stat().st_mtime > 24 * 3600:  # left by a process that was killed
-            shutil.rmtree(stale, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # an add that has just ended
+            if time.time() - stale.stat().st_mtime > 24 * 3600:  # left by a process that was killed
+                shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=_ADDING, dir=zoo_folder()) as temporary:
         new = make_folder(Path(temporary) / name)
         weights = new / WEIGHTS
@@ -277,11 +279,16 @@ def _finished_run(run: Path) -> tuple[CheckpointInfo, dict[str, Any], float]:
 
 
 def _without_home(recipe: Recipe) -> Recipe:
-    """The recipe, without the author's home folder in the place of the data."""
-    root, home = recipe.data.root, os.path.expanduser("~")  # which Path.home refuses where there is none
-    if root is None or home == "/" or not Path(root).is_relative_to(home):
-        return recipe
-    return replace(recipe, data=recipe.data.at(str(Path("~") / Path(root).relative_to(home))))
+    """The recipe, without the author's home folder in the places of the data and of what it began with."""
+    home = os.path.expanduser("~")  # which Path.home refuses where there is none
+
+    def public(path: str | None) -> str | None:
+        if path is None or home == "/" or not Path(path).is_relative_to(home):
+            return path
+        return str(Path("~") / Path(path).relative_to(home))
+
+    model = replace(recipe.model, init=public(recipe.model.init))
+    return replace(recipe, data=recipe.data.at(public(recipe.data.root)), model=model)
 
 
 def _dataset_of(name: str, recipe: Recipe, data: str | None) -> tuple[str, str]:

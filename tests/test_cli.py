@@ -335,6 +335,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list], str]] = {
     "export at two numbers": (lambda r, t: ["export", r / "run", "--static", "64,64"], "expected batch, height and width"),
     "export with an old opset": (lambda r, t: ["export", r / "run", "--opset", "9"], "--opset 9: expected 18 to"),
     "export as two things": (lambda r, t: ["export", r / "run", "--fp16", "--int8"], "choose one"),
+    "portable without preparation": (lambda r, t: ["export", r / "run", "--portable"], "goes with --preprocess graph"),
     "half inputs of a whole graph": (lambda r, t: ["export", r / "run", "--half-io"], "--half-io goes with --fp16"),
     "calibrating on no data": (
         lambda r, t: ["export", "unet_mobilenet_v2.nd_camvid", "--int8", "--root", t / "no", "--out", t / "m.onnx"],
@@ -419,11 +420,11 @@ def test_bad_input(
                       "workers are out of shared memory."), "make /dev/shm larger"),
         (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "raise ulimit -n"),
         (OSError(24, "Too many open files", "a.png"), "raise ulimit -n"),
-        (OSError(12, "Cannot allocate memory"), "the memory ran out; lower"),
+        (OSError(12, "Cannot allocate memory"), "the memory ran out; take smaller"),
         (RuntimeError("Caught _ArrayMemoryError in DataLoader worker process 0.\n"
-                      "numpy._core._exceptions._ArrayMemoryError: Unable to allocate"), "the memory ran out; lower"),
-        (MemoryError(), "the memory ran out; lower"),
-        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "the memory ran out; lower"),
+                      "numpy._core._exceptions._ArrayMemoryError: Unable to allocate"), "the memory ran out; take smaller"),
+        (MemoryError(), "the memory ran out; take smaller"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "no programs run (noexec)"),
     ],
 )  # fmt: skip
 def test_what_the_machine_has_too_little_of(

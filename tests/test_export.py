@@ -93,7 +93,7 @@ def test_another_runtime_computes_the_same(
     """OpenCV has no Resize with antialiasing, and a faulty one of maps of one pixel."""
     data = {"size": "[32, 48]", "crop": "null"} if preprocess == "graph" else {"size": "null"}
     path = tmp_path / "m.onnx"
-    interface = Interface(("labels", "logits"), preprocess, static)
+    interface = Interface(("labels", "logits"), preprocess, static, portable=preprocess == "graph")
     export_onnx(*make("deeplabv3plus+tf_mobilenetv3_small_minimal_100", **data), path, interface)
     image = np.random.default_rng(0).integers(0, 256, (1, 96, 128, 3), dtype=np.uint8)
     if preprocess == "none":
@@ -112,7 +112,7 @@ def test_what_older_and_other_runtimes_cannot_read_is_left_out(
     static: tuple[int, int, int] | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "m.onnx"
-    interface = Interface(("labels", "logits"), "graph", static)
+    interface = Interface(("labels", "logits"), "graph", static, portable=True)
     export_onnx(*make("linknet+tf_mobilenetv3_small_minimal_100", size="[32, 64]"), path, interface)
     graph = onnx.load(path)
     assert graph.ir_version == 8

@@ -226,7 +226,9 @@ def test_older_states_have_no_hashes(tmp_path: Path) -> None:
     assert train(recipe, tmp_path, resume=True) == line
     del values["scaler"]
     save_file(tensors, state, {"format": STATE_FORMAT, "values": json.dumps(values)})
-    with pytest.raises(UserError, match=r"its state does not fit the network \('scaler'\); choose another"):
+    with pytest.raises(
+        UserError, match=r"its state does not fit the network \(it lacks 'scaler'\); choose another"
+    ):
         train(recipe, tmp_path, resume=True)
 
 

@@ -214,7 +214,9 @@ def test_an_entry_does_not_name_its_authors_home(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HOME", "/home/ada")
     for root, public in (("/home/ada/data/x", "~/data/x"), ("/data/x", "/data/x"), (None, None)):
         data = dataclasses.replace(tiny().data, root=root)
-        assert _without_home(dataclasses.replace(tiny(), data=data)).data.root == public
+        model = dataclasses.replace(tiny().model, init=root)
+        recipe = _without_home(dataclasses.replace(tiny(), data=data, model=model))
+        assert recipe.data.root == recipe.model.init == public
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as of a user without a home
     assert _without_home(tiny("data.root=/data/x")).data.root == "/data/x"
 

@@ -5,7 +5,7 @@
 
 Runs every graph on the picture in OpenVINO and OpenCV, those that are installed, and compares labels and
 scores with onnxruntime's. OpenVINO computes in float32, as onnxruntime does; its default is bfloat16 where
-the machine has it.
+the machine has it. Graphs made with --preprocess graph are to be made with --portable too.
 """
 
 from __future__ import annotations

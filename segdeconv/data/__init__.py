@@ -220,8 +220,6 @@ class _Workers(_MultiProcessingDataLoaderIter):
         # Torch's destructor asks for them, even if its constructor did not come so far.
         self._shutdown, self._worker_pids_set, self._workers = True, False, []
         try:
-            if multiprocessing.get_start_method() != "fork":
-                resource_tracker.ensure_running()  # when it starts, it ends the waiting
             with _signals_wait():
                 super().__init__(loader)
         except BaseException as error:
@@ -252,6 +250,8 @@ def _signals_wait() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # when it starts, it ends the waiting
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_ALL_OF_A_RUN)
     try:
         yield
