@@ -303,8 +303,9 @@ def test_a_compiled_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """
     aot_eager = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(layers, "_STEPS_AN_INTERVAL", 1)
-    recipe = tiny("model.network_deconv.refresh_every=2", "train.compile=true")
-    plain = train(tiny("model.network_deconv.refresh_every=2"), tmp_path / "plain")
+    changes = ("model.encoder=resnet10t", "model.network_deconv.refresh_every=2")
+    recipe = tiny(*changes, "train.compile=true")
+    plain = train(tiny(*changes), tmp_path / "plain")
     monkeypatch.setattr(torch, "compile", lambda model: model)
     want = train(recipe, tmp_path / "scheduled")
     monkeypatch.setattr(torch, "compile", aot_eager)
