@@ -35,7 +35,15 @@ from segdeconv.config import (
 from segdeconv.convert import ConversionReport
 from segdeconv.entries import WEIGHTS, find_weights, is_entry, near
 from segdeconv.errors import UserError
-from segdeconv.files import check_utf8, make_folder, sha256_of, to_json, write_atomically, write_text
+from segdeconv.files import (
+    check_utf8,
+    make_folder,
+    sha256_of,
+    to_json,
+    with_home,
+    write_atomically,
+    write_text,
+)
 from segdeconv.models import as_configured, build_model
 from segdeconv.progress import console
 
@@ -280,7 +288,7 @@ def find_checkpoint(run: str | Path) -> Path:
     Raises:
         UserError: there is none, or the entry's weights cannot be fetched.
     """
-    path = Path(run)
+    path = with_home(str(run), "run")
     if path.is_dir():
         for name in ("best.safetensors", "last.safetensors", WEIGHTS):  # the last is an entry's folder's
             if (path / name).is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 import os
@@ -513,11 +512,10 @@ def serve(
     curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg -o labels.png http://127.0.0.1:8000/predict
     """
     from segdeconv.runtime import Segmenter, usable_cores
-    from segdeconv.serve import Limits, default_megapixels
+    from segdeconv.serve import Limits
     from segdeconv.serve import serve as serve_model
 
-    most = Limits.megapixels if megapixels is None else megapixels
-    limits = Limits(megabytes, most, workers, queue, timeout)
+    limits = Limits(megabytes, megapixels, workers, queue, timeout)
     with _graph_file(model) as graph:
         segmenter = Segmenter(
             graph,
@@ -527,8 +525,6 @@ def serve(
             window=_pair("--window", window),
         )
     print(_where(segmenter.device, segmenter.why_cpu))
-    if megapixels is None:
-        limits = dataclasses.replace(limits, megapixels=default_megapixels(segmenter))
     serve_model(segmenter, host, port, limits)
 
 

@@ -88,7 +88,6 @@ def export_onnx(
             (nothing is written), or ``path`` cannot be written.
     """
     path, interface = check_graph_place(path), interface or Interface()
-    import_onnxruntime()  # what the graph is compared in must not be missed after minutes of tracing
     other = {value.dtype for value in model.parameters()} - {torch.float32}
     if other:
         raise UserError(f"{path}: not written, the network has weights in {other.pop()}; give model.float()")
@@ -236,6 +235,7 @@ def network_graph(model: nn.Module, interface: Interface, preparation: Preparati
     Raises:
         UserError: torch cannot export it.
     """
+    import_onnxruntime()  # what the graph is compared in must not be missed after minutes of tracing
     multiple = preparation.size_multiple
     if interface.static is None:
         batch, size = 2, tuple(side + -side % multiple for side in _TRACED_SIZE)
@@ -334,14 +334,7 @@ def _conv2d_same(
 
 
 @_conv2d_same.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], *_: Any) -> Tensor:
     rows, columns = ((size + step - 1) // step for size, step in zip(x.shape[2:], stride, strict=True))
     return x.new_empty(x.shape[0], weight.shape[0], rows, columns)
 

@@ -70,29 +70,29 @@ class Limits:
 
     Attributes:
         megabytes: of a request's body, in 10^6 bytes.
-        megapixels: of a picture, in 10^6 pixels, known from its header before anything is decoded.
+        megapixels: of a picture, in 10^6 pixels, known from its header before anything is decoded; by default
+            25, or 4 where pictures go through the network whole, which takes memory.
         workers: pictures worked on at a time.
         queue: requests that may wait for a worker or still be on their way in.
         timeout: seconds that a request's body may take to arrive, and then its answer.
     """
 
     megabytes: float = 20.0
-    megapixels: float = 25.0  # of a graph that resizes or has windows, see `default_megapixels`
+    megapixels: float | None = None
     workers: int = 2
     queue: int = 16
     timeout: float = 30.0
 
     def __post_init__(self) -> None:
         for name in ("megabytes", "megapixels", "workers", "timeout"):
-            if not 0 < getattr(self, name) < 1e9:
-                raise UserError(f"--{name} {getattr(self, name)}: expected more than 0, to 1e9")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e9:
+                raise UserError(f"--{name} {value}: expected more than 0, to 1e9")
         if not 0 <= self.queue < 1e9:
             raise UserError(f"--queue {self.queue}: expected 0 or more, to 1e9")
 
-
-def default_megapixels(segmenter: Segmenter) -> float:
-    """Less where pictures go through the network whole: 25 megapixels take a small U-Net 7 GB."""
-    return 4.0 if segmenter.whole else Limits.megapixels
+    def megapixels_of(self, segmenter: Segmenter) -> float:
+        return self.megapixels or (4.0 if segmenter.whole else 25.0)
 
 
 class _Metrics:
@@ -359,7 +359,7 @@ async def _read(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
-def _decode(body: bytes, limits: Limits) -> Picture:
+def _decode(body: bytes, megapixels: float) -> Picture:
     try:
         image = Image.open(io.BytesIO(body), formats=FORMATS)
     except Image.DecompressionBombError:
@@ -368,11 +368,11 @@ def _decode(body: bytes, limits: Limits) -> Picture:
         raise HTTPException(415, f"the body is no picture; expected {', '.join(FORMATS)}") from None
     sides = map(getattr(image, "tag_v2", {}).get, (TILEWIDTH, TILELENGTH))
     tile = math.prod(side for side in sides if isinstance(side, int))  # of a TIFF; decoded whole
-    if max(image.width * image.height, tile) > limits.megapixels * 1e6 or max(image.size) > _MAX_SIDE:
+    if max(image.width * image.height, tile) > megapixels * 1e6 or max(image.size) > _MAX_SIDE:
         raise HTTPException(
             413,
             f"the picture has {image.width} x {image.height} pixels; expected at most "
-            f"{limits.megapixels:g} megapixels and {_MAX_SIDE} a side",
+            f"{megapixels:g} megapixels and {_MAX_SIDE} a side",
         )
     if image.format in ("JPEG", "MPO") and body.count(_JPEG_SCAN) > _MAX_SCANS:
         raise HTTPException(
@@ -383,7 +383,7 @@ def _decode(body: bytes, limits: Limits) -> Picture:
 
 def _respond(segmenter: Segmenter, body: bytes, limits: Limits, output: Output) -> Response:
     try:
-        image = _decode(body, limits)
+        image = _decode(body, limits.megapixels_of(segmenter))
         labels = segmenter(image).astype(np.uint8, copy=False)  # `serve` takes no more than 256 classes
     except UserError as error:
         raise HTTPException(422, str(error)) from None

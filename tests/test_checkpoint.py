@@ -279,6 +279,15 @@ def test_a_file_in_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: 
         check_place(tmp_path / "m.onnx")
 
 
+def test_a_run_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As entries of the zoo name what they began with."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "best.safetensors").touch()
+    assert find_checkpoint("~") == tmp_path / "best.safetensors"
+    with pytest.raises(UserError, match="run '~nobody-at-all/x': there is no such home folder"):
+        find_checkpoint("~nobody-at-all/x")
+
+
 def test_nothing_half_written(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

@@ -30,7 +30,7 @@ from PIL import Image, TiffImagePlugin
 
 from segdeconv.errors import UserError
 from segdeconv.images import overlay
-from segdeconv.serve import Limits, default_megapixels, serve, server_config
+from segdeconv.serve import Limits, serve, server_config
 
 LOAD = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "load_test.py"))
 CLASSES, PALETTE = ("road", "tree", "café"), ((200, 0, 0), (0, 200, 0), (0, 0, 200))
@@ -39,6 +39,8 @@ JPEG = {"Content-Type": "image/jpeg"}
 
 class Fake:
     """In place of a Segmenter: labels are thirds of the red channel; waits at the gate before it answers."""
+
+    whole = False
 
     def __init__(self) -> None:
         self.classes, self.palette, self.device = CLASSES, PALETTE, "cpu"
@@ -334,9 +336,12 @@ def test_what_cannot_be_served(port: int) -> None:
 
 
 def test_pictures_that_run_whole_are_smaller() -> None:
-    segmenter = Fake()
-    for segmenter.whole, megapixels in ((True, 4), (False, 25)):
-        assert default_megapixels(segmenter) == megapixels
+    segmenter, body = Fake(), png(np.zeros((2001, 2000, 3), np.uint8))
+    for segmenter.whole, limits, code in (
+        (True, Limits(), 413), (True, Limits(megapixels=5), 200), (False, Limits(), 200)
+    ):  # fmt: skip
+        with serving(segmenter, limits) as port:
+            assert ask(port, "/predict", body)[0].status == code
 
 
 def test_the_page(browser: Any, port: int, tmp_path: Path) -> None:
