@@ -41,6 +41,7 @@ from segdeconv.structure import (
     read_structure,
     set_to_evaluation,
 )
+from segdeconv.whitening import in_float64
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -359,33 +360,33 @@ def _no_hooks(module: nn.Module) -> dict[int, Any]:
 def fold_batch_norm(layer: Any, norm: Any) -> None:
     """Fold evaluation-mode batch norm ``norm`` into the layer before it, in place."""
     scale, shift = _affine(norm)
-    weight = layer.weight.detach().double()
-    bias = 0 if layer.bias is None else layer.bias.detach().double()
-    dtype, trained = layer.weight.dtype, bool(layer.weight.requires_grad)
+    given, trained = layer.weight.detach(), bool(layer.weight.requires_grad)
+    weight = in_float64(given)
+    bias = 0 if layer.bias is None else in_float64(layer.bias.detach())
     if isinstance(layer, TRANSPOSED):  # (C, O of a group, kh, kw), groups along C
         grouped = weight.unflatten(0, (layer.groups, -1))
         scale_GO = scale.view(layer.groups, 1, -1, *(1,) * (weight.ndim - 2))
         weight = (grouped * scale_GO).flatten(0, 1)
     else:
         weight = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
-    layer.weight = nn.Parameter(weight.to(dtype), trained)
-    layer.bias = nn.Parameter((bias * scale + shift).to(dtype), trained)
+    layer.weight = nn.Parameter(weight.to(given), trained)
+    layer.bias = nn.Parameter((bias * scale + shift).to(given), trained)
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Evaluation-mode batch norm as scale and shift, float64."""
-    mean, var = norm.running_mean.double(), norm.running_var.double()
+    mean, var = in_float64(norm.running_mean), in_float64(norm.running_var)
     scale = (var + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
+        scale = scale * in_float64(norm.weight.detach())
     shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+    return scale, shift if norm.bias is None else shift + in_float64(norm.bias.detach())
 
 
 def _as_affine(norm: Any) -> nn.Module:
     """A batch norm with no layer before it to fold into, as a depthwise 1x1 convolution."""
     scale, shift = _affine(norm)
-    place = {"device": scale.device, "dtype": norm.running_mean.dtype}
+    place = {"device": norm.running_mean.device, "dtype": norm.running_mean.dtype}
     conv: Any = nn.Conv2d(len(scale), len(scale), 1, groups=len(scale), **place)
     with torch.no_grad():
         conv.weight.copy_(scale.view_as(conv.weight))

@@ -5,6 +5,7 @@ share of the batch each have the loss, and the gradients, of one process with al
 from __future__ import annotations
 
 import functools
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def _hardest(losses: Tensor, labelled: Tensor, share: float) -> Tensor:
         losses: float32, at least 0; 0 where nothing is labelled.
         labelled: how many pixels of this rank are, ().
     """
-    wanted = (sum_over_ranks(labelled).double() * share).ceil()
+    exact = Fraction(share).limit_denominator(10**9)  # in integers, because Apple's GPUs have no float64
+    wanted = -(-sum_over_ranks(labelled) * exact.numerator // exact.denominator)
     bits = losses.abs().view(torch.int32)  # abs, because -0.0 has the bits of a negative number
     border = torch.zeros_like(labelled, dtype=torch.int32)
     for bit in reversed(range(31)):
@@ -85,7 +87,7 @@ def _hardest(losses: Tensor, labelled: Tensor, share: float) -> Tensor:
         border = higher.where(sum_over_ranks((bits >= higher).sum()) >= wanted, border)
     above, at = bits > border, bits == border
     taken, there = sum_over_ranks(torch.stack((above.sum(), at.sum())))
-    return above + at * ((wanted - taken) / there.clamp(min=1)).float()
+    return above + at * ((wanted - taken) / there.clamp(min=1))
 
 
 def _dice(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

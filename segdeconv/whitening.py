@@ -44,6 +44,11 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def in_float64(x: Tensor) -> Tensor:
+    """``x`` in float64, on the CPU where its device has none (Apple's GPUs)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def channels_per_block(channels: int, block_size: int) -> int:
     """The largest divisor of ``channels`` that is not above ``block_size``."""
     return next(size for size in range(min(channels, block_size), 0, -1) if channels % size == 0)
@@ -575,11 +580,12 @@ def unfold_whitening(
 
     Solved in float64. This is how a trained plain layer starts as a whitened one.
     """
-    mean_GKF = mean_GKF.double()
-    inverse_GFF = None if whitening_GFF is None else torch.linalg.inv(whitening_GFF.double())
-    scale_GKF = torch.ones_like(mean_GKF) if scale_GKF is None else scale_GKF.double()
+    mean_GKF = in_float64(mean_GKF)
+    inverse_GFF = None if whitening_GFF is None else torch.linalg.inv(in_float64(whitening_GFF))
+    scale_GKF = torch.ones_like(mean_GKF) if scale_GKF is None else in_float64(scale_GKF)
+    wide, shift = in_float64(weight), in_float64(bias)
     unscaled, shifted = fold_whitening(
-        weight.double(), bias.double(), None, -mean_GKF * scale_GKF, blocks, interleaved, 1 / scale_GKF
+        wide, shift, None, -mean_GKF * scale_GKF, blocks, interleaved, 1 / scale_GKF
     )
     unfolded, _ = fold_whitening(unscaled, shifted, inverse_GFF, mean_GKF, blocks, interleaved)
-    return unfolded.to(weight.dtype), shifted.to(bias.dtype)
+    return unfolded.to(weight), shifted.to(bias)

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "schedule": {"layers", "whitening"},
     "losses": {"config", "distributed", "models"},
     "structure": set(),
-    "convert": LEAVES | {"layers", "config", "distributed", "structure"},
+    "convert": LEAVES | {"layers", "config", "distributed", "structure", "whitening"},
     "fold": {"convert", "layers", "structure"},
     "metrics": set(),
     "figures": PICTURES,

@@ -19,6 +19,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from segdeconv import layers
 from segdeconv import train as train_module
@@ -408,6 +410,26 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
     assert lr_factor(6, 6, 2, schedule, 0.9) == pytest.approx(
         1.0 if schedule == "constant" else 0.0, abs=1e-15
     )
+
+
+class NoFloat64(TorchDispatchMode):
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        assert all(x.dtype != torch.float64 for x in tree_leaves(out) if isinstance(x, torch.Tensor)), op
+        return out
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_a_training_step_needs_no_float64(mode: str) -> None:
+    """Apple's GPUs have none."""
+    recipe = tiny(f"model.network_deconv.mode={mode}", "train.ohem=0.3", "train.dice_weight=0.5")
+    model, _ = build_started(recipe.model, 3)
+    images, targets = torch.rand(2, 3, 32, 64), torch.randint(3, (2, 32, 64))
+    optimizer = make_optimizer(model, recipe.train)
+    with NoFloat64():
+        for _ in range(2):
+            loss_of(model(images), targets, recipe.train, 255).backward()
+            optimizer.step()
 
 
 def test_optimizers() -> None:
