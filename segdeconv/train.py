@@ -28,10 +28,10 @@ import filelock
 import numpy as np
 import timm.layers
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
@@ -332,8 +332,7 @@ class _Run:
         self.compiles = config.compile and config.batch_size % world_size() == 0
         self.records = config.cuda_graphs and world_size() == 1 and device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        average = get_ema_multi_avg_fn(config.ema_decay or 0.0)
-        self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if config.ema_decay else None
+        self.ema = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
         self.parallel: Callable[..., Any] = self._parallel()
         self.compute: Callable[[Tensor, Tensor], Tensor] = self._compute
         self.refreshes: RefreshSchedule | None = None
@@ -665,10 +664,7 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
-            for mine, current in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
-                if not mine.is_floating_point():  # an average of counters, rounded down, would lag behind
-                    mine.copy_(current)
+            self.ema.update(self.model, self.step + 1)  # after the first step it is the network itself
         return loss
 
     def _compute(self, images: Tensor, targets: Tensor) -> Tensor:
