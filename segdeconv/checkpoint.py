@@ -105,7 +105,7 @@ def save_checkpoint(path: Path, model: nn.Module, info: CheckpointInfo) -> None:
     _save(path, model.state_dict(), metadata)
 
 
-def store_checkpoint(source: Path, target: Path, recipe: Recipe, half: bool) -> None:
+def copy_checkpoint(source: Path, target: Path, recipe: Recipe, half: bool) -> None:
     """Copy a checkpoint as one of ``recipe``, with ``half`` its large tensors as float16; loading makes them
     float32 again.
 
@@ -344,13 +344,13 @@ def load_checkpoint(run: str | Path, device: torch.device | str = "cpu") -> tupl
     path = find_checkpoint(run)
     while True:
         before = path.stat()
-        info, state, digest = read_info(path), read_state(path), sha256_of(path)
+        info, state, digest = read_info(path), read_weights(path), sha256_of(path)
         after = path.stat()
         if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
             break  # else a training has put the next one in its place meanwhile
     with torch.device("cpu"):  # whatever the default: a meta tensor could not hold the weights
         model, _ = build_for(state, info.recipe.model, len(info.classes))
-    _fit(model, state, path, "a network of its recipe")
+    _load_weights(model, state, path, "a network of its recipe")
     return model.to(device).eval(), replace(info, sha256=digest)
 
 
@@ -393,7 +393,7 @@ def build_started(config: ModelConfig, classes: int) -> tuple[nn.Module, Convers
             f"model.init = {config.init}: was trained with model.network_deconv.eps = "
             f"{trained.network_deconv.eps:g}, not {config.network_deconv.eps:g}; give the same"
         )
-    model, report = build_for(read_state(path), config, classes)
+    model, report = build_for(read_weights(path), config, classes)
     start_from(model, config.init, classes)
     return model, report
 
@@ -408,7 +408,7 @@ def start_from(model: nn.Module, run: str | Path, classes: int) -> None:
     """
     path = find_checkpoint(run)
     info = read_info(path)
-    state, stayed = read_state(path), []
+    state, stayed = read_weights(path), []
     for name, mine in model.state_dict().items() if len(info.classes) != classes else ():
         theirs = state.get(name, mine)
         if theirs.shape[:1] == (len(info.classes),) and mine.shape == (classes, *theirs.shape[1:]):
@@ -416,12 +416,12 @@ def start_from(model: nn.Module, run: str | Path, classes: int) -> None:
             stayed.append(name)
     gains = {f"{name.removesuffix('.weight')}.gain" for name in stayed}
     state |= {name: value for name, value in model.state_dict().items() if name in gains}
-    _fit(model, state, path, f"a {info.recipe.model.architecture} with {len(info.classes)} classes")
+    _load_weights(model, state, path, f"a {info.recipe.model.architecture} with {len(info.classes)} classes")
     if stayed:
         console.print(f"note: {run} has {len(info.classes)} classes; not taken from it: {', '.join(stayed)}")
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint."""
     try:
         return load_file(path)
@@ -429,7 +429,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a safetensors file, or damaged ({error})") from None
 
 
-def _fit(model: nn.Module, state: dict[str, Tensor], path: Path, holds: str) -> None:
+def _load_weights(model: nn.Module, state: dict[str, Tensor], path: Path, holds: str) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from segdeconv import bench
-from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, read_info, store_checkpoint
+from segdeconv.checkpoint import CheckpointInfo, copy_checkpoint, load_checkpoint, read_info
 from segdeconv.config import DataConfig, Recipe, recipe_to_yaml
 from segdeconv.data import EvalSet, open_samples
 from segdeconv.download import offline
@@ -202,7 +202,7 @@ def add(
     with tempfile.TemporaryDirectory(prefix=_ADDING, dir=zoo_folder()) as temporary:
         new = make_folder(Path(temporary) / name)
         weights = new / WEIGHTS
-        store_checkpoint(run / "best.safetensors", weights, info.recipe, half)
+        copy_checkpoint(run / "best.safetensors", weights, info.recipe, half)
         try:
             stored_scores = evaluate_run(
                 weights,

@@ -22,13 +22,13 @@ from segdeconv.checkpoint import (
     build_for,
     build_started,
     check_same_recipe,
+    copy_checkpoint,
     create_run_folder,
     find_checkpoint,
     load_checkpoint,
     read_info,
     save_checkpoint,
     start_from,
-    store_checkpoint,
 )
 from segdeconv.config import ModelConfig, NetworkDeconvConfig, Recipe, load_recipe
 from segdeconv.errors import UserError
@@ -245,7 +245,7 @@ def test_means_and_variances_are_not_halved(mode: str, tmp_path: Path) -> None:
     info = CheckpointInfo(RECIPE, "segmentation", CLASSES, ((1, 2, 3),) * 3, 4, {})
     save_checkpoint(tmp_path / "whole", layer, info)
     renamed = replace(RECIPE, name="renamed")
-    store_checkpoint(tmp_path / "whole", tmp_path / "half", renamed, half=True)
+    copy_checkpoint(tmp_path / "whole", tmp_path / "half", renamed, half=True)
     assert read_info(tmp_path / "half") == replace(info, recipe=renamed)
     stored = load_file(tmp_path / "half")
     assert torch.equal(stored["running_moments" if mode == "fast" else "running_mean"], kept)
@@ -391,7 +391,7 @@ def test_what_half_precision_cannot_hold_stays_whole(tmp_path: Path) -> None:
     layer.weight.data[0, 0] = 1e5
     info = CheckpointInfo(RECIPE, "segmentation", CLASSES, ((1, 2, 3),) * 3, 4, {})
     save_checkpoint(tmp_path / "whole", layer, info)
-    store_checkpoint(tmp_path / "whole", tmp_path / "half", RECIPE, half=True)
+    copy_checkpoint(tmp_path / "whole", tmp_path / "half", RECIPE, half=True)
     assert torch.equal(load_file(tmp_path / "half")["weight"], layer.weight)
 
 
@@ -401,7 +401,7 @@ def test_a_checkpoint_that_training_replaces_meanwhile_is_read_again(
     """Metadata, weights and hash are of one file."""
     path, _ = save(tmp_path / "best.safetensors", RECIPE)
     newer, model = save(tmp_path / "newer.safetensors", RECIPE)
-    read = checkpoint.read_state
+    read = checkpoint.read_weights
 
     def replaced(at: Path) -> dict[str, torch.Tensor]:
         state = read(at)
@@ -409,7 +409,7 @@ def test_a_checkpoint_that_training_replaces_meanwhile_is_read_again(
             os.replace(newer, path)
         return state
 
-    monkeypatch.setattr(checkpoint, "read_state", replaced)
+    monkeypatch.setattr(checkpoint, "read_weights", replaced)
     loaded, info = load_checkpoint(path)
     assert info.sha256 == checkpoint.sha256_of(path)
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
