@@ -56,6 +56,7 @@ from segdeconv.models import count_parameters, resolve, size_multiple, starts_tr
 Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
 
 TOLERANCE = 1e-3  # of a metric measured again, on a machine that rounds otherwise
+_HEADER = ("entry", "metric", "parameters", "GFLOP", "at", "MB")
 _UNIT = {"miou": "mIoU", "top1": "top-1", "top5": "top-5", "pixel_acc": "pixel accuracy"}
 _PRECISION = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of train.amp
 _ADDING = ".adding."  # begins the folder of an entry that is being made
@@ -116,9 +117,6 @@ def markdown(entries: Sequence[Entry]) -> str:
     """Entries as a table for the README, with links to their cards."""
     rows = [(f"[{entry.name}](zoo/{entry.name}/card.md)", *_cells(entry)) for entry in entries]
     return markdown_table(_HEADER, rows)
-
-
-_HEADER = ("entry", "metric", "parameters", "GFLOP", "at", "MB")
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:
@@ -417,48 +415,51 @@ def _card(
         "learning rate": f"{recipe.train.lr:g}",
         "seed": str(recipe.train.seed),
     }
-    by_class = scores["iou" if entry.task == "segmentation" else "recall"]
-    by_class = {cls: value for cls, value in by_class.items() if not math.isnan(value)}  # those that occur
-    classes = [
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    trained = (
+        f"{recipe.train.epochs} epochs in {_PRECISION[recipe.train.amp]}, {seconds / 60:.0f} minutes on "
+        f"{origin.machine}. The stored weights are of epoch {info.epoch}, the best on the pictures that "
+        f"the metrics are of.{place}"
+    )
+    per_class, key = ("IoU", "iou") if entry.task == "segmentation" else ("recall", "recall")
+    by_class = {cls: value for cls, value in scores[key].items() if not math.isnan(value)}  # that occur
+    classes = ", ".join(
         f"{index} {escaped(cls)}" + (f" ({by_class[cls]:.3f})" if cls in by_class else "")
         for index, cls in enumerate(info.classes)
-    ]
-    per_class = "IoU" if entry.task == "segmentation" else "recall"
-    network = "-".join(filter(None, (entry.architecture, entry.encoder)))
-    return "\n".join(
-        [
-            f"# {entry.name}",
-            "",
-            f"{entry.task.capitalize()}, {network}, trained {start}. {what}",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in facts.items()),
-            "",
-            f"![{'what it sees' if picture == 'overlay.jpg' else 'confusion matrix'}]({picture})",
-            "",
-            "## Data",
-            "",
-            str(origin.data),
-            "",
-            "## Reproduce",
-            "",
-            f"    segdeconv train {entry.name}",
-            "",
-            f"{recipe.train.epochs} epochs in {_PRECISION[recipe.train.amp]}, {seconds / 60:.0f} minutes on "
-            f"{origin.machine}. The stored weights are of epoch {info.epoch}, the best on the pictures that "
-            f"the metrics are of.{place}",
-            "",
-            f"## Classes ({per_class})",
-            "",
-            ", ".join(classes),
-            "",
-            "## Known failures",
-            "",
-            *(f"- {line}" for line in [*_failures(info.classes, by_class, scores, per_class), *origin.notes]),
-            "",
-        ]
     )
+    notes = [*_failures(info.classes, by_class, scores, per_class), *origin.notes]
+    failures = "\n".join(f"- {note}" for note in notes)
+    network = "-".join(filter(None, (entry.architecture, entry.encoder)))
+    shown = "what it sees" if picture == "overlay.jpg" else "confusion matrix"
+    return f"""\
+# {entry.name}
+
+{entry.task.capitalize()}, {network}, trained {start}. {what}
+
+| | |
+|---|---|
+{rows}
+
+![{shown}]({picture})
+
+## Data
+
+{origin.data}
+
+## Reproduce
+
+    segdeconv train {entry.name}
+
+{trained}
+
+## Classes ({per_class})
+
+{classes}
+
+## Known failures
+
+{failures}
+"""
 
 
 def _failures(
