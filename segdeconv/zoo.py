@@ -193,28 +193,12 @@ def add(
     origin = Origin(data, origin.machine or machine(device), origin.notes)
 
     make_folder(zoo_folder())
-    for stale in zoo_folder().glob(f"{_ADDING}*"):
-        with contextlib.suppress(FileNotFoundError):  # an add that has just ended
-            if time.time() - stale.stat().st_mtime > 24 * 3600:  # left by a process that was killed
-                shutil.rmtree(stale, ignore_errors=True)
+    _remove_abandoned()
     with tempfile.TemporaryDirectory(prefix=_ADDING, dir=zoo_folder()) as temporary:
         new = make_folder(Path(temporary) / name)
         weights = new / WEIGHTS
         copy_checkpoint(run / "best.safetensors", weights, info.recipe, half)
-        try:
-            stored_scores = evaluate_run(
-                weights,
-                device,
-                root=root,
-                split=scores["split"],
-                inference=replace(_inference(scores), amp="off"),
-                figures=Path(temporary),
-            )
-        except UserError as error:
-            raise UserError(
-                f"an entry's metrics are measured on what is stored, which failed: {error}; if the data lies "
-                "elsewhere, say --root"
-            ) from None
+        stored_scores = _evaluate_stored(weights, scores, Path(temporary), root, device)
         model, _ = load_checkpoint(weights, device)
         picture = _picture(model, info, new, Path(temporary), root, device)
         size = input_size(info.recipe.data)
@@ -274,6 +258,34 @@ def _finished_run(run: Path) -> tuple[CheckpointInfo, dict[str, Any], float]:
             f"{info.recipe.data.val!r}; evaluate anew: segdeconv eval {run}"
         )
     return info, scores, lines[-1]["seconds"]
+
+
+def _remove_abandoned() -> None:
+    """Remove what processes that were killed left of entries they were making."""
+    for folder in zoo_folder().glob(f"{_ADDING}*"):
+        with contextlib.suppress(FileNotFoundError):  # an add that has just ended
+            if time.time() - folder.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _evaluate_stored(
+    weights: Path, before: dict[str, Any], figures: Path, root: str | None, device: torch.device | str
+) -> dict[str, Any]:
+    """Scores of stored weights, measured as ``before`` was, but in float32."""
+    try:
+        return evaluate_run(
+            weights,
+            device,
+            root=root,
+            split=before["split"],
+            inference=replace(_inference(before), amp="off"),
+            figures=figures,
+        )
+    except UserError as error:
+        raise UserError(
+            f"an entry's metrics are measured on what is stored, which failed: {error}; if the data lies "
+            "elsewhere, say --root"
+        ) from None
 
 
 def _without_home(recipe: Recipe) -> Recipe:
