@@ -364,16 +364,7 @@ def evaluate_run(
     inference = inference or Inference()
     if predictions is not None or submission is not None:
         inference = replace(inference, original=True)
-    if onnx is not None and inference != Inference():
-        raise UserError(
-            "--onnx evaluates the graph as it is; windows, mirroring, scales, the original size, --amp and "
-            "saved predictions are PyTorch's (segdeconv predict writes a graph's)"
-        )
-    if info.task != "segmentation" and (inference.original or inference.window is not None):
-        raise UserError(
-            f"{run}: is a {info.task} run; --window, --original, --save-predictions and --submit are for "
-            "segmentation"
-        )
+    _check_inference(inference, info.task, run, onnx)
     data = info.recipe.data.at(root)
     if submission is not None:
         _check_submission(submission, data.dataset, split)
@@ -392,22 +383,17 @@ def evaluate_run(
     predict = inference.around(predict)
 
     with tempfile.TemporaryDirectory() as temporary:
-        observers: list[Observe] = []
         folder = predictions or (Path(temporary) if submission is not None else None)
-        if folder is not None:
-            observers.append(_Writer(samples, folder))
-        worst = _Worst(samples, ignore_index)
-        if figures is not None and samples.task == "segmentation":
-            observers.append(worst)
-        objects = (
-            _Objects(samples) if isinstance(samples, Cityscapes) and samples.config.size is None else None
-        )
-        if objects is not None:
-            observers.append(objects)
+        writer = None if folder is None else _Writer(samples, folder)
+        segments = samples.task == "segmentation"
+        worst = _Worst(samples, ignore_index) if segments and figures is not None else None
+        objects = None
+        if isinstance(samples, Cityscapes) and samples.config.size is None:
+            objects = _Objects(samples)
+        observers = [observer for observer in (writer, worst, objects) if observer is not None]
         scores = score(predict, loader, samples, ignore_index, torch_device, observers=observers)
-        if submission is not None and folder is not None:
-            names = [_prediction_name(samples, index) for index in range(len(samples))]
-            write_atomically(submission, lambda path: _zip(path, [folder / name for name in names]))
+        if submission is not None and writer is not None:
+            write_atomically(submission, writer.pack)
     if objects is not None and objects.any:
         scores |= objects.scores(torch.tensor(scores["confusion"]))
     result = {
@@ -424,7 +410,8 @@ def evaluate_run(
         tell(result)
     if figures is not None and np.any(scores["confusion"]):  # there are labels
         confusion_picture(scores["confusion"], samples.classes, figures / "confusion.png")
-        worst.save(figures / "worst.jpg")
+        if worst is not None:
+            worst.save(figures / "worst.jpg")
     return result
 
 
@@ -520,14 +507,34 @@ class _Writer:
             png = Image.fromarray(np.array(self.samples.label_ids, np.uint8)[labels])
         else:
             png = label_png(labels, self.samples.palette)
-        save_image(png, self.folder / _prediction_name(self.samples, index))
+        save_image(png, self._file(index))
+
+    def _file(self, index: int) -> Path:
+        name = self.samples.name(index)
+        if isinstance(self.samples, Cityscapes):  # the server looks for CITY_SEQUENCE_FRAME*.png
+            name = f"{name.removesuffix('_leftImg8bit')}_pred_labelIds"
+        return self.folder / f"{name}.png"
+
+    def pack(self, path: Path) -> None:
+        """All that was written in one zip file, uncompressed: PNGs are compressed already."""
+        with zipfile.ZipFile(path, "w") as archive:
+            for index in range(len(self.samples)):
+                file = self._file(index)
+                archive.write(file, file.name)
 
 
-def _prediction_name(samples: Samples, index: int) -> str:
-    name = samples.name(index)
-    if isinstance(samples, Cityscapes):  # the server looks for CITY_SEQUENCE_FRAME*.png
-        return f"{name.removesuffix('_leftImg8bit')}_pred_labelIds.png"
-    return f"{name}.png"
+def _check_inference(inference: Inference, task: str, run: str | Path, onnx: str | Path | None) -> None:
+    """Raise UserError for settings that a graph, or a run of this task, cannot be evaluated with."""
+    if onnx is not None and inference != Inference():
+        raise UserError(
+            "--onnx evaluates the graph as it is; windows, mirroring, scales, the original size, --amp and "
+            "saved predictions are PyTorch's (segdeconv predict writes a graph's)"
+        )
+    if task != "segmentation" and (inference.original or inference.window is not None):
+        raise UserError(
+            f"{run}: is a {task} run; --window, --original, --save-predictions and --submit are for "
+            "segmentation"
+        )
 
 
 def _check_submission(path: Path, dataset: str, split: str) -> None:
@@ -540,12 +547,6 @@ def _check_submission(path: Path, dataset: str, split: str) -> None:
     if path.suffix != ".zip":
         raise UserError(f"--submit {path}: the file's name must end in .zip")
     check_place(path)
-
-
-def _zip(path: Path, files: list[Path]) -> None:
-    with zipfile.ZipFile(path, "w") as archive:  # PNGs are compressed already
-        for file in files:
-            archive.write(file, file.name)
 
 
 def scores_folder(run: str | Path) -> Path:
