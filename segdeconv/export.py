@@ -236,23 +236,7 @@ def network_graph(model: nn.Module, interface: Interface, preparation: Preparati
         UserError: torch cannot export it.
     """
     import_onnxruntime()  # what the graph is compared in must not be missed after minutes of tracing
-    multiple = preparation.size_multiple
-    if interface.static is None:
-        batch, size = 2, tuple(side + -side % multiple for side in _TRACED_SIZE)
-        dims: list[Any] = [
-            torch.export.Dim("batch"),
-            torch.export.Dim.STATIC,
-            torch.export.Dim.DYNAMIC,
-            torch.export.Dim.DYNAMIC,
-        ]
-        if multiple > 1:
-            least = -(-_SMALLEST // multiple)
-            for axis, name in ((2, "rows"), (3, "columns")):
-                dims[axis] = multiple * torch.export.Dim(name, min=least, max=1 << 12)
-        shapes = {"image": dict(enumerate(dims))}
-    else:
-        batch, size = interface.static[0], _input_size(interface.static, interface, preparation)
-        shapes = None
+    (batch, *size), dynamic_shapes = _traced_shape(interface, preparation)
     network = _Logits(fold_network_deconv(model)).eval()
     for module in network.modules():
         if type(module) is Conv2dSame:
@@ -267,7 +251,7 @@ def network_graph(model: nn.Module, interface: Interface, preparation: Preparati
                 output_names=["logits"],
                 opset_version=interface.opset,
                 dynamo=True,
-                dynamic_shapes=shapes,
+                dynamic_shapes=dynamic_shapes,
                 custom_translation_table={
                     torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average,
                     torch.ops.segdeconv.conv2d_same.default: _same_convolution,
@@ -279,13 +263,36 @@ def network_graph(model: nn.Module, interface: Interface, preparation: Preparati
         raise UserError(f"the network cannot be exported to ONNX: {reason}") from None
     assert program is not None
     graph = program.model_proto
-    sizes = {value.name: value.type.tensor_type.shape.dim[2:] for value in graph.graph.value_info}
-    for node in graph.graph.node:
-        if node.op_type == "Resize" and [size.dim_value for size in sizes.get(node.input[0], ())] == [1, 1]:
-            # The same, and OpenCV's linear mode reads memory beyond a map of one pixel (seen in 5.0).
-            next(attribute for attribute in node.attribute if attribute.name == "mode").s = b"nearest"
+    _repeat_single_pixels(graph.graph)
     _strip(graph)
     return graph
+
+
+def _traced_shape(
+    interface: Interface, preparation: Preparation
+) -> tuple[tuple[int, int, int], dict[str, Any] | None]:
+    """Batch, height and width to trace at, and the ``dynamic_shapes`` of `torch.onnx.export`."""
+    if interface.static is not None:
+        return (interface.static[0], *_input_size(interface.static, interface, preparation)), None
+    multiple = preparation.size_multiple
+    height, width = (side + -side % multiple for side in _TRACED_SIZE)
+    dynamic = torch.export.Dim.DYNAMIC
+    dims: list[Any] = [torch.export.Dim("batch"), torch.export.Dim.STATIC, dynamic, dynamic]
+    if multiple > 1:
+        least = -(-_SMALLEST // multiple)
+        for axis, name in ((2, "rows"), (3, "columns")):
+            dims[axis] = multiple * torch.export.Dim(name, min=least, max=1 << 12)
+    return (2, height, width), {"image": dict(enumerate(dims))}
+
+
+def _repeat_single_pixels(graph: onnx.GraphProto) -> None:
+    """Resize maps of one pixel by nearest neighbour. The result is the same; OpenCV's linear mode would read
+    memory beyond such a map (seen in 5.0).
+    """
+    sizes = {value.name: value.type.tensor_type.shape.dim[2:] for value in graph.value_info}
+    for node in graph.node:
+        if node.op_type == "Resize" and [size.dim_value for size in sizes.get(node.input[0], ())] == [1, 1]:
+            next(attribute for attribute in node.attribute if attribute.name == "mode").s = b"nearest"
 
 
 def _strip(graph: onnx.ModelProto) -> None:
@@ -380,17 +387,14 @@ def _input_size(
     Raises:
         UserError: a fixed size is no multiple of what the network needs.
     """
-    height, width = shape[1:]
+    (batch, height, width), multiple = shape, preparation.size_multiple
     if interface.preprocess == "graph":
         return preparation.network_size(height, width)
-    if interface.static is not None and (
-        height % preparation.size_multiple or width % preparation.size_multiple
-    ):
+    if interface.static is not None and (height % multiple or width % multiple):
         raise UserError(
-            f"--static {shape[0]},{height},{width}: this network takes multiples of "
-            f"{preparation.size_multiple} pixels; choose such, or --preprocess graph, which pads"
+            f"--static {batch},{height},{width}: this network takes multiples of {multiple} pixels; choose "
+            "such, or --preprocess graph, which pads"
         )
-    multiple = preparation.size_multiple
     return height + -height % multiple, width + -width % multiple
 
 
@@ -442,7 +446,7 @@ def compare(
     if raw and task == "segmentation":
         rows, columns = preparation.size or shown
         logits = logits[..., :rows, :columns]
-    answers = {name: _answer(name, logits, shown) for name in interface.outputs}
+    answers: dict[str, NDArray[Any]] = {name: _answer(name, logits, shown) for name in interface.outputs}
     if any(found[name].shape != answers[name].shape for name in answers) or not np.isfinite(largest):
         return Parity(shape, float("inf"), 1.0, tolerance, False)
     scores = [name for name in interface.outputs if name != "labels"]
@@ -451,8 +455,11 @@ def compare(
     best = logits.topk(min(2, logits.shape[1]), dim=1).values
     margin = best[:, 0] - best[:, -1]
     clear = _nearest((margin > 2 * tolerance * largest).byte(), shown).numpy() > 0
-    labels = found["labels"] if "labels" in found else found[scores[0]].argmax(1)
-    wrong = labels != (answers["labels"] if "labels" in found else answers[scores[0]].argmax(1))
+
+    def labels_of(values: dict[str, NDArray[Any]]) -> NDArray[Any]:
+        return values["labels"] if "labels" in values else values[scores[0]].argmax(1)
+
+    wrong = labels_of(found) != labels_of(answers)
     if "labels" in found:
         passed = passed and not (wrong & clear).any()
     return Parity(shape, max_diff, float(wrong.mean()), tolerance, passed)
