@@ -188,6 +188,24 @@ def _check_split(samples: Samples, name: str, config: DataConfig) -> SplitReport
         end_workers(batches)
     if pictures and not labels.any():
         problems.append(f"{name}: no pixel of any mask is labelled, all are {config.ignore_index}, ignored")
+    return SplitReport(
+        name,
+        samples.classes,
+        pictures,
+        tuple(problems),
+        tuple(_warnings(samples, name, pictures, binary, turned)),
+        levels=levels,
+        labels=labels,
+        holding=holding,
+        labels_beside=beside,
+        digests=digests,
+    )
+
+
+def _warnings(samples: Samples, name: str, pictures: int, binary: list[str], turned: list[str]) -> list[str]:
+    """What looks wrong with a split; ``binary`` are the names of masks that hold 0 and 255 only, ``turned``
+    those of pictures that EXIF data turns.
+    """
     warnings = []
     if binary:
         warnings.append(
@@ -203,18 +221,7 @@ def _check_split(samples: Samples, name: str, config: DataConfig) -> SplitReport
         inner = folder_of_pictures(folder)
         if inner is not None:
             warnings.append(f"{inner}: holds pictures, which are not read; put them into {folder}")
-    return SplitReport(
-        name,
-        samples.classes,
-        pictures,
-        tuple(problems),
-        tuple(warnings),
-        levels,
-        labels,
-        holding,
-        beside,
-        digests,
-    )
+    return warnings
 
 
 def _as_it_is(sample: Any) -> Any:
