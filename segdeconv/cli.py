@@ -29,8 +29,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Number = TypeVar("Number", int, float)
-
 data_app = typer.Typer(
     help="Look at data before training.",
     no_args_is_help=True,
@@ -53,6 +51,8 @@ GraphOrRun = Annotated[
         "exported first."
     ),
 ]
+RecipeName = Annotated[str, typer.Argument(help="A YAML file, or a recipe's name (see: segdeconv recipes).")]
+EntryName = Annotated[str, typer.Argument(help="An entry of the zoo (see: segdeconv zoo list).")]
 Run = Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or an entry of the zoo.")]
 Root = Annotated[str | None, typer.Option(help="Where the data lies, if not where the recipe says.")]
 Window = Annotated[
@@ -68,13 +68,13 @@ Threads = Annotated[
     typer.Option(help="Threads of one run; by default onnxruntime takes all cores."),
 ]
 
-
 Norm = Literal["nd", "bn"]
 Split = Literal["train", "val", "test"]
 Amp = Literal["recipe", "off", "bf16", "fp16"]
 Task = Literal["segmentation", "classification"]
 Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
 Preprocess = Literal["none", "graph"]
+Number = TypeVar("Number", int, float)
 
 
 def _version(wanted: bool) -> None:
@@ -94,7 +94,7 @@ def _root(
 
 @app.command(short_help="Train a recipe, or go on with a run.")
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe's name (see: segdeconv recipes).")],
+    recipe: RecipeName,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. train.lr=0.05. Repeatable."),
@@ -562,7 +562,7 @@ def demo(
 
 @data_app.command("check", short_help="Read every file; list what is wrong.")
 def data_check(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or a recipe's name (see: segdeconv recipes).")],
+    recipe: RecipeName,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -620,9 +620,6 @@ def zoo_list(
     from segdeconv.zoo import listed, table
 
     console.print(table(listed(task, dataset, sort)))
-
-
-EntryName = Annotated[str, typer.Argument(help="An entry of the zoo (see: segdeconv zoo list).")]
 
 
 @zoo_app.command("info")
@@ -817,7 +814,7 @@ def main() -> None:
         del os.environ["COLUMNS"]
     # As Ctrl-C does, a request to end must not leave temporary files behind.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.unraisablehook = again = _Again()
+    sys.unraisablehook = resent = _ResentSigterm()
     try:
         code = app(standalone_mode=False)  # what a command gave typer.Exit, otherwise None
         print(end="", flush=True)
@@ -852,13 +849,15 @@ def main() -> None:
         _fail(f"{message}; see {command} --help")
     finally:
         signal.signal(signal.SIGTERM, before)
-        sys.unraisablehook = again.before
-        if again.timer is not None:
-            again.timer.cancel()
+        sys.unraisablehook = resent.before
+        if resent.timer is not None:
+            resent.timer.cancel()
 
 
-class _Again:
-    """Python drops what is raised in callbacks of the garbage collector: a request to end is sent again."""
+class _ResentSigterm:
+    """As ``sys.unraisablehook``: sends a request to end again where Python drops the exception that it raised,
+    as in callbacks of the garbage collector.
+    """
 
     def __init__(self) -> None:
         self.before = sys.unraisablehook
