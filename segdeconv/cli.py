@@ -140,7 +140,7 @@ def train(
         return out or Path("runs") / _run_name(recipe, loaded)
 
     def begun() -> Path:
-        return folder_of(load_recipe(file, changes))  # which does not depend on the network
+        return folder_of(load_recipe(file, changes))  # the folder does not depend on the network
 
     network = _network_of(init, begun if resume else None) if init is not None else []
     loaded = load_recipe(file, [*network, *changes])
@@ -716,7 +716,7 @@ def zoo_publish(
 
 @contextmanager
 def _graph_file(model: Path) -> Iterator[Path]:
-    """The graph itself; or that of a run, which is not kept."""
+    """The graph itself; or a run's, exported into a temporary folder."""
     if model.suffix == ".onnx":
         yield model
         return
@@ -743,7 +743,7 @@ def _recipe_file(name: str) -> str | Path:
 
 
 def _run_name(recipe: str, loaded: Recipe) -> str:
-    """NAME.NORM; of a zoo entry its own, or its twin's: many entries are of one recipe."""
+    """NAME.NORM; for a zoo entry its own name or its twin's, since many entries share a recipe."""
     from segdeconv.entries import is_entry
 
     if not is_entry(recipe):
@@ -754,7 +754,7 @@ def _run_name(recipe: str, loaded: Recipe) -> str:
 
 def _network_of(run: str, resumed: Callable[[], Path] | None) -> list[str]:
     """The changes that give a recipe the network of a run or entry, and make it begin with the weights. If
-    that is gone, a run in the folder ``resumed`` names that began with it says what its network was.
+    ``run`` is gone, the run in the folder that ``resumed`` gives, which began with it, says what it was.
     """
     import yaml
 
@@ -807,7 +807,7 @@ def _triple(option: str, text: str | None) -> tuple[int, int, int] | None:
 def main() -> None:
     """Run the command; bad input is one sentence on standard error and exit code 2 (3: see `Refused`)."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks must not end a command
+        if isinstance(stream, io.TextIOWrapper):  # a character it cannot encode must not end a command
             stream.reconfigure(errors="backslashreplace")
     # A terminal that does not know its size says 0; rich would print nothing.
     if os.environ.get("COLUMNS") == "0":
@@ -825,7 +825,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except (BrokenPipeError, SystemExit) as error:
-        # The reader of a pipe has seen enough, of which rich and typer make exit code 1.
+        # The reader of a pipe has closed it, which rich and typer turn into exit code 1.
         if BrokenPipeError in (type(error), type(error.__context__)):
             os._exit(141)  # Python would complain once more when it flushes standard output
         raise
@@ -855,8 +855,8 @@ def main() -> None:
 
 
 class _ResentSigterm:
-    """As ``sys.unraisablehook``: sends a request to end again where Python drops the exception that it raised,
-    as in callbacks of the garbage collector.
+    """A ``sys.unraisablehook`` that sends SIGTERM again where Python dropped the SystemExit it had raised, as
+    it does in callbacks of the garbage collector.
     """
 
     def __init__(self) -> None:

@@ -81,7 +81,7 @@ _CALIBRATION_BATCHES = 16
 _FILES = (
     *("recipe.yaml", "conversion.txt", "metrics.jsonl", "curves.png"),
     *("state.new.safetensors", "last.safetensors", "best.safetensors"),
-)  # which only the process writes that holds the folder's lock
+)  # written only by the process that holds the folder's lock
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str, power: float) -> float:
@@ -98,9 +98,8 @@ def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str, power: fl
 
 @contextlib.contextmanager
 def tf32_matmul(device: torch.device, amp: bool) -> Iterator[None]:
-    """Products of float32 matrices in TF32 on a GPU, as convolutions are by default. For training in 16 bits:
-    whitening matrices are as good as bfloat16 can hold them. Where the program has chosen a precision itself,
-    that one stays.
+    """Multiply float32 matrices in TF32 on a GPU, as convolutions are by default. For training in 16 bits,
+    which rounds whitening matrices further anyway. A precision that the program has chosen itself stays.
     """
     try:
         undecided = torch.get_float32_matmul_precision() == "highest"
@@ -193,10 +192,10 @@ def train(
 def _train(recipe: Recipe, out: Path, device: torch.device, resume: bool) -> dict[str, Any]:
     check_utf8(out, "safetensors")
     resume = resume and has_state(out)
-    run = None if resume else _prepare(recipe, device)  # what fails in it leaves no folder behind
+    run = None if resume else _prepare(recipe, device)  # first: if it fails, it leaves no folder behind
     make_folder(out)
     with only_process(out), _signals() as stop:
-        distributed.wait()  # before rank 0 leaves traces of a new run, the others have looked
+        distributed.wait()  # all ranks have looked for a run before rank 0 begins one
         if run is None:
             check_same_recipe(out, recipe)
             run = _prepare(recipe, device, out)
@@ -219,7 +218,7 @@ def dry_run(recipe: Recipe, device: torch.device | str = "cpu") -> None:
 
 @contextlib.contextmanager
 def only_process(out: Path) -> Iterator[None]:
-    """Hold the run folder's lock, which dies with the process, on rank 0; its holder may again."""
+    """Hold the run folder's lock on rank 0. It ends with the process, which may take it more than once."""
     if rank() != 0:
         yield
         return
@@ -233,7 +232,7 @@ def only_process(out: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
         raise UserError(f"{out}: cannot be locked ({first_line(error)}); choose another --out") from None
     try:
-        # What a killed process was writing, or safetensors for it; other commands write other files here.
+        # Temporary files of a killed process, safetensors' too; other commands write other files here.
         for left in chain(out.glob(".tmp??????"), *(temporaries_of(out / name) for name in _FILES)):
             if left.is_file():
                 left.unlink()
@@ -268,7 +267,7 @@ def _signals() -> Iterator[_Stop]:
 
 
 def _prepare(recipe: Recipe, device: torch.device, resumed: Path | None = None) -> _Run:
-    """Open the data and build the network; one that is resumed needs nothing of what it once started from."""
+    """Open the data and build the network; a resumed run needs nothing of what it once started from."""
     config = recipe.train
     architecture, _ = resolve(recipe.model)
     samples, held_out = open_samples(recipe.data, "train"), open_samples(recipe.data, "val")
@@ -328,7 +327,7 @@ class _Run:
         self.steps_per_epoch = len(self.loader)
         self.optimizer = make_optimizer(model, config)
         self.amp = AMP[config.amp]
-        # Processes with different shapes would compile graphs that need not sum up in the same order.
+        # Processes with batches of different shapes would compile graphs that may sum in different orders.
         self.compiles = config.compile and config.batch_size % world_size() == 0
         self.records = config.cuda_graphs and world_size() == 1 and device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -345,7 +344,7 @@ class _Run:
         self.recent: list[tuple[Tensor, Tensor]] = []
 
     def _parallel(self) -> nn.Module:
-        """The network that is trained; compiled not for validation, whose pictures have other sizes."""
+        """The network as steps call it; validation, whose pictures have other sizes, calls the plain one."""
         if world_size() == 1:
             return self._compiled()
         on_cpu = self.device.type == "cpu"
@@ -359,7 +358,7 @@ class _Run:
             return DistributedDataParallel(
                 self._compiled(),
                 device_ids=None if on_cpu else [self.device],
-                # Whitened layers have the same running values on all ranks; batch norm on the CPU has not.
+                # Whitened layers have the same running values on all ranks; batch norm on the CPU does not.
                 broadcast_buffers=batch_norm,
                 static_graph=True,
             )
@@ -367,7 +366,7 @@ class _Run:
     def _compiled(self) -> nn.Module:
         if not self.compiles:
             return self.model
-        if world_size() > 1:  # else it would cut the graph, which older torch cannot do to ours
+        if world_size() > 1:  # DDP's optimiser would cut the graph, which older torch cannot do with ours
             torch._dynamo.config.optimize_ddp = False
         return cast(nn.Module, torch.compile(self.model))
 
@@ -456,16 +455,17 @@ class _Run:
             self.refreshes = RefreshSchedule(self.model, self.amp)
         if self.records:
             dtype = self.amp if self.compiles else None
-            self.compute, self.refreshes = StepGraphs(self.model, self._compute, dtype), None  # with its own
+            self.compute = StepGraphs(self.model, self._compute, dtype)
+            self.refreshes = None  # the graphs have their own
         line: dict[str, Any] = {}
         if self.finished_epochs:
-            line = next(reversed(read_metrics(out)), {})  # a file system may have lost them all the same
+            line = next(reversed(read_metrics(out)), {})  # empty if the file system lost them
         if rank() == 0:
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=self.step + 1)
         with self.board or contextlib.nullcontext():
             for epoch in range(self.finished_epochs + 1, config.epochs + 1):
                 line = self._epoch(epoch)
-                # Batch norm on the CPU has left each rank running values, and averages of them, of its own.
+                # On the CPU every rank has running values of batch norm, and averages of them, of its own.
                 distributed.take_buffers_of_rank_0(self.model, self.evaluated)
                 if epoch % config.eval_every == 0 or epoch == config.epochs:
                     # Ranks cannot leave a validation, and a scheduler may not wait for its end.
@@ -531,8 +531,8 @@ class _Run:
             )
 
     def bytes_wanted(self) -> int:
-        """What files with weights hold when there are most: three states (the last, the one before and the
-        one that is written), and the last, the best and a temporary checkpoint.
+        """The most that files with weights take at a time: three states (the last, the one before and the
+        one being written) and three checkpoints (the last, the best and the one being written).
         """
         config = self.recipe.train
         network = sum(value.nbytes for value in self.model.state_dict().values())
@@ -598,14 +598,14 @@ class _Run:
                 self.save_state()
                 saved = time.monotonic()
         took = max(time.monotonic() - begin, 1e-9)
-        made = self.steps_per_epoch - first  # none, if the run was resumed before a validation
+        made = self.steps_per_epoch - first  # 0 if the run was resumed before a validation
         self.seconds = before + took
         self.batches.start = 0
         return {
             "epoch": epoch,
             "step": self.step,
             "loss": self.loss_total.item() / self.steps_per_epoch,
-            "lr": self._lr(self.step - 1),  # of a run that resumed here, the optimiser has made no step yet
+            "lr": self._lr(self.step - 1),  # the optimiser of a run resumed here has made no step yet
             "seconds": self.seconds,
             "images_per_second": made * config.batch_size / took if made else math.nan,
             "loader_share": source.seconds / took if made else math.nan,
@@ -613,7 +613,7 @@ class _Run:
         }
 
     def _guarded(self, call: Callable[..., Any], images: Tensor, *targets: Tensor) -> Any:
-        """What ``call`` returns for a batch; where the network cannot take it, one sentence."""
+        """``call`` on a batch; a UserError of one sentence if the network cannot take it."""
         try:
             return call(images, *targets)
         except UserError:
@@ -627,9 +627,8 @@ class _Run:
                     f"torch.compile cannot compile the network ({reason}); on a CPU it needs a C++ compiler; "
                     "start a run with train.compile=false"
                 ) from error
-            at_work = self.step > 0 and isinstance(error, RuntimeError)  # not for want of a network that fits
-            elsewhere = shortage(error) or distributed.says_a_process_is_gone(error)
-            if at_work or elsewhere:
+            after_a_step = self.step > 0 and isinstance(error, RuntimeError)  # so the network takes batches
+            if after_a_step or shortage(error) or distributed.says_a_process_is_gone(error):
                 raise
             raise UserError(
                 f"the network cannot train on batches of shape {tuple(images.shape)} "
@@ -649,11 +648,11 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        # Not in validation, which is to score what evaluation does.
+        # Training only: validation is to score what `segdeconv eval` does.
         with tf32_matmul(self.device, self.amp is not None):
             if self.refreshes is not None:
                 self.refreshes.step()
-            # A copy that blocks would wait for the step before.
+            # A blocking copy would wait for the step before.
             loss = self.compute(*(batch.to(self.device, non_blocking=True) for batch in (images, targets)))
         self.recent.append((loss, images))
         if len(self.recent) == self.patience or (self.step + 1) % self.steps_per_epoch == 0:
@@ -673,7 +672,7 @@ class _Run:
             output = self.parallel(images)
         loss = loss_of(output, targets, self.recipe.train, self.ignore_index)
         self.scaler.scale(loss).backward()
-        if self.patience > 1:  # not looked at yet: it must not spoil weights, which are to tell where it went
+        if self.patience > 1:  # not looked at yet: a bad loss must not spoil what `_check_finite` looks at
             bad = ~loss.detach().isfinite()
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
@@ -684,7 +683,7 @@ class _Run:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
     def _check_finite(self) -> None:
-        """Look at the recent losses, the last of which is that of the step that is being made."""
+        """Look at the recent losses; the last is the current step's."""
         finite = torch.stack([loss for loss, _ in self.recent]).isfinite()
         if not finite.all():
             first = int(finite.int().argmin())
@@ -731,7 +730,7 @@ class _Run:
 
     def _keep(self, line: dict[str, Any], score_now: float) -> None:
         """Leave an epoch's results: its line, checkpoints, TensorBoard's scalars and pictures."""
-        append_json_line(self.out / "metrics.jsonl", line)  # before a state says that the epoch is finished
+        append_json_line(self.out / "metrics.jsonl", line)  # before a state says the epoch is finished
         scalars = {key: value for key, value in line.items() if not isinstance(value, dict)}
         held_out = self.held_out
         info = CheckpointInfo(
@@ -801,7 +800,7 @@ class _Run:
 
 
 class _Timed:
-    """Iterate and add up the seconds that were spent waiting."""
+    """Iterate, and add up the seconds spent waiting for items."""
 
     def __init__(self, items: Iterable[Any]) -> None:
         self.items, self.seconds = items, 0.0
@@ -818,7 +817,7 @@ class _Timed:
 
 
 class _Stoppable:
-    """The validation batches, left where a signal asks a run of one process to stop."""
+    """The validation batches; a run of one process that a signal asks to stop ends between them."""
 
     def __init__(self, loader: DataLoader, run: _Run) -> None:
         self.loader, self.run = loader, run
@@ -851,7 +850,7 @@ def memory_mib(device: torch.device) -> float:
 
 @torch.no_grad()
 def first_bad_layer(model: nn.Module, images: Tensor) -> str:
-    """Which layer is the first whose weights or output are not finite, in a forward pass of ``images``."""
+    """The first layer whose weights or output are not finite in a forward pass of ``images``, in words."""
     weights: list[str] = []
     outputs: list[str] = []
 
@@ -879,6 +878,6 @@ def first_bad_layer(model: nn.Module, images: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    # A bad gradient spoils the weights of all layers before the one where it arose.
+    # A bad gradient spoils the weights of all layers before the one where it arose: the last is nearest.
     found = weights[-1:] or outputs
     return found[0] if found else "every layer's output is finite, so it was the loss itself"
