@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-# torch has this question since 2.7.
+# torch has it since 2.7.
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 LAYERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -65,7 +65,7 @@ def _(
 # written since (pytorch/pytorch#197039), but never the result of an operation it does not know.
 @torch.library.custom_op("segdeconv::snapshot", mutates_args=())
 def snapshot(value: Tensor) -> Tensor:
-    """What was made of a buffer's values of now, for the backward pass."""
+    """A copy of what was computed from a buffer's present values, for the backward pass."""
     return value.clone()
 
 
@@ -77,9 +77,10 @@ def _(value: Tensor) -> Tensor:
 
 @functools.cache
 def _fuse_snapshots() -> None:
-    """Let Inductor make a snapshot where it makes the value, not by a kernel of its own: only the partitioner
-    has to take it for a black box. Called when a graph is traced, so that nobody else imports Inductor.
-    A torch that does it otherwise makes that kernel.
+    """Let Inductor fuse a snapshot with what makes its value; only the partitioner must not see into it.
+
+    Called when a graph is traced, so that nothing else imports Inductor. In a torch with other internals a
+    snapshot stays a kernel of its own.
     """
     with contextlib.suppress(ImportError, AttributeError, KeyError, TypeError):
         from torch._inductor.lowering import lowerings, register_lowering

@@ -62,7 +62,7 @@ class _Recordings:
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 result = compute(*inputs)
         except RuntimeError as error:
-            # A recording that failed cannot be ended either: that is the last error, and says less.
+            # Ending a recording that failed fails too: that error comes last, and says less.
             cause = error if error.__suppress_context__ else error.__context__ or error
             if torch.OutOfMemoryError in (type(error), type(cause)):
                 raise torch.OutOfMemoryError from error

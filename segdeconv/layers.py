@@ -52,8 +52,8 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def _low_precision(x: Tensor) -> torch.dtype | None:
-    """bfloat16 where autocast computes in it, which leaves float64 alone; float16 has too little range for
-    gradients divided by the scale of a channel.
+    """bfloat16 if autocast brings ``x`` to it, else None: float16 has too little range for gradients divided
+    by the scale of a channel.
     """
     bfloat16 = _autocasts(x) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
     return torch.bfloat16 if bfloat16 else None
@@ -64,13 +64,14 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-# With fewer, statistics are so noisy that gradients grow from layer to layer: in exact mode the first layer's
-# of a U-Net on MobileNetV2 is 35 times as large without this rule (tools/gradient_by_sampling.py).
+# With fewer, statistics are so noisy that gradients grow from layer to layer: in exact mode that of the first
+# layer of a U-Net on MobileNetV2 is 35 times as large without this rule (tools/gradient_by_sampling.py).
 _SAMPLES_PER_FEATURE = 8
 _FEWEST_SAMPLES = 128  # fast mode, for blocks of few features
 
 # Fast mode: the running values count as this many samples in the statistics of a batch. That is next to
-# nothing on a map; but in a batch of two a linear layer sees two values per channel, which alone become +-1.
+# nothing on a map; but in a batch of two a linear layer sees two values per channel, which without them would
+# always become +-1.
 _PRIOR_SAMPLES = 16
 
 # Fast mode: the squared norm of a linear layer's whitened input is its number of features. A step moves its
@@ -151,20 +152,21 @@ class Whitened(nn.Module):
         self._start_anew(decorrelates=config.mode != "fast" or groups == 1 or channels > 1)
 
     def _register(self) -> None:
-        """A number of its own for every layer, copies included, by which compiled code finds it again.
+        """Give the layer a number, every copy its own, by which compiled code finds it.
 
-        A tensor, so that layers of one shape can share that code. `torch.func.functional_call` shares it
-        unasked: compiled, its running values go to the layer itself.
+        It is a tensor, so that layers of one shape can share that code. Under a compiled
+        `torch.func.functional_call` running values go to the layer itself, not into the buffers passed.
         """
         number = next(NUMBERS)
         self._number = torch.tensor(number, device="cpu")
         LAYERS[number] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Whitened:
-        # As every module's. Parametrized layers would bring one that makes copies without `__setstate__`.
+        # What copying does anyway; but torch's parametrizations give a class that has no `__deepcopy__` one
+        # that skips `__setstate__`.
         copied = self.__new__(type(self))
         memo[id(self)] = copied
-        # What `compile()` made of this layer would run this layer.
+        # A compiled call would run the original layer.
         state = {key: value for key, value in self.__dict__.items() if key != "_compiled_call_impl"}
         copied.__setstate__(copy.deepcopy(state, memo))
         return copied
@@ -199,7 +201,7 @@ class Whitened(nn.Module):
     def _start_anew(self, decorrelates: bool) -> None:
         groups, blocks, block, taps = self._shape
         features = block * taps
-        # Not of the weight itself, which may be sharded over processes; every one has the whole statistics.
+        # Not made from the weight, which may be sharded over processes; each has the whole statistics.
         like = torch.empty((), dtype=_at_least_float32(self.weight.dtype), device=self.weight.device)
         counter = torch.tensor(0, device=self.weight.device)
         identity = None
@@ -217,9 +219,9 @@ class Whitened(nn.Module):
             self.register_buffer("running_mean", like.new_zeros(groups, means, features))
         self.register_buffer("running_whitening", identity)
         self.register_buffer("num_batches_tracked", counter)
-        # The fast mode's own copy of num_batches_tracked: reading a tensor would wait for the device. It is
-        # of one tensor, for `torch.func.functional_call` brings others, and taken anew where the buffers may
-        # have been written: by DistributedDataParallel from another rank, or by averaging of weights.
+        # Fast mode: num_batches_tracked as a number, because reading the tensor would wait for the device,
+        # beside the tensor it was read from, because `torch.func.functional_call` brings others. None where
+        # the buffers may have been written: by DistributedDataParallel, or by averaging of weights.
         self._step = self.refresh_now = self._folding_matrix = None
 
     def reset_parameters(self) -> None:
@@ -304,7 +306,7 @@ class Whitened(nn.Module):
                 "network deconvolution does not train under torch.nn.DataParallel, whose replicas lose what "
                 "they measure; use torch.nn.parallel.DistributedDataParallel"
             )
-        like = self.weight if self.bias is None else self.bias  # a computed weight would be computed for this
+        like = self.weight if self.bias is None else self.bias  # a parametrized weight is computed when read
         if x.dtype != like.dtype and not _autocasts(x):  # before it spoils running values
             raise ValueError(
                 f"an input of {x.dtype} for a layer of {like.dtype}; convert one of them, as with "
@@ -394,7 +396,8 @@ class Whitened(nn.Module):
     def folded_parameters(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer this layer is in evaluation."""
         whitening, (mean, scale) = self.running_whitening, self.running_mean_and_scale()
-        # A training step before the backward pass writes into running values; jit traces are checked without.
+        # A training step may write into running values before the backward pass. Traces have the copies too,
+        # because torch.jit checks them with gradients off.
         if torch.is_grad_enabled() or torch.jit.is_tracing():
             mean = mean.clone()
             if whitening is not None:
@@ -487,7 +490,7 @@ class Whitened(nn.Module):
         if x.numel() == x.shape[1] and world_size() == 1:
             return x, *self.folded_parameters()
         outside = self.refresh_now is None or (self.refresh_now and world_size() > 1)
-        # Inside torch.compile torch 2.11 says yes to the question whether it exports.
+        # Inside torch.compile, torch 2.11 says that it exports.
         exports = outside and not torch.compiler.is_dynamo_compiling() and is_exporting()
         if torch.jit.is_tracing() or exports:
             raise RuntimeError(
@@ -549,7 +552,7 @@ class Whitened(nn.Module):
 
     @torch.no_grad()
     def update_folding_matrix(self, if_older: bool = False) -> None:
-        """Make it of the whitening matrix of now; or only if somebody has written into that since."""
+        """Make it from the present whitening matrix, with ``if_older`` only if that has changed since."""
         if self._folding_matrix is None:
             return
         version = self.running_whitening._version
@@ -612,9 +615,9 @@ class Whitened(nn.Module):
 
     @torch.no_grad()
     def _pool_moments(self, moments: Tensor, zeros: float) -> None:
-        """Make the running moments those of all batches so far as one, this one the last, as if all had the
-        same size. The mean of the batches' variances would leave out what lies between them: all there is, in
-        batches of one.
+        """Make the running moments those of all batches so far, with this one, as if they were a single batch
+        and all of one size. The mean of their variances would leave out the variance between batches, which
+        is all there is in batches of one.
         """
         share = 1 / (self._steps_taken() + 1)
         apart = (moments[0] - self.running_moments[0]).square() * (share * (1 - share) * (1 - 2 * zeros))
@@ -684,7 +687,7 @@ def is_due(step: int, refresh_every: int, offset: int = 0) -> bool:
 
 def _step_size(momentum: float | None, count: Any) -> Any:
     """The weight of batch number ``count``, a number or tensor: the first counts in full, as with Adam's bias
-    correction, or all equally, without a momentum.
+    correction. Without a momentum all batches count equally.
     """
     return 1 / count if momentum is None else momentum / (1 - (1 - momentum) ** count)
 

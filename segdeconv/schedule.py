@@ -15,17 +15,17 @@ from torch import nn
 from segdeconv.layers import Whitened, is_due
 from segdeconv.whitening import no_autocast, shrunk_inverse_sqrt
 
-# Matrices made together launch fewer kernels, and take some eight times their memory meanwhile.
+# Computed together, matrices launch fewer kernels, but take some eight times their memory meanwhile.
 _NUMBERS_AT_ONCE = 2**21
 
 
 class RefreshSchedule:
     """Which steps refresh the whitening of a network: all layers at once. For torch.compile and CUDA graphs.
 
-    A layer that decides for itself does so in Python, outside the graphs of torch.compile, and every layer
-    is a hole in them. With a schedule there are two graphs without any, one that measures the correlation of
-    what the layers read and one that does not. The whitening matrices are made of it before the next step,
-    of several layers of one size together; a new network's are the identity before the second step.
+    A layer that decides for itself does so in Python, outside the graphs of torch.compile, so every layer
+    is a hole in them. With a schedule there are two graphs without holes: one measures the correlation of
+    what the layers read, the other does not. The whitening matrices are computed from it before the next
+    step, those of one size together; in a new network they are the identity until then.
 
         refreshes = RefreshSchedule(network)
         for images, targets in batches:
@@ -38,8 +38,8 @@ class RefreshSchedule:
         dtype: in which autocast computes; for a compiled network, which then need not bring the whitening
             matrices to it at every step. (Not for `torch.func.functional_call` with other buffers: the
             matrices are the network's own.)
-        run: called with a key and a function instead of that function, which makes whitening matrices: always
-            the same for a key.
+        run: called as ``run(key, refresh)`` in place of ``refresh()``, which makes whitening matrices and is
+            the same function for a key each time.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class RefreshSchedule:
         due = tuple(is_due(self.steps, every) for every in self.layers)
         for now, layers in zip(due, self.layers.values(), strict=True):
             for layer in layers:
-                if layer.refresh_now is not now:  # modules take their time for a new value
+                if layer.refresh_now is not now:  # setting a module's attribute is slow
                     if layer.refresh_now is None:
                         layer.keep_folding_matrix(self.dtype)
                     layer.refresh_now = now

@@ -199,7 +199,7 @@ def _dense(rows: Tensor, x: Tensor) -> Tensor:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes a gradient on; to differentiate it raises an error, where it would silently be zero."""
+    """Passes a gradient on. Differentiating it is an error; otherwise the result would silently be zero."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *given: Tensor) -> Tensor:
@@ -214,8 +214,10 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For a Function's backward pass. torch's own of this name is passed over without an error by
-    `torch.autograd.grad`, which asks for no gradient of what is new: second derivatives would be zero.
+    """Decorates a Function's backward pass: to differentiate its results is an error.
+
+    With torch's own of this name `torch.autograd.grad` would find no way from the results to its inputs, and
+    give second derivatives of zero without an error.
     """
 
     @functools.wraps(backward)
@@ -252,7 +254,7 @@ class _ChannelMoments(torch.autograd.Function):
             var = torch.addcmul(var * (1 - zeros), mean, mean, value=zeros)
         ctx.save_for_backward(x, mean)
         ctx.zeros = zeros
-        # Not `view_as`, which changes the strides of a batch of one: it is not channels-last any more.
+        # Not `view_as`, which changes the strides of a batch of one, so that it is no longer channels-last.
         return torch.ops.aten.alias(x), torch.stack((mean, var))
 
     @staticmethod
@@ -383,7 +385,7 @@ def fold_whitening(
         folded_GOKF = (weight_GOKF.flatten(1, 2) @ whitening_GFF.to(dtype)).view_as(weight_GOKF)
     scale_GOKF = None if scale_GKF is None else scale_GKF[:, None].to(dtype)
     mean_GOKF = mean_GKF.expand(groups, *folded_GOKF.shape[2:])[:, None]
-    if torch.compiler.is_compiling():  # its compiler makes one loop of what it can see into
+    if torch.compiler.is_compiling():  # which fuses this into one loop, but no baddbmm
         if scale_GOKF is not None:
             folded_GOKF = folded_GOKF * scale_GOKF
         shifted = bias - (folded_GOKF * mean_GOKF).sum((2, 3)).flatten()
@@ -452,10 +454,10 @@ class _StandardiseAndFold(torch.autograd.Function):
 
 
 class _CompiledStandardiseAndFold(torch.autograd.Function):
-    # For compilers, which join what is written one after the other here. The weight leaves in the precision
-    # and memory layout (channels last: T taps before C channels, which are K blocks of B) in which the
-    # convolution reads it and keeps it for the backward pass, and its gradient comes in. All passes are in
-    # that layout, into which D's columns are brought: no transposition is joined with the sums beside it.
+    # For compilers, which fuse these operations. The weight is returned, and its gradient arrives, in the
+    # precision and memory layout (channels last: T taps before C channels, which are K blocks of B) in which
+    # the convolution reads it and keeps it for the backward pass. All is computed in that layout, to which
+    # D's columns are brought: so no transposition is fused with the sums beside it.
 
     @staticmethod
     def forward(
@@ -481,7 +483,7 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
         folded_GOTKB = folded_GOTKB.to(out or weight.dtype).contiguous()
         shifted = bias.to(wide) - (folded_GOTKB.to(wide) * mean_G11KB).sum((2, 3, 4)).flatten()
         folded = folded_GOTKB.view(len(weight), *weight.shape[2:], -1).movedim(-1, 1)
-        # Nothing that may return what it is given, here: torch 2.11 compiles that to wrong gradients.
+        # Not `to` alone, which may return its input: torch 2.11 compiles that to wrong gradients.
         if shifted.dtype != bias.dtype:
             shifted = shifted.to(bias.dtype)
         ctx.save_for_backward(folded, moments_2C, matrix_GFF)
@@ -496,7 +498,7 @@ class _CompiledStandardiseAndFold(torch.autograd.Function):
         weight_dtype, bias_dtype, dtype = ctx.dtypes
         wide, groups = moments_2C.dtype, moments_2C.shape[1] // folded.shape[1]
         shape = groups, len(folded) // groups, math.prod(folded.shape[2:]), folded.shape[1]
-        # A compiler traces this with the forward pass, autocast included.
+        # A compiler traces this together with the forward pass, inside its autocast.
         with no_autocast(folded):
             mean_G11C, var_G11C = moments_2C.view(2, groups, 1, 1, -1)
             scale_G11C = (var_G11C + ctx.eps).rsqrt()
@@ -541,9 +543,9 @@ def standardise_and_fold(
     Differentiable once, with respect to weight, bias and moments; the whitening matrix counts as constant.
 
     Args:
-        low_precision: bfloat16 for arithmetic and results in it, which autocast would round to anyway.
-            Compiled it is for the product with D alone, and ``out`` for the weight.
-        out: what autocast would round the weight to, for compilers.
+        low_precision: bfloat16 to compute and return in it, where autocast would round to it anyway. In
+            compiled code only the product with D is in it.
+        out: in compiled code, the type of the weight returned: what autocast would round it to.
         matrix_GFF: the `folding_matrix` of ``whitening_GFF`` where it is there already, for compilers.
 
     Returns:
