@@ -139,7 +139,7 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
 
 
 def _sort_header(path: Path) -> None:
-    """Safetensors writes metadata in an order of chance: equal files are to have equal hashes."""
+    """Sort the metadata, which safetensors writes in random order: equal files are to have equal hashes."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -170,7 +170,7 @@ def has_state(run: Path) -> bool:
 
 
 def recipe_digest(run: Path) -> str:
-    """A hash of a run's recipe, but for `FREE_KEYS`: of its file, to which newer versions add no keys."""
+    """A hash of a run's recipe without `FREE_KEYS`: of the file, as parsing adds a newer version's keys."""
     begun = flat(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
     kept = {key: value for key, value in begun.items() if key not in FREE_KEYS}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
@@ -359,8 +359,8 @@ def build_for(
 ) -> tuple[nn.Module, ConversionReport | None]:
     """`build_model`'s untrained network of ``config`` for a state dict of these names.
 
-    Where a trained batch norm had no layer before it to be folded into, its affine has a weight among them.
-    Recipes do not say so, because runs start from runs.
+    A warm start leaves an affine layer, whose weight is among them, where a batch norm had no layer before it
+    to be folded into. A recipe does not say whether its network began so, because runs start from runs.
     """
     built = build_model(config, classes, pretrained=False, warm_start=False)
     if {name for name in names if name.endswith(".weight")} <= built[0].state_dict().keys():

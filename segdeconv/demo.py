@@ -43,7 +43,7 @@ def run_demo(out: Path, overrides: list[str] | None = None) -> None:
         for path in out.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name not in (".lock", marker.name):  # or a demo that is stopped here is none any more
+            elif path.name not in (".lock", marker.name):  # a demo that is stopped here is still one
                 path.unlink()
         _run(recipe, out)
 

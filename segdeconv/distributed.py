@@ -1,9 +1,9 @@
 """Several processes that train one network, as torchrun starts them.
 
-On torch.distributed, which is there anyway: what a run needs is a process group, DistributedDataParallel's
-averaging of gradients and one sum over the ranks, and a further layer over these would hide where a
-collective happens. The layers' statistics, the loss and the data are shared out such that N processes do what
-one does with the whole batch; each does that where it is written, with the functions of this file.
+On torch.distributed alone: a run needs a process group, DistributedDataParallel's averaging of gradients and
+one sum over the ranks, and a further library over these would hide where a collective happens. N processes
+compute what one does with the whole batch: the layers' statistics, the loss and the loaders each see to that
+themselves, with the functions of this file.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def take_buffers_of_rank_0(*modules: nn.Module) -> None:
 
 
 def says_a_process_is_gone(error: Exception) -> bool:
-    """Whether an error of a collective, which may be anywhere, comes from the loss of another process."""
+    """Whether an error, wherever it was raised, is that of a collective which another process has left."""
     words = ("Connection", "gloo", "NCCL", "peer")
     return launched_by_torchrun() and any(word in str(error).partition("\n")[0] for word in words)
 

@@ -45,8 +45,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def shortage(error: Exception) -> str | None:
-    """The sentence for an error that says what the machine has too little of; None for another one. Torch
-    tells of a loader's processes in words only, at whatever line the program is.
+    """The sentence for an error that says what the machine has too little of; None for any other. torch
+    reports lost processes of a loader in words only, at whatever line the program is.
     """
     for words, advice in _SHORT_OF.items():
         if found := re.search(words, str(error)):

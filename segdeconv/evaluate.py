@@ -1,7 +1,7 @@
 """Evaluation: one path from pictures to scores, for a torch network and for an exported graph.
 
-It takes a `Predict`. Sliding windows, mirroring and scales are functions from one such to
-another, and average class probabilities. Where classes compete and what is counted is decided in `score`.
+It takes a `Predict`. Sliding windows, mirroring and scales make of one `Predict` another, which averages
+class probabilities; `score` picks the most probable class and counts.
 """
 
 from __future__ import annotations
@@ -466,7 +466,7 @@ def _average_sizes() -> dict[str, float]:
 
 
 class _Worst:
-    """Keeps the pictures with the lowest mIoU, over the classes that each has or was given."""
+    """Keeps the pictures with the lowest mIoU, over the classes that occur in a picture's truth or labels."""
 
     def __init__(self, samples: Samples, ignore_index: int) -> None:
         self.samples, self.ignore_index = samples, ignore_index

@@ -183,7 +183,7 @@ def finish(
 ) -> onnx.ModelProto:
     """The whole graph, checked and with its metadata, from the network's own.
 
-    Its name carries a hash of all it computes, so that engine caches that go by the name never mix two.
+    Its name holds a hash of all it computes, so that engine caches that go by names never mix up two graphs.
 
     Args:
         changes: metadata that differ from `graph_metadata`.
@@ -326,7 +326,7 @@ def _bins(length: Any, count: int) -> Any:
     return op.Div(op.Cast(inside, to=onnx.TensorProto.FLOAT), op.Cast(width, to=onnx.TensorProto.FLOAT))
 
 
-# Traced through, what it pads by takes torch minutes.
+# An operator of its own, because torch takes minutes to trace how it computes its padding.
 @torch.library.custom_op("segdeconv::conv2d_same", mutates_args=())
 def _conv2d_same(
     x: Tensor,

@@ -82,7 +82,7 @@ def with_legend(picture: Image.Image, classes: tuple[str, ...], palette: Palette
 
 
 def _pen(canvas: Image.Image) -> ImageDraw.ImageDraw:
-    """It writes in matplotlib's font: Pillow's own has no letters but English ones."""
+    """What draws on it, with matplotlib's font: Pillow's own has English letters only."""
     pen = ImageDraw.Draw(canvas)
     pen.font = _font()
     return pen

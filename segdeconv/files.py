@@ -30,20 +30,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     if os.path.isdir(path):  # False where Path.is_dir raises
         raise UserError(f"{path}: is a folder, not a file to write")
     target = Path(os.path.realpath(path))
-    # Of two writers at once, threads or in containers, each has its own.
+    # Named by chance, not by the process: two writers at once may be threads, or in containers.
     temporary = target.with_name(_temporary_name(path, secrets.token_hex(8)))
     try:
         if path.exists() and (not path.is_file() or str(path.parent) in _STREAMS):  # stdout may be a file
             _write_into(path, write)
             return
         temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors leaves files to their owner alone
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # safetensors makes files for their owner alone
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, mode)
         os.replace(temporary, target)
-        with contextlib.suppress(OSError):  # it is there, whether or not the folder may be read
+        with contextlib.suppress(OSError):  # the file is there, even if its folder may not be opened
             _sync_folder(target.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -53,11 +53,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _temporary_name(path: Path, token: str) -> str:
-    return f".{path.stem[:40]}.{token}.tmp{path.suffix}"  # names have 255 bytes
+    return f".{path.stem[:40]}.{token}.tmp{path.suffix}"  # a name has 255 bytes at most
 
 
 def temporaries_of(path: Path) -> Iterator[Path]:
-    """What killed processes left of writing ``path``, and a live one is filling."""
+    """The temporary files for ``path``: those that killed processes left, and those being filled."""
     return Path(os.path.realpath(path)).parent.glob(_temporary_name(path, "?" * 16))
 
 
@@ -69,7 +69,7 @@ def _write_into(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Like `write_atomically`, a text."""
+    """Write a text, in UTF-8, by `write_atomically`."""
     write_atomically(path, lambda temporary: temporary.write_text(as_utf8(text), encoding="utf-8"))
 
 
@@ -184,7 +184,7 @@ def read_json_lines(path: Path, missing_ok: bool = False) -> list[dict[str, Any]
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Add a line and have it on the disk; a last one that was cut short gives way to it.
+    """Append a line and flush it to the disk; it replaces a last line that was cut short.
 
     Raises:
         UserError: the file cannot be written.
@@ -193,7 +193,7 @@ def append_json_line(path: Path, value: dict[str, Any]) -> None:
         with path.open("a+b") as file:
             file.seek(0)
             there = file.read()
-            if not there.endswith(b"\n"):  # else left alone: another process may be adding to it
+            if not there.endswith(b"\n"):  # only then: another process may be appending
                 file.truncate(there.rfind(b"\n") + 1)
             file.write(f"{to_json(value)}\n".encode())
             file.flush()

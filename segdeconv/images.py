@@ -24,9 +24,9 @@ Color = tuple[int, int, int]
 Palette = tuple[Color, ...]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")  # by whatever name; of others Pillow runs foreign programs
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")  # by content; for others Pillow may run programs
 
-_ORIENTATION = 0x0112  # EXIF's tag, and what brings its values upright
+_ORIENTATION = 0x0112  # EXIF's tag; below, what turns a picture of each value upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,7 +43,7 @@ def list_images(folder: Path) -> tuple[list[Path], list[str]]:
     """The pictures in a folder, sorted by name, and what is wrong with them, a sentence each: there is none,
     or a picture left out because another has its name but for the suffix.
     """
-    with os.scandir(folder) as there:  # whose is_dir asks no disk again
+    with os.scandir(folder) as there:  # whose is_dir rarely asks the disk
         names = [entry.name for entry in there if not entry.name.startswith(".") and not entry.is_dir()]
     found = sorted(folder / name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES)
     problems = []
@@ -214,6 +214,6 @@ def save_image(image: Image.Image, path: Path) -> None:
     Raises:
         UserError: the place cannot be written.
     """
-    file = io.BytesIO()  # Pillow takes no notice of a JPEG that a full disk cuts off
+    file = io.BytesIO()  # Pillow raises nothing where a full disk cuts off a JPEG
     image.save(file, Image.registered_extensions()[path.suffix.lower()], quality=92)
     write_atomically(path, lambda temporary: temporary.write_bytes(file.getvalue()))

@@ -124,7 +124,7 @@ def inspect_run(
     data = info.recipe.data.at(root)
     images = _some_pictures(model, data)
     out = make_folder(Path(out))
-    if (out / "inspect.json").exists():  # it would not tell of pictures that an earlier call left
+    if (out / "inspect.json").exists():  # or pictures of an earlier call would stay
         for name in ("spectrum", "sparsity", "filters"):
             (out / f"{name}.png").unlink(missing_ok=True)
     report: dict[str, Any] = {"recipe": info.recipe.name, "norm": info.recipe.model.norm, "epoch": info.epoch}

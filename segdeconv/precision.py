@@ -120,7 +120,7 @@ def export_smaller(
 
     Args:
         run: a run folder, checkpoint or zoo entry; its data must be at hand.
-        half_io: of fp16: let also the graph's input and its scores be float16.
+        half_io: for fp16: the graph's input and scores are float16 too.
         root: where the data lies, if not where the recipe says.
         device: where speed and accuracy are measured, as `Segmenter` takes it.
 

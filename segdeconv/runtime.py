@@ -67,7 +67,7 @@ def _size(metadata: dict[str, Any]) -> tuple[int, int]:
 
 
 def _value(key: str, text: str) -> Any:
-    """Of the graph's metadata, to which other tools may have added texts of their own."""
+    """A value of the graph's metadata: JSON, or what another tool has added as plain text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -111,7 +111,7 @@ def open_session(
     def session(providers: list[Any]) -> Any:
         # Without enable_fallback=0 a session whose CUDA fails in the middle is made anew on the CPU.
         made = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
-        # What is not UTF-8 in a damaged file fails only when it is asked for.
+        # Names and metadata of a damaged file may not be UTF-8, which fails only when they are read.
         _ = made.get_modelmeta().custom_metadata_map, [*map(str, (*made.get_inputs(), *made.get_outputs()))]
         return made
 

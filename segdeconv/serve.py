@@ -156,7 +156,7 @@ class _WorkerPool:
     def _leave(self, future: asyncio.Future[Response]) -> None:
         self.working -= 1
         self._free.release()
-        future.exception()  # seen, also where nobody waits any more
+        future.exception()  # or asyncio would log it where nobody waits any more
 
     def close(self) -> None:
         self._threads.shutdown()
@@ -323,7 +323,7 @@ def _file(path: Path) -> Callable[[], Awaitable[FileResponse]]:
 
 
 def _check_type(request: Request) -> None:
-    """Only types that a page of another origin cannot send unless the server allows it, which it does not."""
+    """Refuse the content types that a page of another origin could send unasked, without CORS's preflight."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not kind.startswith("image/") and kind != "application/octet-stream":
         raise HTTPException(

@@ -47,7 +47,7 @@ def evenly_spread(count: int, length: int) -> list[int]:
 
 
 def find_samples(config: DataConfig, split: str) -> Samples:
-    """The 'train' or 'val' split of the data a recipe names, without the files its ``problems`` tell of.
+    """The 'train' or 'val' split of the data a recipe names, without the files that its ``problems`` name.
 
     Raises:
         UserError: no data set of that name, a folder that is missing, or classes that make no sense.
@@ -200,7 +200,7 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class Loader(DataLoader[Any]):
-    """A loader whose processes leave Ctrl-C and SIGTERM, which often come to all of a run, to the run."""
+    """A loader whose processes ignore Ctrl-C and SIGTERM, which often reach every process of a run."""
 
     def __init__(self, dataset: Dataset[Any], **options: Any) -> None:
         super().__init__(dataset, worker_init_fn=_leave_signals_to_the_run, **options)
@@ -217,10 +217,10 @@ class _Workers(_MultiProcessingDataLoaderIter):
     """
 
     def __init__(self, loader: Loader) -> None:
-        # Torch's destructor asks for them, even if its constructor did not come so far.
+        # torch's destructor reads these, even after a constructor that failed early.
         self._shutdown, self._worker_pids_set, self._workers = True, False, []
         try:
-            with _signals_wait():
+            with _signals_blocked():
                 super().__init__(loader)
         except BaseException as error:
             self._shutdown = not self._worker_pids_set  # torch cannot end them before it has noted them all
@@ -245,13 +245,13 @@ _TO_ALL_OF_A_RUN = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Hold signals back from this thread, and for good from processes that it starts."""
+def _signals_blocked() -> Iterator[None]:
+    """Block signals in this thread, and for good in the processes that it starts."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # when it starts, it ends the waiting
+        resource_tracker.ensure_running()  # its start unblocks them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_ALL_OF_A_RUN)
     try:
         yield
@@ -260,7 +260,7 @@ def _signals_wait() -> Iterator[None]:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """For processes that inherit no mask, as those of a forkserver."""
+    """In a worker process; those of a forkserver inherit no mask."""
     for number in _TO_ALL_OF_A_RUN:
         signal.signal(number, signal.SIG_IGN)
 
@@ -308,8 +308,8 @@ def _collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def end_workers(batches: Any) -> None:
-    """End the processes, if any, of a loader's iterator, or of a generator that ends them when it is closed:
-    a traceback may hold either.
+    """End the processes, if any, of a loader's iterator, or of a generator that ends them when it is closed.
+    By themselves they would end when it is deleted, but a traceback may hold it.
     """
     if hasattr(batches, "close"):
         batches.close()

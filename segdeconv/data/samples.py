@@ -43,8 +43,8 @@ class Samples(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What a picture is called, without suffix: its stem, or CLASS/STEM in class folders. No other in the
-        split is called so.
+        """What a picture is called, without suffix: its stem, or CLASS/STEM in class folders. No two pictures
+        of a split share a name.
         """
 
     @abstractmethod
@@ -130,7 +130,7 @@ def read_mask(path: Path) -> Picture:
     """Class numbers (H, W) uint8 from an 8-bit grey or palette picture in a lossless format.
 
     Raises:
-        UserError: the file is damaged, has colour channels or another depth, is lossy, or is to be turned.
+        UserError: the file is damaged, has colour channels, another depth or an EXIF turn, or is lossy.
     """
     image = open_image(path)
     if image.format in ("JPEG", "WEBP"):
@@ -144,7 +144,7 @@ def read_mask(path: Path) -> Picture:
             f"{path}: a mask must be an 8-bit grey or palette picture of class numbers, not {kind}"
         )
     load_pixels(image, path)
-    if exif_turn(image) is not None:  # which pictures are turned by, and few tools that write masks mean
+    if exif_turn(image) is not None:  # pictures are turned by it, but masks are hardly ever meant to be
         raise UserError(
             f"{path}: has an EXIF orientation, which a mask must not have; save it upright and without"
         )

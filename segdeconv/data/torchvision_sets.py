@@ -31,7 +31,7 @@ TORCHVISION = {
 
 
 def _alone(root: Path) -> AbstractContextManager[object]:
-    """While one process fetches, others of this run or another would read what is half there."""
+    """A lock: while one process fetches files, others would read what is half there."""
     lock = make_folder(root) / ".download.lock"
     writable = os.access(lock if lock.exists() else root, os.W_OK)
     return filelock.FileLock(lock) if writable else nullcontext()

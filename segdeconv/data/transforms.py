@@ -69,7 +69,7 @@ class BatchTransform:
     """Padding, crop, mirror and normalisation of pictures of one size, a whole batch in one operation each.
 
     What `TrainTransform` takes half a millisecond for is done in a few microseconds here, which is what small
-    pictures need. What befalls a picture is row ``index`` of a table drawn from seed and epoch.
+    pictures need. What is done to a picture is in row ``index`` of a table drawn from seed and epoch.
     """
 
     @staticmethod
@@ -117,7 +117,7 @@ class EvalTransform:
 
     def __init__(self, config: DataConfig, multiple: int) -> None:
         self.config = config
-        # Data sets have compared sizes; scored at their own, labels keep them while pictures are resized.
+        # Data sets have compared sizes. They may differ: labels scored at their own size are not resized.
         self.steps = A.Compose(_finish(config, multiple), is_check_shapes=False)
 
     def __call__(self, image: np.ndarray, target: np.ndarray | int) -> tuple[Tensor, Tensor]:

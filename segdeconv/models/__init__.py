@@ -22,7 +22,7 @@ ARCHITECTURES: dict[str, Architecture] = merge(
     segmentation.ARCHITECTURES, classification.ARCHITECTURES, cifar.ARCHITECTURES
 )
 
-# With these timm fetches and reads files of any place, which a stranger's recipe or checkpoint may name.
+# With these timm fetches and reads files from anywhere, and a stranger's recipe or checkpoint may say where.
 _OPTIONS_OF_PLACES = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
 _PRETRAINED_OPTIONS = ("weights", "weights_backbone", "encoder_weights", "pretrained")
 
