@@ -125,38 +125,15 @@ def around(
         _prepare(before, preparation, float_type, interface.portable)
     padded = raw and segments and preparation.size_multiple > 1
     resized = raw and segments and preparation.size is not None
-    scores = "logits"
     if padded or resized:
-        _rename(graph, "logits", scores := "scores")
-    if padded:
-        inner = "" if resized else "logits"
-        scores = after.add(
-            "Slice", scores, after.ints([0, 0]), "prepared_size", after.ints([2, 3]), name=inner
-        )
-    for output in interface.outputs:
-        value, name = scores, "" if resized else output
-        if output == "labels":
-            # TensorRT has uint8 at the ends of a graph alone, and makes it of floats alone.
-            indices = after.add("ArgMax", scores, axis=1, keepdims=int(resized))
-            value = after.add("Cast", indices, to=TensorProto.FLOAT)
-        elif output == "probabilities":
-            value = after.add("Softmax", scores, axis=1, name=name)
-        if resized:
-            size = after.add("Shape", "image", start=1, end=3)
-            if output == "labels":  # the nearest neighbour that images.resize_labels takes
-                how = {"mode": "nearest", "nearest_mode": "round_prefer_ceil"}
-                value = after.add("Squeeze", after.resize(value, size, **how), after.ints([1]))
-            else:
-                after.resize(value, size, name=output, mode="linear")
-        if output == "labels":
-            after.add("Cast", value, to=label_type, name=output)
+        _rename(graph, "logits", "scores")
+    _answer(after, interface.outputs, label_type, padded, resized)
 
     nodes = [*before.nodes, *graph.node, *after.nodes]
     del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend(nodes)
     graph.initializer.extend([*before.constants, *after.constants])
-    fixed = map(int, interface.static) if interface.static else ("batch", "height", "width")
-    batch, height, width = fixed
+    batch, height, width = map(int, interface.static) if interface.static else ("batch", "height", "width")
     shape = [batch, height, width, 3] if raw else [batch, 3, height, width]
     kind = TensorProto.UINT8 if raw else float_type
     graph.input.append(helper.make_tensor_value_info("image", kind, shape))
@@ -254,6 +231,33 @@ def _prepare(nodes: _Nodes, preparation: Preparation, float_type: int, portable:
         missing = add("Mod", add("Sub", multiple, add("Mod", "prepared_size", multiple)), multiple)
         pixels = add("Pad", pixels, add("Concat", nodes.ints([0] * 6), missing, axis=0))
     add("Cast", pixels, to=float_type, name="planes")
+
+
+def _answer(nodes: _Nodes, outputs: Sequence[Output], label_type: int, padded: bool, resized: bool) -> None:
+    """From the network's logits to ``outputs``. If they are ``padded``, or of a ``resized`` picture, they are
+    called ``scores``, and ``logits`` are made of them.
+    """
+    add = nodes.add
+    scores = "scores" if padded or resized else "logits"
+    if padded:
+        inner = "" if resized else "logits"
+        scores = add("Slice", scores, nodes.ints([0, 0]), "prepared_size", nodes.ints([2, 3]), name=inner)
+    for output in outputs:
+        value, name = scores, "" if resized else output
+        if output == "labels":
+            # TensorRT has uint8 at the ends of a graph alone, and makes it of floats alone.
+            value = add("Cast", add("ArgMax", scores, axis=1, keepdims=int(resized)), to=TensorProto.FLOAT)
+        elif output == "probabilities":
+            value = add("Softmax", scores, axis=1, name=name)
+        if resized:
+            size = add("Shape", "image", start=1, end=3)
+            if output == "labels":  # the nearest neighbour that images.resize_labels takes
+                how = {"mode": "nearest", "nearest_mode": "round_prefer_ceil"}
+                value = add("Squeeze", nodes.resize(value, size, **how), nodes.ints([1]))
+            else:
+                nodes.resize(value, size, name=output, mode="linear")
+        if output == "labels":
+            add("Cast", value, to=label_type, name=output)
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
