@@ -63,6 +63,24 @@ _MAX_SIDE = 1 << 14  # pixels; a picture one pixel wide is padded to the graph's
 _PICTURE = Path("picture")  # what a request's body is called in messages
 _BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # seconds
 
+_PREDICT: dict[str, Any] = {  # what /openapi.json says of it
+    "responses": {
+        200: {"content": {"image/png": {}, "application/json": {}}},
+        408: {"description": "The body did not arrive in time."},
+        413: {"description": "The body has too many bytes, or the picture too many pixels."},
+        415: {"description": "The body is no picture."},
+        422: {"description": "The picture is damaged."},
+        503: {"description": "The queue is full."},
+        504: {"description": "No answer in time."},
+    },
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+}
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -195,32 +213,13 @@ def make_app(segmenter: Segmenter, limits: Limits) -> FastAPI:
         sentence = f"{first['loc'][-1]} {first.get('input')!r}: {first['msg'].lower()}"
         return JSONResponse({"detail": sentence}, 422)
 
-    @app.post(
-        "/predict",
-        response_class=Response,
-        responses={
-            200: {"content": {"image/png": {}, "application/json": {}}},
-            408: {"description": "The body did not arrive in time."},
-            413: {"description": "The body has too many bytes, or the picture too many pixels."},
-            415: {"description": "The body is no picture."},
-            422: {"description": "The picture is damaged."},
-            503: {"description": "The queue is full."},
-            504: {"description": "No answer in time."},
-        },
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"image/*": {"schema": {"type": "string", "format": "binary"}}},
-            }
-        },
-    )
+    @app.post("/predict", response_class=Response, **_PREDICT)
     async def predict(request: Request, output: Output = "labels") -> Response:
         """Label the picture in the body.
 
         The answer is class numbers as palette PNG, an overlay as PNG, or class areas as JSON; its header
         ``Class-Pixels`` holds the number of pixels of each class as JSON.
         """
-
         _check_type(request)
         with pool.place():
             body = await _within(limits.timeout, _read(request, limits), 408, "the body did not arrive")
