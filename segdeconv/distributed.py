@@ -79,13 +79,13 @@ def start(device: torch.device) -> torch.device:
     return device
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until every process is here."""
     if world_size() > 1:
         dist.barrier()
 
 
-def take_buffers_of_rank_0(*modules: nn.Module) -> None:
+def broadcast_buffers(*modules: nn.Module) -> None:
     """Give all processes the buffers that the modules have on rank 0."""
     if world_size() > 1:
         for module in dict.fromkeys(modules):

@@ -195,7 +195,7 @@ def _train(recipe: Recipe, out: Path, device: torch.device, resume: bool) -> dic
     run = None if resume else _prepare(recipe, device)  # first: if it fails, it leaves no folder behind
     make_folder(out)
     with only_process(out), _signals() as stop:
-        distributed.wait()  # all ranks have looked for a run before rank 0 begins one
+        distributed.barrier()  # all ranks have looked for a run before rank 0 begins one
         if run is None:
             check_same_recipe(out, recipe)
             run = _prepare(recipe, device, out)
@@ -466,7 +466,7 @@ class _Run:
             for epoch in range(self.finished_epochs + 1, config.epochs + 1):
                 line = self._epoch(epoch)
                 # On the CPU every rank has running values of batch norm, and averages of them, of its own.
-                distributed.take_buffers_of_rank_0(self.model, self.evaluated)
+                distributed.broadcast_buffers(self.model, self.evaluated)
                 if epoch % config.eval_every == 0 or epoch == config.epochs:
                     # Ranks cannot leave a validation, and a scheduler may not wait for its end.
                     self.save_state()
@@ -481,7 +481,7 @@ class _Run:
                 self.save_state()
         if rank() == 0:
             self._draw_curves()
-        distributed.wait()
+        distributed.barrier()
         return line
 
     def _go_on(self) -> None:
