@@ -37,7 +37,7 @@ def loss_of(output: Any, targets: Tensor, config: TrainConfig, ignore_index: int
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, config: TrainConfig, ignore_index: int) -> Tensor:
-    weights = _on(logits.device, config.class_weights) if config.class_weights else None
+    weights = _weights_on(logits.device, config.class_weights) if config.class_weights else None
     if weights is not None and 0 in (config.class_weights or ()):  # as if ignored, smoothed or not
         counts = weights[targets.where(targets != ignore_index, 0)] > 0
         targets = targets.where(counts, ignore_index)
@@ -60,7 +60,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, config: TrainConfig, ignore_
 
 
 @functools.lru_cache(8)
-def _on(device: torch.device, weights: tuple[float, ...]) -> Tensor:
+def _weights_on(device: torch.device, weights: tuple[float, ...]) -> Tensor:
     """Copied once: every copy would wait for the device."""
     with torch.inference_mode(False):
         return torch.tensor(weights, dtype=torch.float32, device=device)

@@ -50,14 +50,15 @@ def write_webdemo(model: str | Path, out: str | Path, ort: Path | None = None) -
             not the pinned one, or ``out`` cannot be written.
     """
     segmenter = Segmenter(model, "cpu")
+    source = segmenter.session.get_inputs()[0]
     outputs = [output.name for output in segmenter.session.get_outputs()]
     if segmenter.metadata["task"] != "segmentation" or "labels" not in outputs:
         raise UserError(f"{model}: the page needs a segmentation graph exported with --output labels")
     if len(segmenter.classes) > 256:
         raise UserError(f"{model}: has {len(segmenter.classes)} classes; the page shows at most 256")
-    if [side for side in segmenter.session.get_inputs()[0].shape if isinstance(side, int)] != [3]:
+    if [side for side in source.shape if isinstance(side, int)] != [3]:
         raise UserError(f"{model}: takes one size only; the page needs a graph exported without --static")
-    if segmenter.session.get_inputs()[0].type == "tensor(float16)":
+    if source.type == "tensor(float16)":
         raise UserError(f"{model}: takes float16; the page needs a graph exported without --half-io")
     tarball = fetch_onnxruntime_web() if ort is None else check_integrity(ort)
     files = {name: (_WEB / source).read_bytes() for name, source in _PAGE.items()}
