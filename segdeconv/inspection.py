@@ -41,6 +41,7 @@ _WINDOW = 11  # pixels; wide enough to see a surround
 _RIDGE = 1e-3  # of the mean variance, for the whitening of photographs: else it is their noise that is seen
 _NEAR = 0.1  # standard deviations that count as nearly zero
 VIEWS = ("raw", "standardised", "whitened")
+SPARSITY = ("near_zero", "kurtosis", "hoyer")
 TITLES = {
     "condition": "condition number",
     "correlation": "mean absolute correlation",
@@ -48,6 +49,9 @@ TITLES = {
     "kurtosis": "excess kurtosis",
     "hoyer": "Hoyer's sparsity",
 }
+
+
+_FOR_PICTURES = ("eigenvalues", "correlations", "values")  # of a `LayerView`; arrays, not for inspect.json
 
 
 @dataclass
@@ -100,6 +104,9 @@ class Fit:
     surround_r2: float
     centre_surround: bool
 
+    def scores(self) -> dict[str, Any]:
+        return {"r2": self.r2, "surround_r2": self.surround_r2, "centre_surround": self.centre_surround}
+
 
 def inspect_run(
     run: str | Path,
@@ -127,35 +134,27 @@ def inspect_run(
     if (out / "inspect.json").exists():  # or pictures of an earlier call would stay
         for name in ("spectrum", "sparsity", "filters"):
             (out / f"{name}.png").unlink(missing_ok=True)
-    report: dict[str, Any] = {"recipe": info.recipe.name, "norm": info.recipe.model.norm, "epoch": info.epoch}
-    report["pictures"] = len(images)
+    report: dict[str, Any] = {
+        "recipe": info.recipe.name,
+        "norm": info.recipe.model.norm,
+        "epoch": info.epoch,
+        "pictures": len(images),
+    }
     if sparsity or spectrum:
         layers = layer_views(model, images, info.recipe.model.network_deconv)
         report["layers"] = [
-            {k: v for k, v in vars(x).items() if k not in ("eigenvalues", "correlations", "values")}
-            for x in layers
+            {key: value for key, value in vars(layer).items() if key not in _FOR_PICTURES} for layer in layers
         ]
         if spectrum:
             _draw_spectrum(layers, out / "spectrum.png")
         if sparsity:
             _draw_sparsity(layers, out / "sparsity.png")
     if filters:
-        sets = {f"the pictures, {_WINDOW}x{_WINDOW}": picture_filters(images)}
-        first = next((m for m in model.modules() if isinstance(m, WhitenedConv2d)), None)
-        if first is not None and first.in_channels == 3 and first.groups == first.num_blocks == 1:
-            square = first.kernel_size[0] == first.kernel_size[1] > 1
-            sets = {"the first layer": layer_filters(first), **sets} if square else sets
+        sets = _filter_sets(model, images)
         fits = {title: [fit_dog(row[c]) for c, row in enumerate(rows)] for title, rows in sets.items()}
-        report["filters"] = {
-            title: [
-                {"r2": fit.r2, "surround_r2": fit.surround_r2, "centre_surround": fit.centre_surround}
-                for fit in of_set
-            ]
-            for title, of_set in fits.items()
-        }
+        report["filters"] = {title: [fit.scores() for fit in of_set] for title, of_set in fits.items()}
         _draw_filters(images[0], sets, fits, data.mean, data.std, out / "filters.png")
-    text = to_json(report, indent=1)
-    write_text(out / "inspect.json", text)
+    write_text(out / "inspect.json", to_json(report, indent=1))
     return report
 
 
@@ -262,9 +261,6 @@ def _unit(rows_BNF: Tensor) -> Tensor:
     return centred[varies] / deviation[varies]
 
 
-SPARSITY = ("near_zero", "kurtosis", "hoyer")
-
-
 def sparsity(rows_BNF: Tensor) -> tuple[float, float, float]:
     """Three measures of values (B, N, F) about their mean, averaged over the features that vary: the share
     within 0.1 standard deviations of it, the excess kurtosis (0 for a Gaussian), Hoyer's 1 - mean|x| / rms
@@ -276,6 +272,18 @@ def sparsity(rows_BNF: Tensor) -> tuple[float, float, float]:
 
 
 # The whitening filters.
+
+
+def _filter_sets(model: nn.Module, images: Tensor) -> dict[str, list[np.ndarray]]:
+    """Filters by title: those of a first layer that whitens all of its RGB patches together, if it does, and
+    those of the pictures.
+    """
+    sets = {}
+    first = next((m for m in model.modules() if isinstance(m, WhitenedConv2d)), None)
+    if first is not None and first.in_channels == 3 and first.groups == first.num_blocks == 1:
+        square = first.kernel_size[0] == first.kernel_size[1] > 1
+        sets = {"the first layer": layer_filters(first)} if square else {}
+    return sets | {f"the pictures, {_WINDOW}x{_WINDOW}": picture_filters(images)}
 
 
 def layer_filters(layer: WhitenedConv2d) -> list[np.ndarray]:
