@@ -51,6 +51,7 @@ FORMAT = "segdeconv/1"
 STATE_FORMAT = "segdeconv-state/1"
 _STATE, _PREVIOUS = "state.safetensors", "state.previous.safetensors"
 _LARGE = 4096  # numbers in a tensor that is worth halving
+_UNREADABLE = (OSError, ValueError, KeyError, safetensors.SafetensorError)  # what a damaged state raises
 _MOMENTS = ("running_moments", "running_mean", "running_var")
 # Keys that may change between stop and resume: they do not change what is computed.
 FREE_KEYS = ("data.root", "data.num_workers", "data.download", "train.checkpoint_minutes")
@@ -190,9 +191,6 @@ def pictures_of(run: Path) -> dict[str, list[Any]] | None:
         return cast(dict[str, list[Any]], json.loads(_state_metadata(run / _STATE)["values"])["pictures"])
     except _UNREADABLE:
         return None
-
-
-_UNREADABLE = (OSError, ValueError, KeyError, safetensors.SafetensorError)
 
 
 def _state_metadata(path: Path) -> dict[str, str]:
