@@ -77,6 +77,17 @@ def test_functional_calls_count_the_steps_of_the_state_they_are_given() -> None:
     torch.testing.assert_close(layer.running_moments[0], x[:, :, :].mean((0, 2, 3)))
 
 
+def assert_same_gradients(
+    got: torch.Tensor, want: torch.Tensor, leaves: tuple[torch.Tensor, ...], of_largest: float, atol: float
+) -> None:
+    """Of a random sum of the outputs; they may differ by ``atol`` and this share of the largest element."""
+    probe = torch.randn_like(got)
+    grads, wanted = (torch.autograd.grad((out * probe).sum(), leaves) for out in (got, want))
+    for grad, theirs in zip(grads, wanted, strict=True):
+        allowed = of_largest * theirs.abs().max().item() + atol
+        torch.testing.assert_close(grad, theirs, rtol=0, atol=allowed)
+
+
 @pytest.mark.parametrize("name", CONVS)
 def test_conv_against_reference(name: str) -> None:
     """Output and every gradient in training, against whitening the data by loops and eigenvalues."""
@@ -99,14 +110,7 @@ def test_conv_against_reference(name: str) -> None:
 
     got, want = layer(x), reference(layer.weight, layer.bias, x)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
-    probe = torch.randn_like(got)
-    leaves = (layer.weight, layer.bias, x)
-    for mine, theirs in zip(
-        torch.autograd.grad((got * probe).sum(), leaves),
-        torch.autograd.grad((want * probe).sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9 * theirs.abs().max().item() + 1e-12)
+    assert_same_gradients(got, want, (layer.weight, layer.bias, x), 1e-9, 1e-12)
 
 
 @pytest.mark.parametrize("name", CONVS)
@@ -170,14 +174,7 @@ def test_fast_conv_against_reference(name: str, monkeypatch: pytest.MonkeyPatch)
         roots = layer.running_whitening.clone()
     want = reference(layer.weight, layer.bias, x)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    probe = torch.randn_like(got)
-    leaves = (layer.weight, layer.bias, x)
-    for mine, theirs in zip(
-        torch.autograd.grad((got * probe).sum(), leaves),
-        torch.autograd.grad((want * probe).sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12 * theirs.abs().max().item() + 1e-13)
+    assert_same_gradients(got, want, (layer.weight, layer.bias, x), 1e-12, 1e-13)
 
 
 @pytest.mark.parametrize("name", CONVS)
