@@ -37,10 +37,7 @@ def _export_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     make = export.network_graph
 
     def network_graph(model: torch.nn.Module, interface: Any, preparation: Any) -> onnx.ModelProto:
-        static = interface.static and (
-            interface.static[0],
-            export._input_size(interface.static, interface, preparation),
-        )
+        static = interface.static and export._traced_shape(interface, preparation)
         key = (model, interface.opset, static, preparation.size_multiple)
         digest = hashlib.sha256(repr(key).encode())
         for tensor in model.state_dict().values():

@@ -3,7 +3,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cv2
@@ -166,18 +168,29 @@ def test_classifier(tmp_path: Path) -> None:
     assert labels.shape == ["batch"]
 
 
+def change_graphs(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, change: Callable[[onnx.ModelProto], None]
+) -> None:
+    """Have ``module`` export networks to graphs with a change."""
+    export_network = module.network_graph
+
+    def changed(*arguments: Any) -> onnx.ModelProto:
+        graph = export_network(*arguments)
+        change(graph)
+        return graph
+
+    monkeypatch.setattr(module, "network_graph", changed)
+
+
+def clear_first_weight(graph: onnx.ModelProto) -> None:
+    weight = next(t for t in graph.graph.initializer if len(t.dims) == 4)
+    weight.raw_data = bytes(len(weight.raw_data))
+
+
 def test_a_graph_that_disagrees_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: a graph made from other weights is caught."""
     model, info = make("unet+tf_mobilenetv3_small_minimal_100")
-    made = export.network_graph
-
-    def wrong(*arguments: Any) -> onnx.ModelProto:
-        graph = made(*arguments)
-        weight = next(t for t in graph.graph.initializer if len(t.dims) == 4)
-        weight.raw_data = bytes(len(weight.raw_data))
-        return graph
-
-    monkeypatch.setattr(export, "network_graph", wrong)
+    change_graphs(monkeypatch, export, clear_first_weight)
     with pytest.raises(UserError, match="not written, the graph disagrees with PyTorch"):
         export_onnx(model, info, tmp_path / "bad.onnx")
     assert not list(tmp_path.iterdir())
@@ -424,14 +437,11 @@ def test_graphs_beyond_two_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_operators_beyond_onnx_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, info = make("unet+tf_mobilenetv3_small_minimal_100")
-    made = export.network_graph
 
-    def wrong(*arguments: Any) -> onnx.ModelProto:
-        graph = made(*arguments)
+    def use_foreign_operator(graph: onnx.ModelProto) -> None:
         graph.graph.node[3].domain = "com.microsoft"
-        return graph
 
-    monkeypatch.setattr(export, "network_graph", wrong)
+    change_graphs(monkeypatch, export, use_foreign_operator)
     with pytest.raises(UserError, match="operators beyond ONNX's own: "):
         export_onnx(model, info, tmp_path / "m.onnx")
 

@@ -11,7 +11,7 @@ import torch
 from conftest import Call
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
-from test_export import make
+from test_export import change_graphs, clear_first_weight, make
 
 from segdeconv import precision
 from segdeconv.checkpoint import CheckpointInfo, load_checkpoint, save_checkpoint
@@ -156,15 +156,7 @@ def test_fixed_sizes_of_graphs_that_prepare_pictures(precision: Any, run: Path, 
 def test_a_network_that_is_wrong_already_is_not_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = precision.network_graph
-
-    def wrong(*arguments: Any) -> onnx.ModelProto:
-        graph = made(*arguments)
-        weight = next(t for t in graph.graph.initializer if len(t.dims) == 4)
-        weight.raw_data = bytes(len(weight.raw_data))
-        return graph
-
-    monkeypatch.setattr(precision, "network_graph", wrong)
+    change_graphs(monkeypatch, precision, clear_first_weight)
     with pytest.raises(UserError, match="disagrees with PyTorch"):
         export_smaller(run, tmp_path / "m.onnx", "fp16", gates=NO_GATES)
     assert not list(tmp_path.iterdir())
