@@ -11,6 +11,7 @@ and whitened by the running values, as the layer works in evaluation. Plain laye
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -193,21 +194,24 @@ def layer_views(model: nn.Module, images: Tensor, config: NetworkDeconvConfig) -
 
         return hook
 
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, Whitened):
-            handles.append(module.register_forward_pre_hook(look(name, module, True)))
-        elif is_plain_layer(module):
-            make: Any = (
-                WhitenedLinear.from_linear if isinstance(module, nn.Linear) else WhitenedConv2d.from_conv
-            )
-            handles.append(module.register_forward_pre_hook(look(name, make(module, config), False)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            layer = _as_whitened(module, config)
+            if layer is not None:
+                look_at = look(name, layer, deconvolved=layer is module)
+                hooks.enter_context(module.register_forward_pre_hook(look_at))
         model.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return list(views.values())
+
+
+def _as_whitened(module: Any, config: NetworkDeconvConfig) -> Whitened | None:
+    """A whitened layer itself; a plain one as a whitened one of the same weights; None for other modules."""
+    if isinstance(module, Whitened):
+        return module
+    if not is_plain_layer(module):
+        return None
+    make = WhitenedLinear.from_linear if isinstance(module, nn.Linear) else WhitenedConv2d.from_conv
+    return make(module, config)
 
 
 def _view(name: str, patches_NGKF: Tensor, whitened_NGKF: Tensor | None, whitens: bool) -> LayerView:

@@ -868,16 +868,11 @@ def first_bad_layer(model: nn.Module, images: Tensor) -> str:
 
         return hook
 
-    handles = [
-        module.register_forward_hook(look(name, module))
-        for name, module in model.named_modules()
-        if name and not next(module.children(), None)
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name and not next(module.children(), None):
+                hooks.enter_context(module.register_forward_hook(look(name, module)))
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     # A bad gradient spoils the weights of all layers before the one where it arose: the last is nearest.
     found = weights[-1:] or outputs
     return found[0] if found else "every layer's output is finite, so it was the loss itself"
