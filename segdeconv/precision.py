@@ -142,7 +142,8 @@ def export_smaller(
     # Accuracy is that of the network, on pictures of any size; the outside is for speed and for the file.
     plain = Interface(opset=interface.opset)
     core = network_graph(model, plain, preparation)
-    check(compare_all(finish(core, info, plain, preparation), model, info, plain, preparation), path)
+    full = finish(core, info, plain, preparation)
+    check(compare_all(full, model, info, plain, preparation), path)
     chosen: dict[str, float] = {}
     in_float: tuple[str, ...] = ()
     if precision == "fp16":
@@ -155,7 +156,6 @@ def export_smaller(
             raise UserError(f"{path}: not written, {precision} puts out something else at {result.shape}")
 
     metric = MAIN_METRIC[info.task]
-    full = finish(core, info, plain, preparation)
     less = finish(small, info, plain, preparation, precision=precision)
     before, after = (_score(run, graph, metric, device, root) for graph in (full, less))
     speedup, where = _speedup(finish(core, info, interface, preparation), asked, info, interface, device)
