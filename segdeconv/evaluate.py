@@ -6,13 +6,14 @@ class probabilities; `score` picks the most probable class and counts.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -273,27 +274,13 @@ def score(
     batches = iter(loader)
     try:
         for images, targets in Bar(batches, len(loader), title):
-            try:
+            with _explained(images.shape, fits=images.shape[1:] in fitting):
                 output, targets = predict(images.to(device)), targets.to(device)
                 if output.is_floating_point():
                     output = resized(output, targets.shape[-2:]) if segments else output
                     if top5 is not None:
                         top5.update(output, targets)
                     output = output.argmax(1)
-            except UserError:
-                raise
-            except (MemoryError, RuntimeError, ValueError, AssertionError) as error:
-                if out_of_memory(error):
-                    raise UserError(
-                        f"the device ran out of memory on pictures of shape {tuple(images.shape)}; evaluate "
-                        "in windows (--window), or lower data.size or train.batch_size"
-                    ) from None
-                if images.shape[1:] in fitting or shortage(error):  # so it is something else
-                    raise
-                raise UserError(
-                    f"the network cannot take pictures of shape {tuple(images.shape)} ({first_line(error)}); "
-                    "check data.size, --scales and the pictures"
-                ) from error
             fitting.add(images.shape[1:])
             confusion.update(output, targets)
             if observers:
@@ -312,6 +299,29 @@ def score(
         return scores
     scores = segmentation_scores(counts, samples.classes)
     return scores | (category_scores(counts, samples.categories) if isinstance(samples, Cityscapes) else {})
+
+
+@contextlib.contextmanager
+def _explained(shape: tuple[int, ...], fits: bool) -> Iterator[None]:
+    """Around what a network does with pictures of ``shape``: a UserError if it cannot take them. One that has
+    taken pictures of that size before (``fits``) fails for another reason.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (MemoryError, RuntimeError, ValueError, AssertionError) as error:
+        if out_of_memory(error):
+            raise UserError(
+                f"the device ran out of memory on pictures of shape {tuple(shape)}; evaluate in windows "
+                "(--window), or lower data.size or train.batch_size"
+            ) from None
+        if fits or shortage(error):
+            raise
+        raise UserError(
+            f"the network cannot take pictures of shape {tuple(shape)} ({first_line(error)}); check "
+            "data.size, --scales and the pictures"
+        ) from error
 
 
 def _bytes(labels: Tensor) -> Picture:
