@@ -49,12 +49,10 @@ def fold_network_deconv(model: nn.Module) -> nn.Module:
     gone: dict[nn.Module, nn.Module] = {}
     for norm_name, layer_name in structure.norm_after.items():
         norm, layer = modules[norm_name], modules[layer_name]
-        foldable = is_plain_layer(layer) or type(layer) in NEVER_WHITENED
-        if foldable and is_plain_norm(norm) and norm.running_mean is not None:
-            read = {norm_name, layer_name} & structure.weight_read
-            proven = norm_name not in structure.guessed and not read
-            if not proven or not isinstance(layer.weight, nn.Parameter):
-                continue
+        proven = norm_name not in structure.guessed and not {norm_name, layer_name} & structure.weight_read
+        plain_layer = is_plain_layer(layer) or type(layer) in NEVER_WHITENED
+        own_weight = plain_layer and isinstance(layer.weight, nn.Parameter)
+        if proven and own_weight and is_plain_norm(norm) and norm.running_mean is not None:
             fold_batch_norm(layer, norm)
             gone[norm] = leftover(norm).eval()
     return replace_modules(model, gone)
