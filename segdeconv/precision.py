@@ -45,6 +45,7 @@ from segdeconv.runtime import Segmenter, cpu_session
 
 Precision = Literal["fp16", "int8"]
 Planes = NDArray[np.float32]
+Compute = Callable[[Planes], Planes]  # planes (n, 3, H, W) to logits
 
 _PICTURES = 32  # of the training split, for ranges; as many others for choosing
 _PROBES = 4  # of the latter, for each layer alone
@@ -246,22 +247,22 @@ def _quantize(
     """The network in int8, how much ways of finding ranges change labels, and the layers left in float."""
     core = infer_shapes(core)
     pictures = _Training(info, preparation, root)
-    compute = _Compute(core)
+    compute = _logits_of(core)
     expected = [compute(planes).argmax(1) for planes in pictures.choosing]
     found = {way: find_ranges(core, pictures.calibrating, way) for way in _RANGES}
     graphs = {way: to_int8(core, ranges) for way, ranges in found.items()}
-    changed = {way: _changed(_Compute(graph), pictures.choosing, expected) for way, graph in graphs.items()}
+    changed = {way: _changed(_logits_of(graph), pictures.choosing, expected) for way, graph in graphs.items()}
     changed = dict(sorted(changed.items(), key=lambda item: item[1]))
     way = next(iter(changed))
     before, graph = pictures.metric(compute), graphs[way]
-    drop = before - pictures.metric(_Compute(graph))
+    drop = before - pictures.metric(_logits_of(graph))
     tried: list[tuple[float, onnx.ModelProto, tuple[str, ...]]] = [(drop, graph, ())]
     if drop > allowed_drop:
         sensitive = _by_effect(core, found[way], pictures.choosing[:_PROBES], compute)
         count = 1
         while tried[-1][0] > allowed_drop and count < len(sensitive):
             graph = to_int8(core, found[way], leave=sensitive[:count])
-            drop = before - pictures.metric(_Compute(graph))
+            drop = before - pictures.metric(_logits_of(graph))
             console.print(f"int8 with {count} of {len(sensitive)} layers in float: {drop:+.4f} lost")
             tried.append((drop, graph, tuple(sensitive[:count])))
             count *= 2
@@ -270,15 +271,13 @@ def _quantize(
     return graph, changed, in_float
 
 
-def _by_effect(
-    core: onnx.ModelProto, ranges: Any, pictures: Sequence[Planes], compute: Callable[[Planes], Planes]
-) -> list[str]:
+def _by_effect(core: onnx.ModelProto, ranges: Any, pictures: Sequence[Planes], compute: Compute) -> list[str]:
     """Layers with weights, by how much int8 in that layer alone changes the logits, most first."""
     expected = [compute(planes) for planes in pictures]
     effect = {}
     layers = _layers(core)
     for layer in Bar(layers, len(layers), "each layer alone in int8"):
-        alone = _Compute(to_int8(core, ranges, only=[layer]))
+        alone = _logits_of(to_int8(core, ranges, only=[layer]))
         errors = [np.square(alone(p) - e).sum() for p, e in zip(pictures, expected, strict=True)]
         effect[layer] = float(np.sum(errors))
     return sorted(effect, key=lambda layer: -effect[layer])
@@ -366,23 +365,17 @@ def _sorted(graph: onnx.ModelProto) -> onnx.ModelProto:
     return model.model
 
 
-def _changed(
-    compute: Callable[[Planes], Planes], pictures: Sequence[Planes], expected: Sequence[NDArray[Any]]
-) -> float:
+def _changed(compute: Compute, pictures: Sequence[Planes], expected: Sequence[NDArray[Any]]) -> float:
     """Share of labels that differ from the expected ones."""
     return float(
         np.mean([(compute(p).argmax(1) != e).mean() for p, e in zip(pictures, expected, strict=True)])
     )
 
 
-class _Compute:
-    """A network's own graph on the CPU: planes to logits."""
-
-    def __init__(self, graph: onnx.ModelProto) -> None:
-        self.session = cpu_session(graph.SerializeToString())
-
-    def __call__(self, planes: Planes) -> Planes:
-        return self.session.run(["logits"], {"image": planes})[0]
+def _logits_of(graph: onnx.ModelProto) -> Compute:
+    """What a network's own graph computes, on the CPU."""
+    session = cpu_session(graph.SerializeToString())
+    return lambda planes: session.run(["logits"], {"image": planes})[0]
 
 
 class _Training:
@@ -404,7 +397,7 @@ class _Training:
         self.calibrating = [pictures[index][0][None].numpy() for index in spread[::2]]
         self.choosing = [self.chosen[index][0][None].numpy() for index in range(len(self.chosen))]
 
-    def metric(self, compute: Callable[[Planes], Planes]) -> float:
+    def metric(self, compute: Compute) -> float:
         """mIoU, or top-1 accuracy, on the pictures for choosing."""
 
         def predict(images: Tensor) -> Tensor:

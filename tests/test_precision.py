@@ -221,12 +221,12 @@ def planes() -> list[np.ndarray]:
 def test_the_layer_that_suffers_is_found_and_left_in_float(worst: int) -> None:
     core, pictures = chain([1000.0 if index == worst else 1.0 for index in range(3)]), planes()
     ranges = precision.find_ranges(core, pictures, "MinMax")
-    ranked = precision._by_effect(core, ranges, pictures, precision._Compute(core))
+    ranked = precision._by_effect(core, ranges, pictures, precision._logits_of(core))
     assert ranked[0] == f"layer{worst}"
-    want = precision._Compute(core)(pictures[0])
+    want = precision._logits_of(core)(pictures[0])
 
     def error(graph: onnx.ModelProto) -> float:
-        return float(np.abs(precision._Compute(graph)(pictures[0]) - want).max() / np.abs(want).max())
+        return float(np.abs(precision._logits_of(graph)(pictures[0]) - want).max() / np.abs(want).max())
 
     left = precision.to_int8(core, ranges, leave=ranked[:1])
     assert error(left) < 0.05 < 0.9 < error(precision.to_int8(core, ranges))
