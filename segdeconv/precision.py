@@ -266,8 +266,7 @@ def _quantize(
             console.print(f"int8 with {count} of {len(sensitive)} layers in float: {drop:+.4f} lost")
             tried.append((drop, graph, tuple(sensitive[:count])))
             count *= 2
-    good = tried[-1][0] <= allowed_drop
-    _, graph, in_float = tried[-1] if good else min(tried, key=lambda attempt: attempt[0])
+    _, graph, in_float = min(tried, key=lambda attempt: attempt[0])
     return graph, changed, in_float
 
 
