@@ -1,5 +1,4 @@
-"""Accuracy of batch norm, exact and fast network deconvolution by steps and by wall time, and what of the two
-matters for it.
+"""Accuracy of batch norm, exact and fast network deconvolution by steps and time, and what of it matters.
 
     python tools/accuracy_vs_time.py six_conv resnet18_narrow camvid --lrs 0.1 0.2       # hours on a CPU
     python tools/accuracy_vs_time.py six_conv --arms bn fast identity --lrs 0.05 0.1 0.2 0.4

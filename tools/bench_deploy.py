@@ -169,9 +169,12 @@ def page(results: list[dict[str, Any]]) -> str:
         "Written by `python tools/bench_deploy.py`, which says how it measures. Times are of one call with "
         "preparation of the picture and labels at the end, in milliseconds. Peak memory is that of a process "
         "of its own, or what it takes of the GPU's."
+        + _near_one(results)
         + ("" if any(result["device"] != "cpu" for result in results) else " Not measured on a GPU yet."),
         "",
     ]
+    if any(result["runs"] < 20 for result in results):
+        lines[2] += " p95 of so few runs is nearly the slowest."
     lines += [f"- {where}, {', '.join(map(str, sorted(n)))} runs" for where, n in sorted(runs.items())]
     for architecture, title in NETWORKS.items():
         for result in (r for r in results if r["network"] == architecture and r["device"] == "cpu"):
@@ -185,6 +188,20 @@ def page(results: list[dict[str, Any]]) -> str:
             rows += [_row("CUDA", timing) for timing in _by_engine(on_gpu[0]["timings"] if on_gpu else [])]
             lines += ["", f"## {title}, {height}x{width}", "", markdown_table(_TITLES, rows).rstrip()]
     return "\n".join(lines) + "\n"
+
+
+def _near_one(results: list[dict[str, Any]]) -> str:
+    """How far the ratios are from what they should be, which is how exact the page is."""
+    timings = [timing for result in results for timing in result["timings"]]
+    ratios = [round(timing["ratio"], 3) for timing in timings if timing["name"].endswith(" nd")]
+    if not ratios:
+        return ""
+    near = sum(0.98 <= ratio <= 1.02 for ratio in ratios)
+    return (
+        " Folded, twins are the same layers, so nd/bn, the median over rounds in turns, should be 1: "
+        f"{near} of {len(ratios)} are within 2% of it, the lowest is {min(ratios):.3f}, the highest "
+        f"{max(ratios):.3f}."
+    )
 
 
 _TITLES = ("device", "engine", "norm", "p50", "p95", "images/s", "nd/bn", "peak MiB")

@@ -8,11 +8,14 @@ installed. It scores gtFine/val and leaves TREE/evaluationResults/resultPixelLev
 
 from __future__ import annotations
 
+import argparse
 import runpy
 
 import numpy as np
 
 if __name__ == "__main__":
+    form = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=form).parse_args()
     if not hasattr(np, "in1d"):
         np.in1d = np.isin  # type: ignore[attr-defined]  # noqa: NPY201 - the script reshapes what it gets
     runpy.run_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling", run_name="__main__")

@@ -155,8 +155,8 @@ def twins_part() -> str:
     claim = verdict(better, len(rows), what, " pairs, of one seed each")
     return (
         "The zoo's twins after their whole trainings, on the validation or test pictures that chose the "
-        "stored epoch too. One seed each, and each twin has the learning rate of its own recipe; docs/measured "
-        "has no search of rates at these lengths.\n\n"
+        "stored epoch too. One seed each, and each twin has the learning rate of its own recipe; "
+        "docs/measured has no search of rates at these lengths.\n\n"
         f"{markdown_table(titles, rows, numbers_from=2)}\n{claim}\n"
     )
 
@@ -166,9 +166,9 @@ def ablation_part(lines: list[dict[str, Any]]) -> str:
     others = [line for line in lines if line["task"] != "six_conv"]
     return (
         "Six convolutions on 12,800 pictures of CIFAR-10 (JPEG), 100 steps of 128 an epoch; `final` is top-1 "
-        "on 4,000 test pictures, which chose the rates too. Every arm is at the best of the learning rates that were tried with the "
-        "most seeds; one that had fewer rates than another may be better than it looks. Seconds are those of "
-        "one core.\n\n"
+        "on 4,000 test pictures, which chose the rates too. Every arm is at the best of the learning rates "
+        "that were tried with the most seeds; one that had fewer rates than another may be better than it "
+        "looks. Seconds are those of one core.\n\n"
         f"{accuracy_vs_time.explained(six_conv)}\n"
         "Other networks, with arms of the same names: MobileNetV2 and a ResNet-18 of a quarter of the width "
         "on the same pictures (top-1), and the U-Net on MobileNetV2 on CamVid (mIoU).\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from segdeconv.zoo import listed, markdown
@@ -18,4 +19,5 @@ def with_table(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     README.write_text(with_table(README.read_text()))
