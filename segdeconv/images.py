@@ -114,7 +114,8 @@ def read_rgb(path: Path) -> Picture:
     Raises:
         UserError: there is no such file, it is no 8-bit picture, or it is damaged.
     """
-    return to_rgb(open_image(path), path)
+    with open_image(path) as image:
+        return to_rgb(image, path)
 
 
 def exif_turn(image: Image.Image) -> Image.Transpose | None:

@@ -270,6 +270,24 @@ def test_broken_sets_are_named(tmp_path: Path, what: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    """Neither of damaged pictures nor of such with several frames, which Pillow keeps open."""
+    make_set(tmp_path)
+    break_pair(tmp_path, "lossy mask")
+    frames = [Image.fromarray(np.zeros((20, 30, 3), np.uint8))] * 2
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    (tmp_path / "b.png").write_bytes((tmp_path / "train/images/0.png").read_bytes()[:-30])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", ResourceWarning)
+        samples = open_samples(own(tmp_path), "train")
+        for read in (lambda: samples.load(1), lambda: read_rgb(tmp_path / "b.png")):
+            with pytest.raises(UserError, match=r"1.jpg: a mask must be lossless|b.png: a damaged picture"):
+                read()
+        assert read_rgb(tmp_path / "a.tif").shape == (20, 30, 3)
+        gc.collect()
+    assert not said
+
+
 def test_unknown_set_and_missing_keys(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="known are toy, camvid"):
         open_samples(DataConfig("imagnet"), "train")

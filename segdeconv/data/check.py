@@ -51,7 +51,8 @@ class _Survey(Dataset[_Sample]):
         digest = hashlib.blake2b(image.tobytes(), digest_size=16).digest()
         turned = False
         if isinstance(self.samples, PairedSamples):
-            turned = exif_turn(open_image(self.samples.pairs[index][0])) is not None
+            with open_image(self.samples.pairs[index][0]) as picture:
+                turned = exif_turn(picture) is not None
         return _Sample(None, np.stack(levels), labels, digest, turned)
 
 

@@ -87,7 +87,8 @@ class Cityscapes(PairedSamples):
         path = _truth(self.pairs[index][0], "instanceIds")
         if not path.is_file():
             return None
-        return np.asarray(load_pixels(open_image(path), path)).astype(np.int32)
+        with open_image(path) as image:
+            return np.asarray(load_pixels(image, path)).astype(np.int32)
 
 
 def _fineness(split: str) -> str:

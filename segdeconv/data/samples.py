@@ -132,23 +132,23 @@ def read_mask(path: Path) -> Picture:
     Raises:
         UserError: the file is damaged, has colour channels, another depth or an EXIF turn, or is lossy.
     """
-    image = open_image(path)
-    if image.format in ("JPEG", "WEBP"):
-        raise UserError(f"{path}: a mask must be lossless, not {image.format}; save it as PNG")
-    tile = getattr(image, "tile", None)  # how the file stores its pixels, before they are read
-    depth = str(tile[0][3]) if tile else ""
-    stretched = image.mode == "L" and "L;" in depth  # fewer than 8 bits, which Pillow spreads over 0..255
-    if image.mode not in ("L", "P") or stretched:
-        kind = depth if stretched else image.mode
-        raise UserError(
-            f"{path}: a mask must be an 8-bit grey or palette picture of class numbers, not {kind}"
-        )
-    load_pixels(image, path)
-    if exif_turn(image) is not None:  # pictures are turned by it, but masks are hardly ever meant to be
-        raise UserError(
-            f"{path}: has an EXIF orientation, which a mask must not have; save it upright and without"
-        )
-    return np.asarray(image)
+    with open_image(path) as image:
+        if image.format in ("JPEG", "WEBP"):
+            raise UserError(f"{path}: a mask must be lossless, not {image.format}; save it as PNG")
+        tile = getattr(image, "tile", None)  # how the file stores its pixels, before they are read
+        depth = str(tile[0][3]) if tile else ""
+        stretched = image.mode == "L" and "L;" in depth  # fewer than 8 bits, which Pillow spreads over 0..255
+        if image.mode not in ("L", "P") or stretched:
+            kind = depth if stretched else image.mode
+            raise UserError(
+                f"{path}: a mask must be an 8-bit grey or palette picture of class numbers, not {kind}"
+            )
+        load_pixels(image, path)
+        if exif_turn(image) is not None:  # pictures are turned by it, but masks are hardly ever meant to be
+            raise UserError(
+                f"{path}: has an EXIF orientation, which a mask must not have; save it upright and without"
+            )
+        return np.asarray(image)
 
 
 def read_pair(
@@ -161,7 +161,8 @@ def read_pair(
     """
     image, mask = read_rgb(image_path), read_mask(mask_path)
     if image.shape[:2] != mask.shape:
-        turned = ", turned upright by its EXIF data" if exif_turn(open_image(image_path)) is not None else ""
+        with open_image(image_path) as opened:
+            turned = ", turned upright by its EXIF data" if exif_turn(opened) is not None else ""
         raise UserError(
             f"{mask_path}: is {mask.shape[1]}x{mask.shape[0]}, but its picture is "
             f"{image.shape[1]}x{image.shape[0]}{turned}"
