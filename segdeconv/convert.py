@@ -426,31 +426,33 @@ def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.M
         return swaps[model]
 
     seen: set[int] = set()
-
-    def swapped(value: Any) -> Any:
-        if isinstance(value, nn.Module):
-            return swaps.get(value, value)
-        if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
-            return value
-        if isinstance(value, (dict, list)):
-            seen.add(id(value))  # one may hold itself
-            for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-                new = swapped(item)
-                if new is not item:
-                    value[key] = new
-        else:
-            items = list(map(swapped, value))
-            if any(new is not old for new, old in zip(items, value, strict=True)):
-                make = getattr(value, "_make", type(value))  # a named tuple's constructor takes no list
-                return make(items)
-        return value
-
     for parent in list(model.modules()):
         for name, held in list(vars(parent).items()):
-            new = swapped(held)
+            new = _swapped(held, swaps, seen)
             if new is not held:
                 setattr(parent, name, new)
     return model
+
+
+def _swapped(value: Any, swaps: dict[nn.Module, nn.Module], seen: set[int]) -> Any:
+    # Not within `replace_modules`: a local function that calls itself keeps what it refers to, here modules
+    # and on a GPU their memory, until Python looks for cycles.
+    if isinstance(value, nn.Module):
+        return swaps.get(value, value)
+    if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+        return value
+    if isinstance(value, (dict, list)):
+        seen.add(id(value))  # one may hold itself
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            new = _swapped(item, swaps, seen)
+            if new is not item:
+                value[key] = new
+    else:
+        items = [_swapped(item, swaps, seen) for item in value]
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            make = getattr(value, "_make", type(value))  # a named tuple's constructor takes no list
+            return make(items)
+    return value
 
 
 def _reason_to_keep(

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1199,3 +1201,22 @@ def test_a_norm_that_stays_as_affine_is_of_its_networks_mode_and_type() -> None:
     model, _ = convert_to_network_deconv(model, warm_start=True)
     assert not any(module.training for module in model.modules())
     torch.testing.assert_close(model(x), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_memory_is_free_as_soon_as_a_network_is_gone(warm_start: bool) -> None:
+    """Not only when Python collects cycles: on a GPU the next network may need it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    seen = [weakref.ref(module) for module in model]
+    gc.collect()
+    gc.disable()
+    try:
+        model, _ = convert_to_network_deconv(model, warm_start=warm_start)
+        calibrate(model, [torch.randn(2, 3, 8, 8)])
+        seen += [weakref.ref(module) for module in model]
+        plain = fold_network_deconv(model)
+        seen += [weakref.ref(module) for module in plain]
+        del model, plain
+        assert not [there for reference in seen if (there := reference()) is not None]
+    finally:
+        gc.enable()
