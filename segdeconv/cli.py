@@ -616,8 +616,8 @@ def zoo_list(
     sort: Annotated[Sort, typer.Option(help="miou and top1 list the best first.")] = "name",
 ) -> None:
     """List trained networks with what was measured of them."""
+    from segdeconv.entries import listed, table
     from segdeconv.progress import console
-    from segdeconv.zoo import listed, table
 
     console.print(table(listed(task, dataset, sort)))
 
@@ -627,9 +627,8 @@ def zoo_info(name: EntryName) -> None:
     """Show an entry's model card."""
     from rich.markdown import Markdown
 
-    from segdeconv.entries import entry_folder
+    from segdeconv.entries import card, entry_folder
     from segdeconv.progress import console
-    from segdeconv.zoo import card
 
     console.print(Markdown(card(name)), soft_wrap=False)
     console.print(f"from {entry_folder(name)}")

@@ -9,16 +9,20 @@ The folder zoo/ becomes segdeconv/zoo_entries in a wheel. Entries are made, chec
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from rich.table import Table
 
 from segdeconv.download import fetch
 from segdeconv.errors import UserError, did_you_mean
 from segdeconv.files import cache_folder, sha256_of, with_home
+from segdeconv.markdown import markdown_table
 from segdeconv.progress import notes
 
 WEIGHTS = "model.safetensors"
@@ -40,6 +44,10 @@ DATA = {
     "imagenet": "ImageNet, ILSVRC 2012. Licence: its own, for non-commercial research and education only.",
 }
 
+_HEADER = ("entry", "metric", "parameters", "GFLOP", "at", "MB")
+_METRICS = {"miou": "mIoU", "top1": "top-1"}  # the main metric of either task, as `segdeconv eval` calls it
+
+Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
 _Positive = Annotated[int, Field(ge=1)]
 
 
@@ -125,6 +133,98 @@ def read_entry(name: str) -> Entry:
 def entry_json(entry: Entry) -> str:
     """The text of ``entry.json``."""
     return _ENTRY.dump_json(entry, indent=1).decode() + "\n"
+
+
+def measured(name: str) -> dict[str, Any]:
+    """The metrics of an entry, as `segdeconv eval` wrote them.
+
+    Raises:
+        UserError: no entry is called so, or its file is damaged.
+    """
+    return read_scores(entry_folder(name) / "metrics.json")
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """What `segdeconv eval` wrote, with a metric in it.
+
+    Raises:
+        UserError: the file is not there, or damaged.
+    """
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    try:
+        if not any(isinstance(scores.get(metric), float) for metric in _METRICS):
+            raise KeyError(" or ".join(_METRICS))
+        if not isinstance(scores["split"], str):
+            raise TypeError("split")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged_scores(path, error) from None
+    return scores
+
+
+def damaged_scores(path: Path, error: Exception) -> UserError:
+    """What to tell of a file that lacks what `segdeconv eval` writes."""
+    return UserError(f"{path}: not as segdeconv eval writes it ({error}); evaluate anew")
+
+
+def listed(task: str | None = None, dataset: str | None = None, sort: Sort = "name") -> list[Entry]:
+    """Entries of a task and a data set; a metric sorts from high to low, entries without it last, all else
+    from low to high.
+
+    Raises:
+        UserError: there is none, or an entry's files are damaged.
+    """
+    known = [read_entry(name) for name in entry_names()]
+    entries = [e for e in known if task in (None, e.task) and dataset in (None, e.dataset)]
+    if known and not entries:
+        asked = " and ".join(repr(what) for what in (task, dataset) if what)
+        data_sets = ", ".join(sorted({entry.dataset for entry in known}))
+        raise UserError(f"the zoo has no entry of {asked}; its data sets are {data_sets}")
+    if sort in ("miou", "top1"):
+        return sorted(entries, key=lambda entry: -measured(entry.name).get(sort, -1))
+    return sorted(entries, key=lambda entry: getattr(entry, sort))
+
+
+def table(entries: Sequence[Entry]) -> Table:
+    """Entries as a table for the terminal."""
+    out = Table(*_HEADER)
+    out.columns[0].min_width = max((len(entry.name) for entry in entries), default=0)  # to be copied whole
+    for entry in entries:
+        out.add_row(entry.name, *_cells(entry))
+    return out
+
+
+def markdown(entries: Sequence[Entry]) -> str:
+    """Entries as a table for the README, with links to their cards."""
+    rows = [(f"[{entry.name}](zoo/{entry.name}/card.md)", *_cells(entry)) for entry in entries]
+    return markdown_table(_HEADER, rows)
+
+
+def _cells(entry: Entry) -> tuple[str, ...]:
+    scores = measured(entry.name)
+    metric = next(metric for metric in _METRICS if metric in scores)
+    return (
+        f"{_METRICS[metric]} {scores[metric]:.4f}",
+        f"{entry.parameters / 1e6:.2f} M",
+        f"{entry.gflops:.2f}",
+        f"{entry.input[1]}x{entry.input[0]}",
+        f"{entry.bytes / 1e6:.1f}",
+    )
+
+
+def card(name: str) -> str:
+    """The model card of an entry, Markdown.
+
+    Raises:
+        UserError: no entry is called so, or it has no card.
+    """
+    path = entry_folder(name) / "card.md"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def find_weights(name: str) -> Path:

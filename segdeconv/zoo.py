@@ -1,13 +1,13 @@
-"""The zoo: entries made from finished runs, listed, verified and published.
+"""The zoo: entries made from finished runs, verified and published.
 
 What an entry claims was measured on the very file that it stores, and `verify` measures it again. What an
-entry is, and how its weights are fetched, is in entries.py and download.py.
+entry is, what it says, and how its weights are fetched, is in entries.py and download.py: listing the zoo
+needs no torch, which takes seconds to load.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -17,12 +17,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,11 +35,14 @@ from segdeconv.entries import (
     NAME,
     WEIGHTS,
     Entry,
+    damaged_scores,
     entry_folder,
     entry_json,
     entry_names,
     find_weights,
+    measured,
     read_entry,
+    read_scores,
     zoo_folder,
 )
 from segdeconv.errors import UserError
@@ -49,14 +51,11 @@ from segdeconv.figures import read_metrics, with_legend
 from segdeconv.files import make_folder, sha256_of, to_json, with_home, write_atomically, write_text
 from segdeconv.fold import fold_network_deconv
 from segdeconv.images import overlay, save_image
-from segdeconv.markdown import escaped, markdown_table
+from segdeconv.markdown import escaped
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import count_parameters, resolve, size_multiple, starts_trained
 
-Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
-
 TOLERANCE = 1e-3  # of a metric measured again, on a machine that rounds otherwise
-_HEADER = ("entry", "metric", "parameters", "GFLOP", "at", "MB")
 _UNIT = {"miou": "mIoU", "top1": "top-1", "top5": "top-5", "pixel_acc": "pixel accuracy"}
 _PRECISION = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of train.amp
 _ADDING = ".adding."  # begins the folder of an entry that is being made
@@ -72,75 +71,6 @@ def load(name: str | Path, device: torch.device | str = "cpu") -> nn.Module:
         UserError: nothing is called so, or the weights cannot be fetched or are damaged.
     """
     return load_checkpoint(name, device)[0]
-
-
-# Listing.
-
-
-def measured(name: str) -> dict[str, Any]:
-    """The metrics of an entry, as `segdeconv eval` wrote them.
-
-    Raises:
-        UserError: no entry is called so, or its file is damaged.
-    """
-    return _read_scores(entry_folder(name) / "metrics.json")
-
-
-def listed(task: str | None = None, dataset: str | None = None, sort: Sort = "name") -> list[Entry]:
-    """Entries of a task and a data set; a metric sorts from high to low, entries without it last, all else
-    from low to high.
-
-    Raises:
-        UserError: there is none, or an entry's files are damaged.
-    """
-    known = [read_entry(name) for name in entry_names()]
-    entries = [e for e in known if task in (None, e.task) and dataset in (None, e.dataset)]
-    if known and not entries:
-        asked = " and ".join(repr(what) for what in (task, dataset) if what)
-        data_sets = ", ".join(sorted({entry.dataset for entry in known}))
-        raise UserError(f"the zoo has no entry of {asked}; its data sets are {data_sets}")
-    if sort in ("miou", "top1"):
-        return sorted(entries, key=lambda entry: -measured(entry.name).get(sort, -1))
-    return sorted(entries, key=lambda entry: getattr(entry, sort))
-
-
-def table(entries: Sequence[Entry]) -> Table:
-    """Entries as a table for the terminal."""
-    out = Table(*_HEADER)
-    out.columns[0].min_width = max((len(entry.name) for entry in entries), default=0)  # to be copied whole
-    for entry in entries:
-        out.add_row(entry.name, *_cells(entry))
-    return out
-
-
-def markdown(entries: Sequence[Entry]) -> str:
-    """Entries as a table for the README, with links to their cards."""
-    rows = [(f"[{entry.name}](zoo/{entry.name}/card.md)", *_cells(entry)) for entry in entries]
-    return markdown_table(_HEADER, rows)
-
-
-def _cells(entry: Entry) -> tuple[str, ...]:
-    metric = MAIN_METRIC[entry.task]
-    return (
-        f"{_UNIT[metric]} {measured(entry.name)[metric]:.4f}",
-        f"{entry.parameters / 1e6:.2f} M",
-        f"{entry.gflops:.2f}",
-        f"{entry.input[1]}x{entry.input[0]}",
-        f"{entry.bytes / 1e6:.1f}",
-    )
-
-
-def card(name: str) -> str:
-    """The model card of an entry, Markdown.
-
-    Raises:
-        UserError: no entry is called so, or it has no card.
-    """
-    path = entry_folder(name) / "card.md"
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 # Making an entry.
@@ -198,7 +128,8 @@ def add(
         new = make_folder(Path(temporary) / name)
         weights = new / WEIGHTS
         copy_checkpoint(run / "best.safetensors", weights, info.recipe, half)
-        stored_scores = _evaluate_stored(weights, scores, Path(temporary), root, device)
+        inference = replace(_inference(scores, run / "eval.json"), amp="off")
+        stored_scores = _evaluate_stored(weights, scores["split"], inference, Path(temporary), root, device)
         model, _ = load_checkpoint(weights, device)
         picture = _picture(model, info, new, Path(temporary), root, device)
         size = input_size(info.recipe.data)
@@ -240,13 +171,13 @@ def _finished_run(run: Path) -> tuple[CheckpointInfo, dict[str, Any], float]:
         raise UserError(f"{run}: has no best.safetensors; give the folder of a finished run")
     if not (run / "eval.json").is_file():
         raise UserError(f"{run}: has no eval.json; first segdeconv eval {run}")
-    info, scores, lines = read_info(checkpoint), _read_scores(run / "eval.json"), read_metrics(run)
+    info, scores, lines = read_info(checkpoint), read_scores(run / "eval.json"), read_metrics(run)
     epochs = info.recipe.train.epochs
     if not lines or lines[-1]["epoch"] != epochs:
         raise UserError(f"{run}: is not finished ({epochs} epochs); go on with segdeconv train --resume")
     if scores.get("epoch") != info.epoch:
         raise UserError(f"{run}: eval.json is not of this checkpoint; evaluate anew: segdeconv eval {run}")
-    settings = _inference(scores)
+    settings = _inference(scores, run / "eval.json")
     if settings.flip or settings.scales != (1.0,):
         raise UserError(
             f"{run}: eval.json is averaged over mirror images or scales, an entry's metrics are those of the "
@@ -269,18 +200,16 @@ def _remove_abandoned() -> None:
 
 
 def _evaluate_stored(
-    weights: Path, before: dict[str, Any], figures: Path, root: str | None, device: torch.device | str
+    weights: Path,
+    split: str,
+    inference: Inference,
+    figures: Path,
+    root: str | None,
+    device: torch.device | str,
 ) -> dict[str, Any]:
-    """Scores of stored weights, measured as ``before`` was, but in float32."""
+    """Scores of stored weights."""
     try:
-        return evaluate_run(
-            weights,
-            device,
-            root=root,
-            split=before["split"],
-            inference=replace(_inference(before), amp="off"),
-            figures=figures,
-        )
+        return evaluate_run(weights, device, root=root, split=split, inference=inference, figures=figures)
     except UserError as error:
         raise UserError(
             f"an entry's metrics are measured on what is stored, which failed: {error}; if the data lies "
@@ -526,9 +455,8 @@ def verify(name: str, root: str | None = None, device: torch.device | str = "cpu
         if root is not None:
             raise
         return Verdict(weights, metric, scores[metric], None, str(error))
-    again = evaluate_run(
-        weights, device, root=root, split=scores["split"], inference=_inference(scores)
-    )[metric]  # fmt: skip
+    inference = _inference(scores, entry_folder(name) / "metrics.json")
+    again = evaluate_run(weights, device, root=root, split=scores["split"], inference=inference)[metric]
     if not abs(again - scores[metric]) <= TOLERANCE:
         raise UserError(
             f"{name}: {metric} is {again:.4f} here, but the entry says {scores[metric]:.4f}; is the data in "
@@ -589,28 +517,14 @@ def _lay_out(name: str, weights: Path, place: Path) -> None:
             write_atomically(target, lambda path, source=source: shutil.copyfile(source, path))  # type: ignore[misc]
 
 
-def _inference(scores: dict[str, Any]) -> Inference:
-    """The settings that scores were measured with."""
-    settings: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in scores["settings"].items()
-        if key != "size"
-    }
-    return Inference(**settings)
-
-
-def _read_scores(path: Path) -> dict[str, Any]:
-    """What `segdeconv eval` wrote, with a metric in it and settings that can be had again."""
+def _inference(scores: dict[str, Any], path: Path) -> Inference:
+    """The settings that the scores of a file were measured with."""
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    try:
-        _inference(scores)
-        if not any(isinstance(scores.get(metric), float) for metric in MAIN_METRIC.values()):
-            raise KeyError(" or ".join(MAIN_METRIC.values()))
-        if not isinstance(scores["split"], str):
-            raise TypeError("split")
+        settings: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in scores["settings"].items()
+            if key != "size"
+        }
+        return Inference(**settings)
     except (KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"{path}: not as segdeconv eval writes it ({error}); evaluate anew") from None
-    return scores
+        raise damaged_scores(path, error) from None

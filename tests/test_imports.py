@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": PICTURES | {"config", "progress"},
     "models": LEAVES | {"config", "convert"},
     "download": FILES | {"progress"},
-    "entries": FILES | {"download", "progress"},
+    "entries": FILES | {"download", "markdown", "progress"},
     "checkpoint": FILES | {"config", "convert", "entries", "models", "progress"},
     "evaluate": PICTURES
     | {"checkpoint", "config", "data", "distributed", "export", "figures", "metrics", "models"}

@@ -29,7 +29,16 @@ import segdeconv
 from segdeconv import entries
 from segdeconv.checkpoint import CheckpointInfo, build_started, find_checkpoint, load_checkpoint, read_info
 from segdeconv.config import load_recipe
-from segdeconv.entries import WEIGHTS, entry_json, entry_names, find_weights, read_entry, zoo_folder
+from segdeconv.entries import (
+    WEIGHTS,
+    card,
+    entry_json,
+    entry_names,
+    find_weights,
+    measured,
+    read_entry,
+    zoo_folder,
+)
 from segdeconv.errors import UserError
 from segdeconv.evaluate import evaluate_run, write_scores
 from segdeconv.export import export_onnx
@@ -41,11 +50,9 @@ from segdeconv.zoo import (
     _card,
     _without_home,
     add,
-    card,
     count_gflops,
     count_parameters,
     default_name,
-    measured,
     publish,
     verify,
 )

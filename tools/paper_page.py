@@ -25,14 +25,13 @@ import reproduce_table1
 from torch import nn
 
 from segdeconv.config import ModelConfig, load_recipe
-from segdeconv.entries import entry_folder, entry_names
+from segdeconv.entries import entry_folder, entry_names, listed, measured
 from segdeconv.errors import one_sentence
 from segdeconv.files import make_folder, read_json_lines, write_text
 from segdeconv.inspection import TITLES, VIEWS, inspect_run, median_of
 from segdeconv.markdown import markdown_table
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import build_model
-from segdeconv.zoo import listed, measured
 
 DOCS = Path("docs")
 PICTURES = DOCS / "paper"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from segdeconv.zoo import listed, markdown
+from segdeconv.entries import listed, markdown
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- zoo: python tools/zoo_table.py -->\n", "<!-- end of zoo -->\n"
