@@ -162,8 +162,8 @@ def inverse_sqrt(cov_GFF: Tensor, eps: float, num_iters: int) -> Tensor:
     """D = (Cov + εI)^(-1/2) by coupled Newton-Schulz iterations (section 3.1, algorithm 1).
 
     With A = (Cov + εI) / ||Cov + εI||_F, Y_0 = A and Z_0 = I, each step is T = (3I - ZY) / 2, Y = YT,
-    Z = TZ; Z converges to A^(-1/2). Five steps do not converge for eigenvalues below about 2% of the norm,
-    and are the published method: they leave weak directions only partly whitened.
+    Z = TZ; Z converges to A^(-1/2). Five steps do not converge for eigenvalues below about 3% of the norm,
+    where D is a tenth short, and are the published method: they leave weak directions only partly whitened.
 
     Returns:
         ``whitening_GFF``, symmetric up to rounding.

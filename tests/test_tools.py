@@ -243,6 +243,11 @@ def test_verdicts_on_table1() -> None:
         assert sentence in text
     assert "epochs: 20" not in text  # a trial on few pictures
     assert "Not trained yet: Preact-18" in text
+    assert "earlier training" not in text
+    for_time = {**TABLE1[0], "arm": "bn_for_nds_time", "pace": 1.2, "refresh_every": 10}
+    text = paper_page.table1_part([TABLE1[0], {**TABLE1[3], "seconds": None}, for_time])
+    assert "`nd/bn` of VGG-16 is of an earlier training" in text
+    assert "That of VGG-16 had ten steps" in text
 
 
 @pytest.mark.parametrize(
@@ -390,6 +395,8 @@ def test_the_page_of_latencies() -> None:
         "threads": 2, "batch": 1, "runs": 10, "onnxruntime": "1", "torch": "2", "timings": timings,
     }  # fmt: skip
     lines = bench_deploy.page([result]).splitlines()
+    assert "should be 1: 0 of 1 are within 2% of it, the lowest is 1.030, the highest 1.030. " in lines[2]
+    assert lines[2].endswith("p95 of so few runs is nearly the slowest.")
     assert "- abacus (cpu, 2 cores), 2 threads, batch 1, onnxruntime 1, PyTorch 2, 10 runs" in lines
     rows = lines[lines.index(f"## {title}, 32x64") + 4 :]
     assert rows == [
