@@ -36,7 +36,7 @@ PAGE = """# int8, deconvolution beside batch norm
 Written by `python tools/int8_twins.py {runs}`,
 which says how. int8 graphs are as `segdeconv export --int8` makes them, with its gates open; speed is
 onnxruntime's on the {device}. Twins with the same layers in float have the
-same operations: what their speeds differ by is noise.
+same operations; each speed was measured once.
 
 {exported}
 
