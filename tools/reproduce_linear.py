@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from reproduce_table1 import shown
 from timed_step import timed_step
 from torch import Tensor, nn
 
@@ -146,9 +147,9 @@ def smooth(losses: list[float]) -> np.ndarray:
 def table(lines: list[dict[str, Any]]) -> str:
     said = (
         f"MNIST, {STEPS} steps of {BATCH}, SGD with momentum 0.9 at the best constant learning rate; means "
-        "over seeds. `steps` is how many it takes until the loss, averaged over five steps, is below what "
-        f"plain training ends with (the mean of its last {LAST} steps). A block of `nd` holds all inputs of "
-        "a layer, and no head is held back."
+        "over seeds, of losses with their standard errors. `steps` is how many it takes until the loss, "
+        "averaged over five steps, is below what plain training ends with (the mean of its last "
+        f"{LAST} steps). A block of `nd` holds all inputs of a layer, and no head is held back."
     )
     titles = ["task", "arm", "lr", "seeds", "training loss", "test loss", "top-1, %", "steps", "seconds"]
     rows = []
@@ -160,9 +161,9 @@ def table(lines: list[dict[str, Any]]) -> str:
                 continue
             reached = np.mean([smooth(x["losses"]) for x in runs], 0) < goal
             steps = str(int(reached.argmax()) + 5) if reached.any() else "-"
-            values = [spread([x[key] for x in runs])[0] for key in ("final", "test_loss", "top1", "seconds")]
-            losses = [f"{value:.4f}" for value in values[:2]]
-            rest = [f"{100 * values[2]:.2f}", steps, f"{values[3]:.1f}"]
+            losses = [shown([x[key] for x in runs], digits=4) for key in ("final", "test_loss")]
+            top1, seconds = (spread([x[key] for x in runs])[0] for key in ("top1", "seconds"))
+            rest = [f"{100 * top1:.2f}", steps, f"{seconds:.1f}"]
             rows.append([title, name, f"{runs[0]['lr']:g}", len(runs), *losses, *rest])
     return f"{said}\n\n{markdown_table(titles, rows, numbers_from=2)}"
 

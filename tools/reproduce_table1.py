@@ -233,11 +233,11 @@ def paces(runs: dict[str, list[dict[str, Any]]]) -> list[float]:
     return list(of_seed.values())
 
 
-def shown(values: list[float]) -> str:
+def shown(values: list[float], digits: int = 2) -> str:
     if not values:
         return ""
     mean, error, _, _ = spread(values)
-    return f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
 def picture(lines: list[dict[str, Any]], path: Path) -> None:
