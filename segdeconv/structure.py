@@ -217,8 +217,13 @@ class _Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self.registered = set(root.modules())
         self.thread = threading.get_ident()
-        with _TRACING:
-            return super().trace(root, concrete_args)
+        try:
+            with _TRACING:
+                return super().trace(root, concrete_args)
+        finally:
+            # A cycle in torch keeps this tracer, which need not keep the network's parameters; it stays as it
+            # should be for other threads, whose networks may still be passing through it.
+            self.root, self.submodule_paths, self.registered = nn.Module(), {}, set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # Whitened layers are Conv2d and Linear too. Pools of timm's compute with the input's size.

@@ -1207,15 +1207,15 @@ def test_a_norm_that_stays_as_affine_is_of_its_networks_mode_and_type() -> None:
 def test_memory_is_free_as_soon_as_a_network_is_gone(warm_start: bool) -> None:
     """Not only when Python collects cycles: on a GPU the next network may need it."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
-    seen = [weakref.ref(module) for module in model]
+    seen: list[weakref.ref[Any]] = [weakref.ref(held) for held in (*model, *model.parameters())]
     gc.collect()
     gc.disable()
     try:
         model, _ = convert_to_network_deconv(model, warm_start=warm_start)
         calibrate(model, [torch.randn(2, 3, 8, 8)])
-        seen += [weakref.ref(module) for module in model]
+        seen += [weakref.ref(held) for held in (*model, *model.parameters())]
         plain = fold_network_deconv(model)
-        seen += [weakref.ref(module) for module in plain]
+        seen += [weakref.ref(held) for held in (*plain, *plain.parameters())]
         del model, plain
         assert not [there for reference in seen if (there := reference()) is not None]
     finally:
