@@ -88,7 +88,8 @@ def browser() -> Iterator[Any]:
     if executable is None:
         pytest.skip("no Chromium; apt-get install chromium")
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses its sandbox to root
+    utf8 = {**os.environ, "LC_ALL": "C.UTF-8"}  # in C it reads no file whose path is not ASCII
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=executable, args=sandbox)
+        chromium = driver.chromium.launch(executable_path=executable, args=sandbox, env=utf8)
         yield chromium
         chromium.close()
