@@ -422,9 +422,9 @@ class _Reader:
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
     """The defaults of what a network's forward takes besides its input: it is called without."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    others = list(inspect.signature(model.forward).parameters.values())[1:]
     return {
-        p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (int, float, str))
+        p.name: p.default for p in others if p.default is None or isinstance(p.default, (int, float, str))
     }
 
 

@@ -456,6 +456,19 @@ def test_a_network_is_called_without_its_optional_inputs() -> None:
     assert (report.count("swapped"), report.count("removed"), report.untraced) == (2, 1, [])
 
 
+def test_an_input_with_a_default_is_traced_all_the_same() -> None:
+    """transformers' networks say that their pictures may be None, and refuse it."""
+
+    class Net(Block):
+        def forward(self, x: torch.Tensor | None = None, labels: torch.Tensor | None = None) -> Any:
+            if x is None:
+                raise ValueError("no input")
+            return self.b(self.norm(self.a(x)))
+
+    report = same_after_warm_start(Net(lambda m, x: x))
+    assert (reasons(report, "removed"), report.untraced) == ({"norm": "followed a"}, [])
+
+
 def test_containers_with_a_forward_are_networks() -> None:
     class Chain(nn.ModuleDict):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
