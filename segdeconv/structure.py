@@ -59,6 +59,10 @@ _FUNCTIONS_BETWEEN = _POINTWISE | {
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "interpolate", "pad",
     "cat", "split", "chunk", "permute", "transpose", "add", "iadd", "add_", "sub", "mul", "getitem",
 }  # fmt: skip
+_VIEWS = {
+    "flatten", "view", "reshape", "reshape_as", "contiguous", "split", "chunk", "permute", "transpose",
+    "getitem", "dropout",
+}  # fmt: skip
 _FACTORS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _SHAPE_ONLY = ("size", "dim", "numel")
 
@@ -522,16 +526,29 @@ def _writers(node: fx.Node, module_of: _ModuleOf) -> list[fx.Node]:
         )
         if in_place_call and _input(user) is node:
             found.append(user)
-        elif isinstance(module_of(user), _UNCHANGED):
+        elif _is_view(user, module_of):
             found += _writers(user, module_of)
     return found
 
 
+def _is_view(node: fx.Node, module_of: _ModuleOf) -> bool:
+    """Whether what a node puts out may lie in the memory of its input."""
+    module = module_of(node)
+    return _function(node) in _VIEWS if module is None else isinstance(module, (*_UNCHANGED, nn.Flatten))
+
+
 def _overwrites_shared_input(node: fx.Node, module_of: _ModuleOf) -> bool:
-    """Whether a function would write into the norm's input, were the norm gone, while others read it."""
+    """Whether a function would write into the norm's input, were the norm gone, while others read it, as
+    they may read the input of the whole.
+    """
+    if all(module_of(user) is not None for user in _writers(node, module_of)):
+        return False
     source = _input(node)
-    by_function = [user for user in _writers(node, module_of) if module_of(user) is None]
-    return bool(by_function) and source is not None and len(_value_users(source)) > 1
+    while source is not None and source.op != "placeholder" and len(_value_users(source)) == 1:
+        if not _is_view(source, module_of):
+            return False
+        source = _input(source)
+    return source is not None
 
 
 def _is_pooled(node: fx.Node, module_of: _ModuleOf) -> bool:

@@ -551,6 +551,32 @@ def test_shared_heads_without_a_trace() -> None:
         convert_to_network_deconv(nn.ModuleList([Head(), Head()]))
 
 
+def sliced(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = m.norm(x)
+    return x + m.a(torch.cat([torch.relu_(y[:, :2]), y[:, 2:]], 1))
+
+
+@pytest.mark.parametrize(
+    "wiring",
+    [
+        sliced,
+        lambda m, x: x + m.a(F.relu(m.norm(x).permute(0, 1, 3, 2), inplace=True)),
+        lambda m, x: x + m.a(torch.relu_(m.norm(x.flatten(2).view(x.shape)))),
+        moody(lambda m, x: x + m.part(x)),
+    ],
+    ids=["slice", "permuted", "norm of a view", "input of the part that can be traced"],
+)
+def test_functions_in_place_do_not_reach_past_a_removed_norm_through_views(wiring: Callable) -> None:
+    block = Block(wiring)
+    block.part = Block(lambda m, x: m.a(torch.relu_(m.norm(x))))
+    model, _ = convert_to_network_deconv(block)
+    x = torch.randn(2, 4, 5, 5)
+    before = x.clone()
+    with torch.no_grad():
+        model(x)
+    assert torch.equal(x, before)
+
+
 WRITTEN_OUT = {
     "x.mul_(x.sigmoid())": lambda x: x.mul_(x.sigmoid()),
     "sigmoid(x) * x": lambda x: torch.sigmoid(x) * x,
