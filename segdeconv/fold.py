@@ -51,8 +51,11 @@ def fold_network_deconv(model: nn.Module) -> nn.Module:
         norm, layer = modules[norm_name], modules[layer_name]
         proven = norm_name not in structure.guessed and not {norm_name, layer_name} & structure.weight_read
         plain_layer = is_plain_layer(layer) or type(layer) in NEVER_WHITENED
-        own_weight = plain_layer and isinstance(layer.weight, nn.Parameter)
-        if proven and own_weight and is_plain_norm(norm) and norm.running_mean is not None:
+        # Computed ones, as by a parametrization, are not there to be changed.
+        given = plain_layer and all(
+            isinstance(x, (nn.Parameter, NoneType)) for x in (layer.weight, layer.bias)
+        )
+        if proven and given and is_plain_norm(norm) and norm.running_mean is not None:
             fold_batch_norm(layer, norm)
             gone[norm] = leftover(norm).eval()
     return replace_modules(model, gone)

@@ -186,3 +186,11 @@ def test_no_norm_is_folded_into_a_computed_weight() -> None:
     folded, x = fold_network_deconv(model), torch.randn(2, 3, 7, 7)
     assert isinstance(folded[1], nn.BatchNorm2d)
     torch.testing.assert_close(folded(x), model(x))
+
+
+def test_a_norm_behind_a_computed_bias_stays() -> None:
+    model = scramble_batch_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    prune.l1_unstructured(model[0], "bias", 0.5)
+    x = torch.randn(2, 3, 7, 7)
+    folded = fold_network_deconv(model)
+    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=1e-6)
