@@ -192,8 +192,10 @@ def is_plain_norm(module: nn.Module) -> bool:
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether it is what torchvision, timm and detectron2 make of a batch norm that is not to change."""
-    return type(module).__name__.startswith("FrozenBatchNorm")
+    """Whether it is what torchvision, timm, detectron2 and transformers make of a batch norm that is not to
+    change.
+    """
+    return "FrozenBatchNorm" in type(module).__name__
 
 
 def out_channels(layer: Any) -> int:

@@ -304,8 +304,13 @@ def frozen_by_torchvision(stem: nn.Module) -> nn.Module:
     return stem
 
 
+def frozen_by_transformers(stem: nn.Module) -> nn.Module:
+    stem[1] = type("DetrFrozenBatchNorm2d", (FrozenBatchNorm2d,), {})(8)
+    return stem
+
+
 @pytest.mark.parametrize("traced", [True, False])
-@pytest.mark.parametrize("freeze", [frozen_by_timm, frozen_by_torchvision])
+@pytest.mark.parametrize("freeze", [frozen_by_timm, frozen_by_torchvision, frozen_by_transformers])
 def test_what_a_frozen_batch_norm_reads_is_kept(freeze: Callable, traced: bool) -> None:
     class Network(nn.Module):
         def __init__(self) -> None:
