@@ -18,6 +18,7 @@ from segdeconv.convert import fold_batch_norm, leftover, replace_modules
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.structure import (
     NEVER_WHITENED,
+    computes_as,
     detached_copy,
     is_plain_layer,
     is_plain_norm,
@@ -50,11 +51,9 @@ def fold_network_deconv(model: nn.Module) -> nn.Module:
     for norm_name, layer_name in structure.norm_after.items():
         norm, layer = modules[norm_name], modules[layer_name]
         proven = norm_name not in structure.guessed and not {norm_name, layer_name} & structure.weight_read
-        plain_layer = is_plain_layer(layer) or type(layer) in NEVER_WHITENED
-        # Computed ones, as by a parametrization, are not there to be changed.
-        given = plain_layer and all(
-            isinstance(x, (nn.Parameter, NoneType)) for x in (layer.weight, layer.bias)
-        )
+        plain_layer = is_plain_layer(layer) or computes_as(layer, NEVER_WHITENED)
+        # What is computed, as by a parametrization, is not there to be changed.
+        given = plain_layer and all(isinstance(x, nn.Parameter | None) for x in (layer.weight, layer.bias))
         if proven and given and is_plain_norm(norm) and norm.running_mean is not None:
             fold_batch_norm(layer, norm)
             gone[norm] = leftover(norm).eval()

@@ -179,15 +179,30 @@ def qualified_class(module: nn.Module) -> str:
 def is_plain_layer(module: nn.Module) -> bool:
     """Whether the layer computes what Conv2d or Linear do, if in its own way as some of timm's and smp's."""
     known = ("timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame", STATIC_PADDING)
-    plain = type(module) in WEIGHTED or qualified_class(module) in known
+    plain = computes_as(module, WEIGHTED) or qualified_class(module) in known
     return plain and "forward" not in vars(module)  # as libraries put there that wrap it
+
+
+def computes_as(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> bool:
+    """Whether it is of one of ``classes``, or of a subclass that changes nothing about what they compute, as
+    those that transformers and torchvision construct in their own way. Not torch's: containers read their
+    weights.
+    """
+    kind = type(module)
+    if kind in classes or kind.__module__.startswith("torch."):
+        return kind in classes
+    methods = "forward", "_conv_forward", "__call__"
+    return any(
+        issubclass(kind, base) and all(getattr(kind, m, None) is getattr(base, m, None) for m in methods)
+        for base in classes
+    )
 
 
 def is_plain_norm(module: nn.Module) -> bool:
     """Whether it computes what BatchNorm does, and at most the activation of timm's norm-with-activation."""
     torch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     known = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
-    plain = type(module) in torch_norms or qualified_class(module) in known
+    plain = computes_as(module, torch_norms) or qualified_class(module) in known
     return plain and "forward" not in vars(module)
 
 

@@ -265,6 +265,33 @@ def test_a_batch_norm_with_a_forward_of_its_own_is_kept() -> None:
     assert reasons(report, "kept") == {"norm": "NormReLU has a forward of its own"}
 
 
+class OwnWeights(nn.Conv2d):
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+        return super()._conv_forward(x, weight / weight.norm(), bias)
+
+
+class SlowNorm(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, momentum=0.01)
+
+
+class PaddedConv(nn.Conv2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+
+def test_subclasses_that_compute_as_their_class_are_of_their_class() -> None:
+    """As transformers' EfficientNetDepthwiseConv2d and torchvision's Conv3DSimple."""
+    block = Block(lambda m, x: m.b(torch.relu(m.norm(m.a(x)))), SlowNorm(4))
+    block.a, block.b = PaddedConv(4), OwnWeights(4, 4, 1)
+    report = same_after_warm_start(block)
+    assert reasons(report, "removed") == {"norm": "followed a"}
+    assert reasons(report, "kept") == {"b": "OwnWeights has a forward of its own"}
+    volume = type("Conv3DSimple", (nn.Conv3d,), {"__module__": "mine"})(3, 4, 3)
+    folded = fold_network_deconv(scramble_batch_norms(nn.Sequential(volume, nn.BatchNorm3d(4))))
+    assert isinstance(folded[1], nn.Identity)
+
+
 def test_dropout_of_a_norm_with_activation_stays() -> None:
     from timm.layers import BatchNormAct2d
 
