@@ -13,6 +13,7 @@ import collections
 import contextlib
 import copy
 import math
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,6 +45,7 @@ from segdeconv.structure import (
 from segdeconv.whitening import in_float64
 
 Filter = Callable[[nn.Module, str], bool]
+_CONTAINERS = (dict, list, collections.deque)
 
 
 @dataclass(frozen=True)
@@ -415,8 +417,8 @@ def leftover(norm: nn.Module) -> nn.Module:
 
 
 def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Replace modules wherever they are held, registered or in plain lists, tuples and dictionaries. The
-    forward and backward hooks of the old are those of the new.
+    """Replace modules wherever they are held, registered or in plain lists, tuples, dictionaries and objects.
+    The forward and backward hooks of the old are those of the new.
     """
     for old, new in swaps.items():
         for name, value in vars(old).items():
@@ -425,33 +427,36 @@ def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.M
     if model in swaps:
         return swaps[model]
 
+    pending: list[Any] = [model]
     seen: set[int] = set()
-    for parent in list(model.modules()):
-        for name, held in list(vars(parent).items()):
-            new = _swapped(held, swaps, seen)
-            if new is not held:
-                setattr(parent, name, new)
+    while pending:
+        holder = pending.pop()
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        held = holder if isinstance(holder, _CONTAINERS) else vars(holder)
+        for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
+            new = _swapped(value, swaps, pending)
+            if new is not value:
+                held[key] = new
     return model
 
 
-def _swapped(value: Any, swaps: dict[nn.Module, nn.Module], seen: set[int]) -> Any:
-    # Not within `replace_modules`: a local function that calls itself keeps what it refers to, here modules
-    # and on a GPU their memory, until Python looks for cycles.
-    if isinstance(value, nn.Module):
-        return swaps.get(value, value)
-    if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
-        return value
-    if isinstance(value, (dict, list)):
-        seen.add(id(value))  # one may hold itself
-        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            new = _swapped(item, swaps, seen)
-            if new is not item:
-                value[key] = new
-    else:
-        items = [_swapped(item, swaps, seen) for item in value]
+def _swapped(value: Any, swaps: dict[nn.Module, nn.Module], pending: list[Any]) -> Any:
+    """What is to be held instead of ``value``. Whatever holds something in turn is added to ``pending``, but
+    for tuples, which cannot be changed.
+    """
+    if isinstance(value, nn.Module) and value in swaps:
+        return swaps[value]
+    if isinstance(value, tuple):
+        items = [_swapped(item, swaps, pending) for item in value]
         if any(new is not old for new, old in zip(items, value, strict=True)):
             make = getattr(value, "_make", type(value))  # a named tuple's constructor takes no list
             return make(items)
+    elif isinstance(value, types.ModuleType):
+        pass
+    elif isinstance(value, _CONTAINERS) or isinstance(getattr(value, "__dict__", None), dict):
+        pending.append(value)
     return value
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import gc
@@ -925,6 +926,8 @@ class Pair(NamedTuple):
         lambda layers: dict(enumerate(layers)),
         lambda x: Pair(*x),
         lambda x: [(x[0], {"norm": x[1]})],
+        collections.deque,
+        lambda x: types.SimpleNamespace(values=types.SimpleNamespace(conv=x[0], norm=x[1])),
     ],
 )
 def test_modules_held_in_plain_containers_are_replaced_too(hold: Callable) -> None:
@@ -938,6 +941,8 @@ def test_modules_held_in_plain_containers_are_replaced_too(hold: Callable) -> No
             steps = self.steps.values() if isinstance(self.steps, dict) else self.steps
             if isinstance(self.steps, list) and len(self.steps) == 1:
                 steps = [self.steps[0][0], self.steps[0][1]["norm"]]
+            if isinstance(self.steps, types.SimpleNamespace):
+                steps = [self.steps.values.conv, self.steps.values.norm]
             for step in steps:
                 x = step(x)
             return x
