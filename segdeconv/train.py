@@ -13,25 +13,19 @@ import functools
 import hashlib
 import math
 import os
-import random
 import shutil
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
 import filelock
 import numpy as np
-import timm.layers
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
@@ -49,12 +43,10 @@ from segdeconv.checkpoint import (
     named,
     read_info,
     recipe_digest,
-    restore_training,
     save_checkpoint,
     save_state,
-    training_tensors,
 )
-from segdeconv.config import Recipe, TrainConfig
+from segdeconv.config import Recipe
 from segdeconv.convert import ConversionReport, calibrate
 from segdeconv.data import (
     EpochBatches,
@@ -66,63 +58,20 @@ from segdeconv.data import (
     train_loader,
 )
 from segdeconv.distributed import rank, sum_over_ranks, world_size
-from segdeconv.errors import UserError, as_utf8, first_line, out_of_memory, shortage
-from segdeconv.evaluate import AMP, ignore_index_of, predicted_samples, score, torch_predictor
+from segdeconv.errors import UserError, as_utf8, first_line
+from segdeconv.evaluate import ignore_index_of, predicted_samples, score, torch_predictor
 from segdeconv.figures import read_metrics, training_curves, triptych
 from segdeconv.files import append_json_line, check_utf8, make_folder, temporaries_of, to_json, write_text
-from segdeconv.graphs import StepGraphs
-from segdeconv.losses import loss_of
 from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import count_parameters, resolve, size_multiple, starts_trained
 from segdeconv.progress import Bar, console
-from segdeconv.schedule import RefreshSchedule
+from segdeconv.trainer import Trainer, seed_everything
 
 _CALIBRATION_BATCHES = 16
 _FILES = (
     *("recipe.yaml", "conversion.txt", "metrics.jsonl", "curves.png"),
     *("state.new.safetensors", "last.safetensors", "best.safetensors"),
 )  # written only by the process that holds the folder's lock
-
-
-def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str, power: float) -> float:
-    """The learning rate at ``step`` of ``steps`` over its peak: linear warm-up, then the schedule."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    t = (step - warmup_steps) / max(steps - warmup_steps, 1)
-    if schedule == "poly":
-        return (1 - t) ** power
-    if schedule == "cosine":
-        return (1 + math.cos(math.pi * t)) / 2
-    return 1.0
-
-
-@contextlib.contextmanager
-def tf32_matmul(device: torch.device, amp: bool) -> Iterator[None]:
-    """Multiply float32 matrices in TF32 on a GPU, as convolutions are by default. For training in 16 bits,
-    which rounds whitening matrices further anyway. A precision that the program has chosen itself stays.
-    """
-    try:
-        undecided = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # chosen by torch's newer settings, which it does not let be read as an older one
-        undecided = False
-    if not (amp and device.type == "cuda" and undecided):
-        yield
-        return
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser of ``config``, of the parameters that are trained."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
 
 
 def pick_device(name: str) -> torch.device:
@@ -141,13 +90,6 @@ def pick_device(name: str) -> torch.device:
         first = first_line(error)
         raise UserError(f"--device {name}: not available here ({first}); use auto or cpu") from None
     return device
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
-    torch.manual_seed(seed)
 
 
 def train(
@@ -211,7 +153,7 @@ def dry_run(recipe: Recipe, device: torch.device | str = "cpu") -> None:
     """Print what a run would be, and train two steps: parameters, operations, memory, conversion report."""
     run = _prepare(recipe, torch.device(device))
     try:
-        run.describe()
+        _describe(run)
     finally:
         run.end_workers()
 
@@ -302,7 +244,7 @@ def _prepare(recipe: Recipe, device: torch.device, resumed: Path | None = None) 
 
 
 class _Run:
-    """The state of one training run."""
+    """One training run: its data, folder, log and signals, around the steps of a `Trainer`."""
 
     def __init__(
         self,
@@ -313,67 +255,27 @@ class _Run:
         samples: Samples,
         held_out: Samples,
     ) -> None:
-        self.recipe, self.device, self.model, self.report = recipe, device, model, report
+        self.recipe, self.device, self.report = recipe, device, report
         self.samples, self.held_out = samples, held_out
-        config, data, multiple = recipe.train, recipe.data, size_multiple(model)
-        self.loader = train_loader(
-            samples, data, config.batch_size, config.seed, multiple, rank(), world_size()
-        )
+        config, data = recipe.train, recipe.data
+        multiple, share = size_multiple(model), (rank(), world_size())
+        self.loader = train_loader(samples, data, config.batch_size, config.seed, multiple, *share)
         self.batches = cast(EpochBatches, self.loader.batch_sampler)
         self.val_set = EvalSet(held_out, data, multiple)
-        self.val_loader = eval_loader(held_out, data, config.batch_size, multiple, rank(), world_size())
+        self.val_loader = eval_loader(held_out, data, config.batch_size, multiple, *share)
         self.ignore_index = ignore_index_of(samples, data)
         self.metric = MAIN_METRIC[held_out.task]
         self.steps_per_epoch = len(self.loader)
-        self.optimizer = make_optimizer(model, config)
-        self.amp = AMP[config.amp]
-        # Processes with batches of different shapes would compile graphs that may sum in different orders.
-        self.compiles = config.compile and config.batch_size % world_size() == 0
-        self.records = config.cuda_graphs and world_size() == 1 and device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        self.ema = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
-        self.parallel: Callable[..., Any] = self._parallel()
-        self.compute: Callable[[Tensor, Tensor], Tensor] = self._compute
-        self.refreshes: RefreshSchedule | None = None
-        self.step = self.finished_epochs = 0
+        self.trainer = Trainer(model, config, self.steps_per_epoch, self.ignore_index)
+        self.finished_epochs = 0
         self.best, self.seconds = -1.0, 0.0
         self.board: SummaryWriter | None = None
         self.loss_total = torch.zeros((), device=device)  # of the epoch so far
-        # Losses not looked at yet, with their images: on a GPU looking means waiting.
-        self.patience = 1 if device.type == "cpu" else 10
-        self.recent: list[tuple[Tensor, Tensor]] = []
-
-    def _parallel(self) -> nn.Module:
-        """The network as steps call it; validation, whose pictures have other sizes, calls the plain one."""
-        if world_size() == 1:
-            return self._compiled()
-        on_cpu = self.device.type == "cpu"
-        batch_norm = any(isinstance(m, _BatchNorm) for m in self.model.modules())  # the twin, or model.keep
-        if batch_norm and not on_cpu:
-            self.model = timm.layers.convert_sync_batchnorm(self.model)
-        elif batch_norm:
-            console.print("note: on the CPU, batch norm takes its statistics from each process's own share")
-        with warnings.catch_warnings():  # newer torch has another name for broadcast_buffers
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(
-                self._compiled(),
-                device_ids=None if on_cpu else [self.device],
-                # Whitened layers have the same running values on all ranks; batch norm on the CPU does not.
-                broadcast_buffers=batch_norm,
-                static_graph=True,
-            )
-
-    def _compiled(self) -> nn.Module:
-        if not self.compiles:
-            return self.model
-        if world_size() > 1:  # DDP's optimiser would cut the graph, which older torch cannot do with ours
-            torch._dynamo.config.optimize_ddp = False
-        return cast(nn.Module, torch.compile(self.model))
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The network that is scored and kept: the averaged one, where there is an average."""
-        return self.model if self.ema is None else self.ema.module
+    def steps_done(self) -> int:
+        """How many are made of the epoch under way."""
+        return self.trainer.step - self.finished_epochs * self.steps_per_epoch
 
     def end_workers(self) -> None:
         end_workers(getattr(self.loader, "_iterator", None))  # they stay from epoch to epoch
@@ -383,16 +285,13 @@ class _Run:
     def save_state(self) -> None:
         if rank() != 0:
             return
-        tensors = training_tensors(self.model, self.optimizer)
-        if self.ema is not None:
-            tensors |= {f"ema.{key}": value for key, value in self.ema.state_dict().items()}
-        tensors["loss_total"] = self.loss_total
+        tensors = self.trainer.state_tensors() | {"loss_total": self.loss_total}
         values = {
-            "step": self.step,
+            "step": self.trainer.step,
             "finished_epochs": self.finished_epochs,
             "best": self.best,
             "seconds": self.seconds,
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.trainer.scaler.state_dict(),
             "pictures": self.pictures,
             "recipe": self.recipe_digest,
         }
@@ -401,12 +300,10 @@ class _Run:
     def load_state(self) -> None:
         tensors, values = load_state(self.out)
         try:
-            restore_training(tensors, self.model, self.optimizer)
-            if self.ema is not None:
-                self.ema.load_state_dict(named("ema", tensors))
-            self.scaler.load_state_dict(values["scaler"])
+            self.trainer.load_state_tensors(tensors)
+            self.trainer.scaler.load_state_dict(values["scaler"])
             self.loss_total = tensors["loss_total"].to(self.device)
-            self.step, self.finished_epochs = values["step"], values["finished_epochs"]
+            self.trainer.step, self.finished_epochs = values["step"], values["finished_epochs"]
             self.best, self.seconds = values["best"], values["seconds"]
         except (KeyError, RuntimeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
@@ -446,33 +343,28 @@ class _Run:
     def fit(self, out: Path, resume: bool, stop: _Stop) -> dict[str, Any]:
         self.out, self.stop = out, stop
         config = self.recipe.train
-        self._announce()
+        _announce(self)
         if resume:
             self._go_on()
         else:
             self._begin()
-        if self.compiles:
-            self.refreshes = RefreshSchedule(self.model, self.amp)
-        if self.records:
-            dtype = self.amp if self.compiles else None
-            self.compute = StepGraphs(self.model, self._compute, dtype)
-            self.refreshes = None  # the graphs have their own
+        self.trainer.start()
         line: dict[str, Any] = {}
         if self.finished_epochs:
             line = next(reversed(read_metrics(out)), {})  # empty if the file system lost them
         if rank() == 0:
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=self.step + 1)
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=self.trainer.step + 1)
         with self.board or contextlib.nullcontext():
             for epoch in range(self.finished_epochs + 1, config.epochs + 1):
                 line = self._epoch(epoch)
                 # On the CPU every rank has running values of batch norm, and averages of them, of its own.
-                distributed.broadcast_buffers(self.model, self.evaluated)
+                distributed.broadcast_buffers(self.trainer.model, self.trainer.evaluated)
                 if epoch % config.eval_every == 0 or epoch == config.epochs:
                     # Ranks cannot leave a validation, and a scheduler may not wait for its end.
                     self.save_state()
                     scores = self._score(epoch)
                     line |= {key: value for key, value in scores.items() if key != "confusion"}
-                self._tell(line)
+                console.print(_epoch_in_words(line, config.epochs, self.metric))
                 score_now = line.get(self.metric, -1.0)
                 if rank() == 0:
                     self._keep(line, score_now)
@@ -489,22 +381,10 @@ class _Run:
         self.load_state()
         self._check_room()
         self._forget_later_lines()
-        done = self.step - self.finished_epochs * self.steps_per_epoch
         if self.finished_epochs < self.recipe.train.epochs:
-            console.print(f"resuming after step {done} of epoch {self.finished_epochs + 1}")
+            console.print(f"resuming after step {self.steps_done} of epoch {self.finished_epochs + 1}")
         else:
             console.print("this run is finished: nothing is left to train")
-
-    def _tell(self, line: dict[str, Any]) -> None:
-        """A finished epoch for the log."""
-        epoch, epochs = line["epoch"], self.recipe.train.epochs
-        shown = f", {self.metric} {line[self.metric]:.4f}" if self.metric in line else ""
-        if not math.isnan(line["images_per_second"]):
-            shown += f", {line['images_per_second']:.1f} images/s, loader {line['loader_share']:.0%}"
-        left = f", some {self.seconds / epoch * (epochs - epoch):.0f} s left" if epoch < epochs else ""
-        console.print(
-            f"epoch {epoch}/{epochs}: loss {line['loss']:.4f}{shown}, {self.seconds:.0f} s of training{left}"
-        )
 
     def _begin(self) -> None:
         """Statistics for trained weights, and a first state: a folder that cannot be written says so now."""
@@ -513,7 +393,8 @@ class _Run:
             batches = (images for images, _ in islice(self.loader, _CALIBRATION_BATCHES))
             first = next(batches)
             images = (batch.to(self.device) for batch in chain([first], batches))
-            self._guarded(lambda _: calibrate(self.model, images), first)
+            with self.trainer.explained(first):
+                calibrate(self.trainer.model, images)
         if rank() == 0:
             if self.report is not None:
                 write_text(self.out / "conversion.txt", f"{self.report}\n")
@@ -535,60 +416,29 @@ class _Run:
         one being written) and three checkpoints (the last, the best and the one being written).
         """
         config = self.recipe.train
-        network = sum(value.nbytes for value in self.model.state_dict().values())
-        parameters = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        network = sum(value.nbytes for value in self.trainer.model.state_dict().values())
+        parameters = sum(p.nbytes for p in self.trainer.model.parameters() if p.requires_grad)
         momenta = {"sgd": int(config.momentum > 0), "adamw": 2}[config.optimizer] * parameters
-        state = network + momenta + (network if self.ema else 0)
+        state = network + momenta + (network if self.trainer.ema else 0)
         return 3 * state + 3 * network
-
-    def _announce(self) -> None:
-        if self.report is not None:
-            console.print(f"network deconvolution: {self.report.summary()}")
-        ranks = f", {world_size()} processes" if world_size() > 1 else ""
-        console.print(
-            f"{self.recipe.name}: {self.recipe.model.architecture}, "
-            f"{count_parameters(self.model) / 1e6:.2f} M parameters, "
-            f"norm {self.recipe.model.norm}, {len(self.samples)} training and "
-            f"{len(self.held_out)} validation pictures, on {self.device}{ranks}"
-        )
-        if self.recipe.train.warmup_epochs > self.recipe.train.epochs:
-            console.print("note: train.warmup_epochs is more than train.epochs, so train.lr is never reached")
-        if self.compiles < self.recipe.train.compile:
-            console.print(
-                "note: train.compile has no effect here: of train.batch_size = "
-                f"{self.recipe.train.batch_size} the {world_size()} processes have different shares"
-            )
-        if self.records < self.recipe.train.cuda_graphs:
-            console.print("note: train.cuda_graphs has no effect here: it is for a GPU, and one process")
-        off = [key for key in ("compile", "cuda_graphs") if not getattr(self.recipe.train, key)]
-        fast = self.report is not None and self.recipe.model.network_deconv.mode == "fast"
-        if off and fast and self.device.type == "cuda" and world_size() == 1:
-            console.print(
-                "note: on a GPU network deconvolution comes near batch norm's speed with "
-                f"{' and '.join(f'train.{key}=true' for key in off)}"
-            )
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         """Train the rest of an epoch; returns its line for metrics.jsonl."""
-        config = self.recipe.train
-        self.model.train()
-        self.batches.epoch, self.batches.start = (
-            epoch - 1,
-            self.step - self.finished_epochs * self.steps_per_epoch,
-        )
+        config, trainer = self.recipe.train, self.trainer
+        trainer.model.train()
+        self.batches.epoch, self.batches.start = epoch - 1, self.steps_done
         source = _Timed(self.loader)
         bar = Bar(source, len(self.loader), f"epoch {epoch}/{config.epochs}")
         begin = saved = time.monotonic()
         before, first = self.seconds, self.batches.start
         for images, targets in bar:
-            self.loss_total += self._guarded(self._step, images, targets)
-            self.step += 1
-            done = self.step - (epoch - 1) * self.steps_per_epoch
-            if self.recent:
+            self.loss_total += trainer.train_step(images, targets)
+            done = self.steps_done
+            if trainer.unchecked:  # to read the loss would be to wait
                 continue
             took = max(time.monotonic() - begin, 1e-9)
             bar.note = (
-                f"loss {self.loss_total.item() / done:.4f}, lr {self._lr(self.step - 1):.3g}, "
+                f"loss {self.loss_total.item() / done:.4f}, lr {trainer.lr(trainer.step - 1):.3g}, "
                 f"{(done - first) * config.batch_size / took:.1f} images/s, {memory_mib(self.device):.0f} MiB"
             )
             self.seconds = before + took
@@ -603,100 +453,14 @@ class _Run:
         self.batches.start = 0
         return {
             "epoch": epoch,
-            "step": self.step,
+            "step": trainer.step,
             "loss": self.loss_total.item() / self.steps_per_epoch,
-            "lr": self._lr(self.step - 1),  # the optimiser of a run resumed here has made no step yet
+            "lr": trainer.lr(trainer.step - 1),  # the optimiser of a run resumed here has made no step yet
             "seconds": self.seconds,
             "images_per_second": made * config.batch_size / took if made else math.nan,
             "loader_share": source.seconds / took if made else math.nan,
             "memory_mib": memory_mib(self.device),
         }
-
-    def _guarded(self, call: Callable[..., Any], images: Tensor, *targets: Tensor) -> Any:
-        """``call`` on a batch; a UserError of one sentence if the network cannot take it."""
-        try:
-            return call(images, *targets)
-        except UserError:
-            raise
-        except (MemoryError, RuntimeError, ValueError, AssertionError) as error:
-            if out_of_memory(error):
-                raise UserError("the device ran out of memory; lower train.batch_size or data.crop") from None
-            if self.recipe.train.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                reason = first_line(getattr(error, "inner_exception", error))
-                raise UserError(
-                    f"torch.compile cannot compile the network ({reason}); on a CPU it needs a C++ compiler; "
-                    "start a run with train.compile=false"
-                ) from error
-            after_a_step = self.step > 0 and isinstance(error, RuntimeError)  # so the network takes batches
-            if after_a_step or shortage(error) or distributed.says_a_process_is_gone(error):
-                raise
-            raise UserError(
-                f"the network cannot train on batches of shape {tuple(images.shape)} "
-                f"({first_line(error)}); check train.batch_size, data.crop and model.options"
-            ) from error
-
-    def _lr(self, step: int) -> float:
-        config, an_epoch = self.recipe.train, self.steps_per_epoch
-        warmup = round(config.warmup_epochs * an_epoch)
-        return config.lr * lr_factor(
-            step, config.epochs * an_epoch, warmup, config.schedule, config.poly_power
-        )
-
-    def _step(self, images: Tensor, targets: Tensor) -> Tensor:
-        config = self.recipe.train
-        seed_everything(int(np.random.SeedSequence((config.seed, self.step, rank())).generate_state(1)[0]))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        # Training only: validation is to score what `segdeconv eval` does.
-        with tf32_matmul(self.device, self.amp is not None):
-            if self.refreshes is not None:
-                self.refreshes.step()
-            # A blocking copy would wait for the step before.
-            loss = self.compute(*(batch.to(self.device, non_blocking=True) for batch in (images, targets)))
-        self.recent.append((loss, images))
-        if len(self.recent) == self.patience or (self.step + 1) % self.steps_per_epoch == 0:
-            self._check_finite()
-        if config.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.ema is not None:
-            self.ema.update(self.model, self.step + 1)  # after the first step it is the network itself
-        return loss
-
-    def _compute(self, images: Tensor, targets: Tensor) -> Tensor:
-        """The loss of a batch; its gradients are added to those there are."""
-        with self._autocast():
-            output = self.parallel(images)
-        loss = loss_of(output, targets, self.recipe.train, self.ignore_index)
-        self.scaler.scale(loss).backward()
-        if self.patience > 1:  # not looked at yet: a bad loss must not spoil what `_check_finite` looks at
-            bad = ~loss.detach().isfinite()
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_(bad, 0)
-        return loss.detach()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
-
-    def _check_finite(self) -> None:
-        """Look at the recent losses; the last is the current step's."""
-        finite = torch.stack([loss for loss, _ in self.recent]).isfinite()
-        if not finite.all():
-            first = int(finite.int().argmin())
-            loss, images = self.recent[first]
-            epoch, done = divmod(self.step + 1 - len(self.recent) + first, self.steps_per_epoch)
-            with self._autocast():
-                where = first_bad_layer(self.model, images.to(self.device))
-            raise UserError(
-                f"the loss became {loss.item()} at step {done + 1} of epoch {epoch + 1}; {where}; try "
-                f"a lower train.lr (now {self.recipe.train.lr}), a longer train.warmup_epochs, "
-                "train.clip_grad, or train.amp: off"
-            )
-        self.recent.clear()
 
     def _asked_to_stop(self) -> bool:
         if world_size() == 1:
@@ -708,7 +472,8 @@ class _Run:
 
     def _leave(self) -> None:
         self.save_state()
-        console.print(f"stopped by a signal at step {self.step}; nothing is lost: go on with --resume")
+        step = self.trainer.step
+        console.print(f"stopped by a signal at step {step}; nothing is lost: go on with --resume")
         if rank() == 0 and self.finished_epochs:
             with contextlib.suppress(UserError):  # the state is what counts
                 self._draw_curves()
@@ -718,15 +483,9 @@ class _Run:
         training_curves({self.recipe.model.norm: [self.out]}, self.out / "curves.png", self.metric)
 
     def _score(self, epoch: int) -> dict[str, Any]:
+        predict = torch_predictor(self.trainer.evaluated, self.trainer.amp)
         batches: Any = _Stoppable(self.val_loader, self)
-        return score(
-            torch_predictor(self.evaluated, self.amp),
-            batches,
-            self.held_out,
-            self.ignore_index,
-            self.device,
-            f"epoch {epoch} val",
-        )
+        return score(predict, batches, self.held_out, self.ignore_index, self.device, f"epoch {epoch} val")
 
     def _keep(self, line: dict[str, Any], score_now: float) -> None:
         """Leave an epoch's results: its line, checkpoints, TensorBoard's scalars and pictures."""
@@ -736,18 +495,18 @@ class _Run:
         info = CheckpointInfo(
             self.recipe, held_out.task, held_out.classes, held_out.palette, line["epoch"], scalars
         )
-        save_checkpoint(self.out / "last.safetensors", self.evaluated, info)
+        save_checkpoint(self.out / "last.safetensors", self.trainer.evaluated, info)
         if score_now > self.best:
-            save_checkpoint(self.out / "best.safetensors", self.evaluated, info)
+            save_checkpoint(self.out / "best.safetensors", self.trainer.evaluated, info)
         assert self.board is not None
         for key, value in line.items():
             for name, number in value.items() if isinstance(value, dict) else [("", value)]:
-                self.board.add_scalar(as_utf8(f"{key}/{name}" if name else key), number, self.step)
+                self.board.add_scalar(as_utf8(f"{key}/{name}" if name else key), number, self.trainer.step)
         if score_now >= 0 and held_out.task == "segmentation":
-            predict = torch_predictor(self.evaluated, self.amp)
+            predict = torch_predictor(self.trainer.evaluated, self.trainer.amp)
             rows = predicted_samples(predict, held_out, self.val_set, self.device)
             pictures = triptych(rows, held_out.classes, held_out.palette)
-            self.board.add_image("val", np.asarray(pictures), self.step, dataformats="HWC")
+            self.board.add_image("val", np.asarray(pictures), self.trainer.step, dataformats="HWC")
 
     def _forget_later_lines(self) -> None:
         """Drop lines of epochs that will be trained once more."""
@@ -757,46 +516,84 @@ class _Run:
             text = "".join(f"{to_json(line)}\n" for line in lines)
             write_text(path, text)
 
-    def describe(self) -> None:
-        """What `dry_run` prints."""
-        self._announce()
-        if self.report is not None:
-            console.print(str(self.report))
-        images, targets = next(iter(self.loader))
-        self.model.train()
-        with FlopCounterMode(display=False) as counter:
-            self._guarded(self.model, images.to(self.device))
-        operations = counter.get_total_flops() / len(images) / 1e9
-        console.print(
-            f"{tuple(images.shape)} images a batch, {self.steps_per_epoch} steps an epoch, "
-            f"{operations:.2f} GFLOP an image forward (a multiplication and an addition are two)"
-        )
-        self.patience = 1
-        kept: dict[int, int] = {}
 
-        def note(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        for step in (1, 2):
-            kept.clear()
-            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-            with hooks, torch.compiler.set_stance("force_eager"):
-                loss = self._guarded(self._step, images, targets)
-            console.print(f"step {step}: loss {loss.item():.4f}")
-            self.step += 1
-        weights = sum(p.nbytes for p in self.model.parameters())
-        states = sum(
-            value.nbytes
-            for state in self.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        )
+def _announce(run: _Run) -> None:
+    """What a run is, and what of its recipe has no effect or is missing, for the log."""
+    recipe, trainer = run.recipe, run.trainer
+    if world_size() > 1 and run.device.type == "cpu" and trainer.has_batch_norm:
+        console.print("note: on the CPU, batch norm takes its statistics from each process's own share")
+    if run.report is not None:
+        console.print(f"network deconvolution: {run.report.summary()}")
+    millions = count_parameters(trainer.model) / 1e6
+    ranks = f", {world_size()} processes" if world_size() > 1 else ""
+    console.print(
+        f"{recipe.name}: {recipe.model.architecture}, {millions:.2f} M parameters, norm {recipe.model.norm}, "
+        f"{len(run.samples)} training and {len(run.held_out)} validation pictures, on {run.device}{ranks}"
+    )
+    if recipe.train.warmup_epochs > recipe.train.epochs:
+        console.print("note: train.warmup_epochs is more than train.epochs, so train.lr is never reached")
+    if trainer.compiles < recipe.train.compile:
         console.print(
-            f"memory: weights {weights / 2**20:.0f} MiB, gradients {weights / 2**20:.0f}, optimiser "
-            f"{states / 2**20:.0f}, kept for the backward pass about {sum(kept.values()) / 2**20:.0f}; "
-            f"peak of this process {memory_mib(self.device):.0f} MiB"
+            "note: train.compile has no effect here: of train.batch_size = "
+            f"{recipe.train.batch_size} the {world_size()} processes have different shares"
         )
+    if trainer.records < recipe.train.cuda_graphs:
+        console.print("note: train.cuda_graphs has no effect here: it is for a GPU, and one process")
+    off = [key for key in ("compile", "cuda_graphs") if not getattr(recipe.train, key)]
+    fast = run.report is not None and recipe.model.network_deconv.mode == "fast"
+    if off and fast and run.device.type == "cuda" and world_size() == 1:
+        console.print(
+            "note: on a GPU network deconvolution comes near batch norm's speed with "
+            f"{' and '.join(f'train.{key}=true' for key in off)}"
+        )
+
+
+def _epoch_in_words(line: dict[str, Any], epochs: int, metric: str) -> str:
+    """A line of metrics.jsonl for the log."""
+    epoch, seconds = line["epoch"], line["seconds"]
+    shown = f", {metric} {line[metric]:.4f}" if metric in line else ""
+    if not math.isnan(line["images_per_second"]):
+        shown += f", {line['images_per_second']:.1f} images/s, loader {line['loader_share']:.0%}"
+    left = f", some {seconds / epoch * (epochs - epoch):.0f} s left" if epoch < epochs else ""
+    return f"epoch {epoch}/{epochs}: loss {line['loss']:.4f}{shown}, {seconds:.0f} s of training{left}"
+
+
+def _describe(run: _Run) -> None:
+    """What `dry_run` prints."""
+    _announce(run)
+    if run.report is not None:
+        console.print(str(run.report))
+    trainer = run.trainer
+    images, targets = next(iter(run.loader))
+    trainer.model.train()
+    with FlopCounterMode(display=False) as counter, trainer.explained(images):
+        trainer.model(images.to(run.device))
+    operations = counter.get_total_flops() / len(images) / 1e9
+    console.print(
+        f"{tuple(images.shape)} images a batch, {run.steps_per_epoch} steps an epoch, "
+        f"{operations:.2f} GFLOP an image forward (a multiplication and an addition are two)"
+    )
+    trainer.check_every = 1
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for step in (1, 2):
+        kept.clear()
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, torch.compiler.set_stance("force_eager"):
+            loss = trainer.train_step(images, targets)
+        console.print(f"step {step}: loss {loss.item():.4f}")
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    values = (value for state in trainer.optimizer.state.values() for value in state.values())
+    states = sum(value.nbytes for value in values if isinstance(value, Tensor))
+    console.print(
+        f"memory: weights {weights / 2**20:.0f} MiB, gradients {weights / 2**20:.0f}, optimiser "
+        f"{states / 2**20:.0f}, kept for the backward pass about {sum(kept.values()) / 2**20:.0f}; "
+        f"peak of this process {memory_mib(run.device):.0f} MiB"
+    )
 
 
 class _Timed:
@@ -846,33 +643,3 @@ def memory_mib(device: torch.device) -> float:
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-@torch.no_grad()
-def first_bad_layer(model: nn.Module, images: Tensor) -> str:
-    """The first layer whose weights or output are not finite in a forward pass of ``images``, in words."""
-    weights: list[str] = []
-    outputs: list[str] = []
-
-    def look(name: str, module: nn.Module) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if not all(p.isfinite().all() for p in module.parameters(recurse=False)):
-                weights.append(f"first the weights of {name} were not finite")
-            elif isinstance(output, Tensor) and not output.isfinite().all():
-                largest = max(
-                    (x.abs().max().item() for x in inputs if isinstance(x, Tensor)), default=math.nan
-                )
-                outputs.append(
-                    f"first {name} put out values that are not finite (its largest input {largest:.3g})"
-                )
-
-        return hook
-
-    with contextlib.ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if name and not next(module.children(), None):
-                hooks.enter_context(module.register_forward_hook(look(name, module)))
-        model(images)
-    # A bad gradient spoils the weights of all layers before the one where it arose: the last is nearest.
-    found = weights[-1:] or outputs
-    return found[0] if found else "every layer's output is finite, so it was the loss itself"

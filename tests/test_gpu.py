@@ -17,7 +17,6 @@ from test_train import tiny
 from torch import Tensor, nn
 
 from segdeconv import convert_to_network_deconv, fold_network_deconv
-from segdeconv import train as train_module
 from segdeconv.config import ModelConfig, NetworkDeconvConfig
 from segdeconv.evaluate import evaluate_run
 from segdeconv.graphs import StepGraphs
@@ -25,6 +24,7 @@ from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.models import build_model
 from segdeconv.schedule import RefreshSchedule
 from segdeconv.train import train
+from segdeconv.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 FAST, EXACT = NetworkDeconvConfig(mode="fast"), NetworkDeconvConfig(mode="exact")
@@ -246,17 +246,17 @@ def test_a_stopped_run_goes_on(amp: str, tmp_path: Path, monkeypatch: pytest.Mon
     """As if it had not been stopped, up to what sums in varying order leave."""
     recipe = tiny(f"train.amp={amp}")
     whole = train(recipe, tmp_path / "whole", "cuda")
-    step = train_module._Run._step
+    step = Trainer.train_step
 
-    def stopping(self: train_module._Run, *batch: Tensor) -> Tensor:
+    def stopping(self: Trainer, *batch: Tensor) -> Tensor:
         if self.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *batch)
 
-    monkeypatch.setattr(train_module._Run, "_step", stopping)
+    monkeypatch.setattr(Trainer, "train_step", stopping)
     with pytest.raises(SystemExit):
         train(recipe, tmp_path / "stopped", "cuda")
-    monkeypatch.setattr(train_module._Run, "_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     resumed = train(recipe, tmp_path / "stopped", "cuda", resume=True)
     assert resumed["loss"] == pytest.approx(whole["loss"], abs=2e-3)
     scores = evaluate_run(tmp_path / "stopped", device="cuda")

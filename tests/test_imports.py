@@ -53,9 +53,10 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": {"files"}
     | {"checkpoint", "config", "data", "figures", "layers", "models", "structure", "whitening"},
     "graphs": LEAVES | {"schedule"},
+    "trainer": LEAVES | {"checkpoint", "config", "distributed", "evaluate", "graphs", "losses", "schedule"},
     "train": FILES
-    | {"checkpoint", "config", "convert", "data", "distributed", "evaluate", "figures", "graphs"}
-    | {"losses", "metrics", "models", "progress", "schedule"},
+    | {"checkpoint", "config", "convert", "data", "distributed", "evaluate", "figures"}
+    | {"metrics", "models", "progress", "trainer"},
     "interface": LEAVES,
     "export": FILES
     | {"checkpoint", "entries", "fold", "interface", "metrics", "models", "runtime", "structure"},

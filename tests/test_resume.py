@@ -24,6 +24,7 @@ from segdeconv import train as train_module
 from segdeconv.checkpoint import STATE_FORMAT, load_state, save_state
 from segdeconv.errors import UserError
 from segdeconv.train import only_process, train
+from segdeconv.trainer import Trainer
 
 TIMES = ("seconds", "images_per_second", "loader_share", "memory_mib")  # what no run repeats
 
@@ -62,17 +63,17 @@ def test_a_signal_leaves_a_state_to_resume_from(
     monkeypatch.setattr(torch, "compile", lambda model: model)  # a minute a run; the schedule is what counts
     recipe = tiny(*changes)
     train(recipe, tmp_path / "whole")
-    step = train_module._Run._step
+    step = Trainer.train_step
     pending = list(stops)
 
-    def stopping(self: train_module._Run, *batch: torch.Tensor) -> torch.Tensor:
+    def stopping(self: Trainer, *batch: torch.Tensor) -> torch.Tensor:
         loss = step(self, *batch)
-        if pending and self.step + 1 == pending[0]:
+        if pending and self.step == pending[0]:
             os.kill(os.getpid(), number)
             pending.pop(0)
         return loss
 
-    monkeypatch.setattr(train_module._Run, "_step", stopping)
+    monkeypatch.setattr(Trainer, "train_step", stopping)
     for _ in stops:
         with pytest.raises(SystemExit) as left:
             train(recipe, tmp_path / "stopped", resume=True)
@@ -93,7 +94,7 @@ def test_a_validation_that_is_cut_short_costs_no_step(
         patch.setattr(train_module._Run, "_score", lambda run, epoch: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(tiny("train.epochs=1", "train.schedule=poly"), tmp_path / "run")
-    monkeypatch.setattr(train_module._Run, "_step", None)  # none is left to make
+    monkeypatch.setattr(Trainer, "train_step", None)  # none is left to make
     train(tiny("train.epochs=1", "train.schedule=poly"), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -314,19 +315,19 @@ def test_resume_needs_nothing_of_what_the_run_started_from(norm: str, tmp_path: 
 
 
 def test_one_process_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = train_module._Run._step
+    step = Trainer.train_step
 
-    def second(self: train_module._Run, *batch: torch.Tensor) -> torch.Tensor:
+    def second(self: Trainer, *batch: torch.Tensor) -> torch.Tensor:
         code = "import sys; from segdeconv.cli import main; main()"
         other = [sys.executable, "-c", code, "train", "demo", "--out", str(tmp_path / "run")]
         other += ["--resume", "--set", "data.count=[12, 4]"]
         done = subprocess.run(other, capture_output=True, text=True)
         assert done.returncode == 2
         assert "another process trains in this folder" in done.stderr
-        monkeypatch.setattr(train_module._Run, "_step", step)
+        monkeypatch.setattr(Trainer, "train_step", step)
         return step(self, *batch)
 
-    monkeypatch.setattr(train_module._Run, "_step", second)
+    monkeypatch.setattr(Trainer, "train_step", second)
     train(tiny("train.epochs=1"), tmp_path / "run")
 
 

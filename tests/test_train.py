@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from segdeconv import layers
 from segdeconv import train as train_module
+from segdeconv import trainer as trainer_module
 from segdeconv.checkpoint import (
     build_started,
     create_run_folder,
@@ -41,16 +42,8 @@ from segdeconv.interface import Interface
 from segdeconv.layers import Whitened
 from segdeconv.losses import loss_of
 from segdeconv.progress import Bar
-from segdeconv.train import (
-    _Run,
-    dry_run,
-    first_bad_layer,
-    lr_factor,
-    make_optimizer,
-    pick_device,
-    seed_everything,
-    train,
-)
+from segdeconv.train import _Run, dry_run, pick_device, train
+from segdeconv.trainer import Trainer, first_bad_layer, lr_factor, make_optimizer, seed_everything
 
 TINY = [
     "model.encoder=lcnet_050",
@@ -109,7 +102,7 @@ def test_what_would_make_it_fast_on_a_gpu_is_said(
 ) -> None:
     run = train_module._prepare(tiny(*changes), torch.device("cpu"))
     run.device = torch.device(device)
-    run._announce()
+    train_module._announce(run)
     said = re.search(r"batch norm's\s+speed\s+with\s+(.*)", capsys.readouterr().out, re.DOTALL)
     assert (" ".join(said[1].split()) if said else None) == missing
 
@@ -274,7 +267,7 @@ def test_what_is_not_put_down_to_the_network(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(train_module._Run, "_compute", fails)
+    monkeypatch.setattr(Trainer, "_forward_backward", fails)
     with pytest.raises((RuntimeError, UserError), match=says):
         train(tiny(), tmp_path / "run")
 
@@ -339,16 +332,16 @@ def test_a_diverged_loss_stops_the_run_with_advice(tmp_path: Path) -> None:
     assert "lower train.lr" in message
 
 
-@pytest.mark.parametrize("patience", [1, 10])  # of the CPU; of a GPU, which looks at the epoch's end here
+@pytest.mark.parametrize("check_every", [1, 10])  # of the CPU; of a GPU, which looks at the epoch's end here
 @pytest.mark.parametrize("what", ["weights", "output", "images"])
 def test_the_layer_that_went_first_is_named(
-    what: str, patience: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, check_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One layer, or the pictures of one step, is made infinite in the second of three steps."""
-    step, name = _Run._step, "decoder.blocks.0.conv1.0"
+    step, name = Trainer.train_step, "decoder.blocks.0.conv1.0"
 
-    def poisoned(self: _Run, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        self.patience = patience
+    def poisoned(self: Trainer, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        self.check_every = check_every
         layer = self.model.get_submodule(name)
         if self.step == 1 and what == "weights":
             layer.weight.data[0] = torch.inf
@@ -356,7 +349,7 @@ def test_the_layer_that_went_first_is_named(
             layer.register_forward_hook(lambda module, inputs, output: output * torch.inf)
         return step(self, images * torch.inf if self.step == 1 and what == "images" else images, targets)
 
-    monkeypatch.setattr(_Run, "_step", poisoned)
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
     says = {
         "weights": f"first the weights of {name} were not finite",
         "output": rf"first {name} put out values that are not finite \(its largest input [\d.]+\)",
@@ -368,14 +361,14 @@ def test_the_layer_that_went_first_is_named(
 
 def test_the_probe_runs_in_the_precision_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What overflows in half precision only is found in half precision."""
-    step, name = _Run._step, "decoder.blocks.0.conv1.0"
+    step, name = Trainer.train_step, "decoder.blocks.0.conv1.0"
 
-    def poisoned(self: _Run, *batch: torch.Tensor) -> torch.Tensor:
+    def poisoned(self: Trainer, *batch: torch.Tensor) -> torch.Tensor:
         layer = self.model.get_submodule(name)
         layer.register_forward_hook(lambda module, inputs, output: output * 1e4 * 1e4)
         return step(self, *batch)
 
-    monkeypatch.setattr(_Run, "_step", poisoned)
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
     with pytest.raises(UserError, match=f"first {name} put out values that are not finite"):
         train(tiny("train.amp=fp16"), tmp_path / "run")
 
@@ -461,7 +454,7 @@ CUDA = torch.device("cuda")
 def test_products_in_tf32(before: str, device: torch.device, amp: bool, inside: str) -> None:
     try:
         torch.set_float32_matmul_precision(before)
-        with train_module.tf32_matmul(device, amp):
+        with trainer_module.tf32_matmul(device, amp):
             assert torch.get_float32_matmul_precision() == inside
         assert torch.get_float32_matmul_precision() == before
     finally:
@@ -475,7 +468,7 @@ def test_products_in_a_precision_set_the_new_way() -> None:
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "tf32"
-        with train_module.tf32_matmul(CUDA, True):
+        with trainer_module.tf32_matmul(CUDA, True):
             assert matmul.fp32_precision == "tf32"
         assert matmul.fp32_precision == "tf32"
     finally:
@@ -522,21 +515,26 @@ def test_a_run_is_a_plain_loop(optimizer: str, decay: float | None, tmp_path: Pa
 def test_a_loss_scale_does_not_change_what_is_clipped() -> None:
     changes = ["train.clip_grad=0.01", "train.weight_decay=0", "train.warmup_epochs=0", "train.amp=fp16"]
     run = train_module._prepare(tiny(*changes), torch.device("cpu"))
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    before = copy.deepcopy(run.model)
-    run._step(*next(iter(run.loader)))
-    pairs = zip(run.model.parameters(), before.parameters(), strict=True)
+    run.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = copy.deepcopy(run.trainer.model)
+    run.trainer.train_step(*next(iter(run.loader)))
+    pairs = zip(run.trainer.model.parameters(), before.parameters(), strict=True)
     moved = math.hypot(*((p - b).norm().item() for p, b in pairs))
     assert moved == pytest.approx(0.01 * run.recipe.train.lr, rel=0.01)
 
 
 def test_every_step_and_rank_has_random_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     run = train_module._prepare(tiny(), torch.device("cpu"))
-    drawn: list[float] = []
-    monkeypatch.setattr(run, "compute", lambda *_: drawn.append(torch.rand(()).item()) or torch.zeros(()))
-    for run.step, number in ((0, 0), (1, 0), (0, 1), (0, 0)):
-        monkeypatch.setattr(train_module, "rank", lambda number=number: number)
-        run._step(*next(iter(run.loader)))
+    trainer, drawn = run.trainer, []
+
+    def draw(*_: torch.Tensor) -> torch.Tensor:
+        drawn.append(torch.rand(()).item())
+        return torch.zeros(())
+
+    monkeypatch.setattr(trainer, "forward_backward", draw)
+    for trainer.step, number in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        monkeypatch.setattr(trainer_module, "rank", lambda number=number: number)
+        trainer.train_step(*next(iter(run.loader)))
     assert len(set(drawn)) == 3
     assert drawn[3] == drawn[0]
 
@@ -550,9 +548,9 @@ def test_states_are_left_by_the_minute_and_training_time_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step takes 40 seconds. The first run ends in its first validation."""
-    step, now, saved = _Run._step, 0.0, []
+    step, now, saved = Trainer.train_step, 0.0, []
 
-    def slow(self: _Run, *batch: torch.Tensor) -> torch.Tensor:
+    def slow(self: Trainer, *batch: torch.Tensor) -> torch.Tensor:
         nonlocal now
         now += 40
         return step(self, *batch)
@@ -563,7 +561,7 @@ def test_states_are_left_by_the_minute_and_training_time_goes_on(
 
     monkeypatch.setattr(train_module, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(train_module, "save_state", noted)
-    monkeypatch.setattr(_Run, "_step", slow)
+    monkeypatch.setattr(Trainer, "train_step", slow)
     recipe = tiny("train.checkpoint_minutes=1")
     with monkeypatch.context() as patch:
         patch.setattr(_Run, "_score", lambda run, epoch: 1 / 0)
@@ -589,12 +587,12 @@ def test_settings_that_the_data_does_not_fit(changes: list[str], says: str, tmp_
 def test_a_state_holds_the_loss_scale(tmp_path: Path) -> None:
     """Which else would be found anew, at the cost of steps that overflow and are left out."""
     run, again = (train_module._prepare(tiny("train.amp=fp16"), torch.device("cpu")) for _ in range(2))
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    run.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
     run.out = again.out = tmp_path
     create_run_folder(tmp_path, run.recipe)
     run.save_state()
     again.load_state()
-    assert again.scaler.get_scale() == 512.0
+    assert again.trainer.scaler.get_scale() == 512.0
 
 
 def test_tensorboard_shows_scores_and_pictures(tmp_path: Path) -> None:
@@ -610,7 +608,7 @@ def test_tensorboard_shows_scores_and_pictures(tmp_path: Path) -> None:
 
 def test_weights_of_another_seed_are_others(tmp_path: Path) -> None:
     one, other = (train_module._prepare(tiny(f"train.seed={seed}"), torch.device("cpu")) for seed in (0, 1))
-    assert not torch.equal(one.model.segmentation_head[0].weight, other.model.segmentation_head[0].weight)
+    assert not torch.equal(*(run.trainer.model.segmentation_head[0].weight for run in (one, other)))
 
 
 def test_the_best_checkpoint_is_of_the_best_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

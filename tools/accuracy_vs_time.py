@@ -53,7 +53,7 @@ from segdeconv.losses import loss_of
 from segdeconv.markdown import markdown_table
 from segdeconv.models import build_model, size_multiple
 from segdeconv.models.cifar import mobilenet_v2, resnet18, six_conv
-from segdeconv.train import lr_factor, seed_everything
+from segdeconv.trainer import lr_factor, seed_everything
 from segdeconv.whitening import (
     channel_moments,
     from_blocks,

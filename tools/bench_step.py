@@ -39,7 +39,8 @@ from segdeconv.layers import Whitened
 from segdeconv.losses import loss_of
 from segdeconv.models import build_model, resolve
 from segdeconv.schedule import RefreshSchedule
-from segdeconv.train import make_optimizer, pick_device, tf32_matmul
+from segdeconv.train import pick_device
+from segdeconv.trainer import make_optimizer, tf32_matmul
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from segdeconv.figures import new_figure, save_figure, spread
 from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.layers import WhitenedLinear
 from segdeconv.markdown import markdown_table
-from segdeconv.train import seed_everything
+from segdeconv.trainer import seed_everything
 
 ARMS = {"plain": "no normalisation", "bn": "batch norm", "nd": "network deconvolution"}
 MEASURED = Path("docs/measured/linear.jsonl")

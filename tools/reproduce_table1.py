@@ -48,7 +48,8 @@ from segdeconv.files import append_json_line, make_folder, read_json_lines
 from segdeconv.losses import loss_of
 from segdeconv.markdown import markdown_table
 from segdeconv.models import build_model, count_parameters
-from segdeconv.train import lr_factor, make_optimizer, pick_device, seed_everything
+from segdeconv.train import pick_device
+from segdeconv.trainer import lr_factor, make_optimizer, seed_everything
 
 # Title, and top-1 in percent after so many epochs: batch norm and network deconvolution in the paper (arXiv
 # 1905.11926, table 1), and the same in its reproduction study (ReScience C 10(1)#4, means of three).
