@@ -35,7 +35,7 @@ from segdeconv.models import build_model
 
 DOCS = Path("docs")
 PICTURES = DOCS / "paper"
-RATES = Path("docs/measured/camvid.jsonl")  # the zoo's batch norm at other learning rates
+RATES = Path("docs/measured/camvid.jsonl")  # entries of the zoo at other learning rates
 MEASURED = (reproduce_table1.MEASURED, accuracy_vs_time.RESULTS, reproduce_linear.MEASURED)
 FREE_HEADS = Path("docs/measured/table1_free_heads.jsonl")  # table 1 before wide heads were held back
 
@@ -170,15 +170,15 @@ def twins_part() -> str:
     what = "deconvolution is above batch norm, each at its stored epoch,"
     claim = verdict(better, len(rows), what, " pairs, of one seed each")
     others = [
-        f"{line['network']} on {line['data']} has {line['miou'][-1]:.4f} at {line['lr']:g}"
+        f"{line['network']}.{line['norm']}_{line['data']} has {line['miou'][-1]:.4f} at {line['lr']:g}"
         for line in read_json_lines(RATES)
     ]
     return (
         "The zoo's twins after their whole trainings, on the validation or test pictures that chose the "
         "stored epoch too. One seed each, and each twin has the learning rate of its own recipe.\n\n"
         f"{markdown_table(titles, rows, numbers_from=2)}\n{claim}\n\n"
-        "**The rates were not searched at these lengths**, so part of the differences may be theirs. Batch "
-        f"norm at others, to the end: {'; '.join(others)}.\n"
+        "**The rates were not searched at these lengths**, so part of the differences may be theirs. At "
+        f"others, after the last epoch: {', '.join(others)}.\n"
     )
 
 
