@@ -45,7 +45,7 @@ DATA = {
 }
 
 _HEADER = ("entry", "metric", "parameters", "GFLOP", "at", "MB")
-_METRICS = {"miou": "mIoU", "top1": "top-1"}  # the main metric of either task, as `segdeconv eval` calls it
+METRICS = {"miou": "mIoU", "top1": "top-1"}  # the main metric of either task, as `segdeconv eval` calls it
 
 Sort = Literal["name", "miou", "top1", "parameters", "gflops"]
 _Positive = Annotated[int, Field(ge=1)]
@@ -155,8 +155,8 @@ def read_scores(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     try:
-        if not any(isinstance(scores.get(metric), float) for metric in _METRICS):
-            raise KeyError(" or ".join(_METRICS))
+        if not any(isinstance(scores.get(metric), float) for metric in METRICS):
+            raise KeyError(" or ".join(METRICS))
         if not isinstance(scores["split"], str):
             raise TypeError("split")
     except (KeyError, TypeError, AttributeError) as error:
@@ -204,9 +204,9 @@ def markdown(entries: Sequence[Entry]) -> str:
 
 def _cells(entry: Entry) -> tuple[str, ...]:
     scores = measured(entry.name)
-    metric = next(metric for metric in _METRICS if metric in scores)
+    metric = next(metric for metric in METRICS if metric in scores)
     return (
-        f"{_METRICS[metric]} {scores[metric]:.4f}",
+        f"{METRICS[metric]} {scores[metric]:.4f}",
         f"{entry.parameters / 1e6:.2f} M",
         f"{entry.gflops:.2f}",
         f"{entry.input[1]}x{entry.input[0]}",

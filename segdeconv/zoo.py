@@ -32,6 +32,7 @@ from segdeconv.data import EvalSet, open_samples
 from segdeconv.download import offline
 from segdeconv.entries import (
     DATA,
+    METRICS,
     NAME,
     WEIGHTS,
     Entry,
@@ -56,7 +57,7 @@ from segdeconv.metrics import MAIN_METRIC
 from segdeconv.models import count_parameters, resolve, size_multiple, starts_trained
 
 TOLERANCE = 1e-3  # of a metric measured again, on a machine that rounds otherwise
-_UNIT = {"miou": "mIoU", "top1": "top-1", "top5": "top-5", "pixel_acc": "pixel accuracy"}
+_UNIT = METRICS | {"top5": "top-5", "pixel_acc": "pixel accuracy"}
 _PRECISION = {"off": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of train.amp
 _ADDING = ".adding."  # begins the folder of an entry that is being made
 _FAILURES = 4  # classes and confusions that a card names
