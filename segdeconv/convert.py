@@ -13,7 +13,6 @@ import collections
 import contextlib
 import copy
 import math
-import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,7 +44,6 @@ from segdeconv.structure import (
 from segdeconv.whitening import in_float64
 
 Filter = Callable[[nn.Module, str], bool]
-_CONTAINERS = (dict, list, collections.deque)
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def convert_to_network_deconv(
             are brought to unit norm, and the other weights stay as they are.
 
     Returns:
-        The network (``model`` itself, unless it is a single layer) and the report.
+        ``model`` itself and the report.
 
     Raises:
         UserError: a batch norm has no convolution or linear layer next to it, so that removing or keeping it
@@ -139,7 +137,8 @@ def convert_to_network_deconv(
     swaps |= _whiten(report, modules, structure, config, warm_start)
     for name in structure.in_place:
         modules[name].inplace = False
-    return replace_modules(model, swaps), report
+    transform(swaps)
+    return model, report
 
 
 def _check_convertible(model: nn.Module, config: NetworkDeconvConfig) -> None:
@@ -416,48 +415,14 @@ def leftover(norm: nn.Module) -> nn.Module:
     return left.train(norm.training)
 
 
-def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Replace modules wherever they are held, registered or in plain lists, tuples, dictionaries and objects.
-    The forward and backward hooks of the old are those of the new.
+def transform(swaps: dict[nn.Module, nn.Module]) -> None:
+    """Make each module the one it is to be, in place, so that whatever holds it holds that: registered, in
+    plain lists and objects, or in a closure. Its forward and backward hooks stay.
     """
-    for old, new in swaps.items():
-        for name, value in vars(old).items():
-            if name.startswith(HOOKS) and value not in (None, {}):
-                setattr(new, name, value)
-    if model in swaps:
-        return swaps[model]
-
-    pending: list[Any] = [model]
-    seen: set[int] = set()
-    while pending:
-        holder = pending.pop()
-        if id(holder) in seen:
-            continue
-        seen.add(id(holder))
-        held = holder if isinstance(holder, _CONTAINERS) else vars(holder)
-        for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
-            new = _swapped(value, swaps, pending)
-            if new is not value:
-                held[key] = new
-    return model
-
-
-def _swapped(value: Any, swaps: dict[nn.Module, nn.Module], pending: list[Any]) -> Any:
-    """What is to be held instead of ``value``. Whatever holds something in turn is added to ``pending``, but
-    for tuples, which cannot be changed.
-    """
-    if isinstance(value, nn.Module) and value in swaps:
-        return swaps[value]
-    if isinstance(value, tuple):
-        items = [_swapped(item, swaps, pending) for item in value]
-        if any(new is not old for new, old in zip(items, value, strict=True)):
-            make = getattr(value, "_make", type(value))  # a named tuple's constructor takes no list
-            return make(items)
-    elif isinstance(value, types.ModuleType):
-        pass
-    elif isinstance(value, _CONTAINERS) or isinstance(getattr(value, "__dict__", None), dict):
-        pending.append(value)
-    return value
+    for module, new in swaps.items():
+        hooks = {name: value for name, value in vars(module).items() if name.startswith(HOOKS) and value}
+        module.__class__ = type(new)
+        module.__dict__ = {**vars(new), **hooks}
 
 
 def _reason_to_keep(

@@ -14,7 +14,7 @@ from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from segdeconv.convert import fold_batch_norm, leftover, replace_modules
+from segdeconv.convert import fold_batch_norm, leftover, transform
 from segdeconv.layers import Whitened, WhitenedConv2d, WhitenedLinear
 from segdeconv.structure import (
     NEVER_WHITENED,
@@ -43,7 +43,7 @@ def fold_network_deconv(model: nn.Module) -> nn.Module:
             plain[module] = module.to_conv()
         elif isinstance(module, WhitenedLinear):
             plain[module] = module.to_linear()
-    model = replace_modules(model, plain)
+    transform(plain)
 
     modules: dict[str, Any] = dict(model.named_modules())
     structure = read_structure(model)
@@ -57,7 +57,8 @@ def fold_network_deconv(model: nn.Module) -> nn.Module:
         if proven and given and is_plain_norm(norm) and norm.running_mean is not None:
             fold_batch_norm(layer, norm)
             gone[norm] = leftover(norm).eval()
-    return replace_modules(model, gone)
+    transform(gone)
+    return model
 
 
 def _settle_weight(layer: Whitened) -> None:

@@ -913,6 +913,10 @@ def test_shared_modules_are_replaced_everywhere() -> None:
     assert isinstance(model[0], WhitenedConv2d)
 
 
+def chained(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return norm(conv(x))
+
+
 class Pair(NamedTuple):
     conv: nn.Module
     norm: nn.Module
@@ -928,9 +932,10 @@ class Pair(NamedTuple):
         lambda x: [(x[0], {"norm": x[1]})],
         collections.deque,
         lambda x: types.SimpleNamespace(values=types.SimpleNamespace(conv=x[0], norm=x[1])),
+        lambda x: functools.partial(chained, *x),
     ],
 )
-def test_modules_held_in_plain_containers_are_replaced_too(hold: Callable) -> None:
+def test_layers_held_in_plain_objects_are_whitened_too(hold: Callable) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -938,6 +943,8 @@ def test_modules_held_in_plain_containers_are_replaced_too(hold: Callable) -> No
             self.steps = hold([self.conv, self.norm])
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if callable(self.steps):
+                return self.steps(x)
             steps = self.steps.values() if isinstance(self.steps, dict) else self.steps
             if isinstance(self.steps, list) and len(self.steps) == 1:
                 steps = [self.steps[0][0], self.steps[0][1]["norm"]]
@@ -952,6 +959,38 @@ def test_modules_held_in_plain_containers_are_replaced_too(hold: Callable) -> No
     assert torch.equal(model.eval()(x), model.conv(x))
     torch.testing.assert_close(fold_network_deconv(model)(x), model(x))
     assert isinstance(model.conv, WhitenedConv2d)
+
+
+def test_layers_that_a_closure_holds_are_whitened_too() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            conv, norm = self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            self.run = lambda x: norm(conv(x))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.run(x)
+
+    net = Net()
+    x, weight = torch.randn(2, 3, 9, 9), net.conv.weight
+    net(x)  # what a layer was called with before leaves nothing behind
+    model, report = convert_to_network_deconv(net)
+    assert model is net
+    assert report.removed() == ["norm"]
+    assert model.conv.weight is weight
+    model(x).sum().backward()
+    assert int(model.conv.num_batches_tracked) == 1
+    assert torch.equal(model.eval()(x), model.conv(x))
+
+
+def test_a_single_layer_becomes_whitened_itself() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    model, _ = convert_to_network_deconv(layer)
+    assert model is layer
+    assert isinstance(layer, WhitenedConv2d)
+    folded = fold_network_deconv(model)
+    assert type(folded) is nn.Conv2d
+    assert isinstance(model, WhitenedConv2d)
 
 
 def test_hooks_stay_through_conversion_and_folding() -> None:
