@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -148,7 +149,8 @@ def _check_convertible(model: nn.Module, config: NetworkDeconvConfig) -> None:
         raise UserError(
             f"config is {config!r}; expected a NetworkDeconvConfig, as NetworkDeconvConfig(mode='exact')"
         )
-    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    lazy = next((name for name, tensor in tensors if is_lazy(tensor)), None)
     if lazy is not None:
         raise UserError(f"{lazy} has no shape yet; bring one batch through {type(model).__name__} first")
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):

@@ -1258,6 +1258,11 @@ def test_what_tracing_does_not_prove_is_not_folded(make: Callable[[], nn.Module]
     [
         (_Simple, {"mode": "exact"}, "expected a NetworkDeconvConfig"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Conv2d(4, 2, 1)), None, r"0\.weight has no shape yet"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d(affine=False)),
+            None,
+            r"1\.running_mean has no shape yet",
+        ),
     ],
 )
 def test_what_cannot_be_converted_stays_as_it_is(make: Any, config: Any, says: str) -> None:
