@@ -424,7 +424,8 @@ def transform(swaps: dict[nn.Module, nn.Module]) -> None:
     for module, new in swaps.items():
         hooks = {name: value for name, value in vars(module).items() if name.startswith(HOOKS) and value}
         module.__class__ = type(new)
-        module.__dict__ = {**vars(new), **hooks}
+        vars(module).clear()
+        module.__setstate__({**vars(new), **hooks})  # whitened layers are found by a number of their own
 
 
 def _reason_to_keep(

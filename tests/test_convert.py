@@ -988,6 +988,8 @@ def test_a_single_layer_becomes_whitened_itself() -> None:
     model, _ = convert_to_network_deconv(layer)
     assert model is layer
     assert isinstance(layer, WhitenedConv2d)
+    torch.compile(model, backend="aot_eager")(torch.randn(2, 3, 9, 9))  # which looks the layer up
+    assert int(layer.num_batches_tracked) == 1
     folded = fold_network_deconv(model)
     assert type(folded) is nn.Conv2d
     assert isinstance(model, WhitenedConv2d)
