@@ -16,13 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
+from segdeconv.config import load_recipe, recipe_to_yaml
+from segdeconv.entries import entry_folder
 from segdeconv.errors import UserError
-from segdeconv.files import append_json_line, read_json_lines
+from segdeconv.files import append_json_line, make_folder, read_json_lines
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))  # the tools import each other
 paper_page = importlib.import_module("paper_page")
 accuracy_vs_time = paper_page.accuracy_vs_time
+camvid_rates = paper_page.camvid_rates
 reproduce_linear = paper_page.reproduce_linear
 reproduce_table1 = paper_page.reproduce_table1
 bench_deploy = importlib.import_module("bench_deploy")
@@ -423,6 +426,62 @@ def test_rounding_to_int8() -> None:
     torch.testing.assert_close(read[0], torch.tensor([-1.0, 0.0, 0.01, 1.55]))
 
 
+# Rates on CamVid.
+
+
+def camvid_run(folder: Path, lr: float, seed: int, last: float, epochs: int = 60) -> str:
+    overrides = [f"train.lr={lr}", f"train.seed={seed}", "data.root=elsewhere"]
+    recipe = load_recipe(entry_folder("unet_resnet18w32.nd_camvid") / "recipe.yaml", overrides)
+    (make_folder(folder) / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    for epoch in range(3, epochs + 1, 3):
+        line = {"epoch": epoch, "step": 45 * epoch, "seconds": 1.0, "loss": 0.5, "miou": last}
+        append_json_line(folder / "metrics.jsonl", line)
+    return str(folder)
+
+
+def test_rates_on_camvid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_folder(Path("docs/measured"))
+    runs = [camvid_run(tmp_path / str(seed), 0.4, seed, 0.5 + seed / 10) for seed in range(2)]
+    for arguments in ([*runs], [runs[0]], []):  # a run that is there already takes its own place
+        monkeypatch.setattr(sys, "argv", ["tool", *arguments])
+        camvid_rates.main()
+        row = "| unet_resnet18w32 | nd | 0.4 | 2 | 0.550 | 0.550 | 0.550 | 0.550 | 0.550 ± 0.050 |"
+        assert row in capsys.readouterr().out.splitlines()
+    lines = read_json_lines(camvid_rates.MEASURED)
+    assert [(line["seed"], line["miou"][-1], line["steps"]) for line in lines] == [
+        (0, 0.5, 2700),
+        (1, 0.6, 2700),
+    ]
+
+
+def test_runs_that_are_no_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    unfinished = camvid_run(tmp_path / "unfinished", 0.4, 0, 0.5, epochs=57)
+    other = camvid_run(tmp_path / "other", 0.4, 0, 0.5)
+    recipe = Path(other) / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("batch_size: 8", "batch_size: 4"))
+    for run, says in ((unfinished, "has not finished"), (other, "no training of a CamVid entry")):
+        monkeypatch.setattr(sys, "argv", ["tool", run])
+        with pytest.raises(SystemExit):
+            camvid_rates.main()
+        assert says in capsys.readouterr().err
+
+
+def test_the_best_of_rates() -> None:
+    line = {"network": "n", "norm": "nd", "seed": 0, "lr": 0.1, "epochs": [12, 24, 36, 48, 60]}
+    line |= {"miou": [0.1, 0.2, 0.3, 0.9, 0.5]}
+    better = [{**line, "lr": 0.2, "seed": seed, "miou": [0.1] * 4 + [0.7 - 0.3 * seed]} for seed in range(2)]
+    nd, bn = [line, *better], {**line, "norm": "bn"}
+    assert camvid_rates.best_rates(nd) == {"n": {"nd": pytest.approx(0.55)}}
+    assert "in 1 of 1 networks on CamVid" in paper_page.rates_part([*nd, bn])
+    assert "Not measured yet" in paper_page.rates_part(nd)
+
+
 # Bad input.
 
 
@@ -438,6 +497,8 @@ def test_rounding_to_int8() -> None:
         (accuracy_vs_time, ["camvid"], "data/camvid"),
         (accuracy_vs_time, ["camvid", "--at-best"], "--at-best"),
         (accuracy_vs_time, ["six_conv", "--epochs", "0"], "--epochs"),
+        (camvid_rates, [], "holds no run yet"),
+        (camvid_rates, ["nowhere"], "nowhere"),
         (accuracy_vs_time, ["--figure", "curves.png"], "curves.png"),
         (accuracy_vs_time, ["--table", "--out", "runs.jsonl"], "runs.jsonl holds no run yet"),
         (bench_step, ["nonsense"], "nonsense"),

@@ -1,0 +1,115 @@
+"""The zoo's networks on CamVid, trained at other learning rates and from other seeds.
+
+    segdeconv train unet_mobilenet_v2.nd_camvid --set train.lr=0.4 --set train.seed=1 --out runs/RUN
+    python tools/camvid_rates.py runs/RUN        # writes what it says into docs/measured/camvid.jsonl
+    python tools/camvid_rates.py                 # prints the table
+
+Scores are those of the training's own validation, in its precision, at the end of every third epoch.
+tools/paper_page.py has the table too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from segdeconv.checkpoint import FREE_KEYS
+from segdeconv.config import Recipe, flat, load_recipe, recipe_to_dict
+from segdeconv.entries import entry_folder, entry_names
+from segdeconv.errors import UserError, one_sentence
+from segdeconv.figures import read_metrics, spread
+from segdeconv.files import read_json_lines, write_text
+from segdeconv.markdown import markdown_table
+
+MEASURED = Path("docs/measured/camvid.jsonl")
+SHOWN = (12, 24, 36, 48, 60)  # epochs
+
+
+def same_but_for_rate(recipe: Recipe) -> dict[str, Any]:
+    searched = (*FREE_KEYS, "train.lr", "train.seed")
+    return {key: value for key, value in flat(recipe_to_dict(recipe)).items() if key not in searched}
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """What a finished run says.
+
+    Raises:
+        UserError: it has not finished, or trains none of the zoo's recipes.
+    """
+    metrics, recipe = read_metrics(folder), load_recipe(folder / "recipe.yaml")
+    recipes = {name: load_recipe(entry_folder(name) / "recipe.yaml") for name in entry_names()}
+    trained = (name for name, its in recipes.items() if same_but_for_rate(its) == same_but_for_rate(recipe))
+    entry = next(trained, None)
+    if entry is None or recipe.data.dataset != "camvid":
+        raise UserError(
+            f"{folder}: is no training of a CamVid entry of the zoo; expected `segdeconv train ENTRY` with "
+            "another train.lr or train.seed at most"
+        )
+    if not metrics or metrics[-1]["epoch"] < recipe.train.epochs:
+        raise UserError(f"{folder}: has not finished; go on with `segdeconv train ... --resume`")
+    scored = [line for line in metrics if "miou" in line]
+    return {
+        "network": entry.partition(".")[0],
+        "norm": recipe.model.norm,
+        "lr": recipe.train.lr,
+        "seed": recipe.train.seed,
+        "steps": metrics[-1]["step"],
+        "epochs": [line["epoch"] for line in scored],
+        "miou": [round(line["miou"], 5) for line in scored],
+        "loss": round(metrics[-1]["loss"], 4),
+    }
+
+
+def key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return line["network"], line["norm"], line["lr"], line["seed"]
+
+
+def grouped(lines: list[dict[str, Any]]) -> dict[tuple[str, str, float], list[dict[str, Any]]]:
+    """Trainings that differ in nothing but the seed."""
+    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for line in sorted(lines, key=key):
+        groups.setdefault(key(line)[:3], []).append(line)
+    return groups
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """mIoU by epoch, the mean of the seeds, with the standard error after the last epoch."""
+    rows = []
+    for (network, norm, lr), runs in grouped(lines).items():
+        curves = [dict(zip(line["epochs"], line["miou"], strict=True)) for line in runs]
+        means = [f"{spread([curve[epoch] for curve in curves])[0]:.3f}" for epoch in SHOWN]
+        error = f" ± {spread([line['miou'][-1] for line in runs])[1]:.3f}" if len(runs) > 1 else ""
+        rows.append([network, norm, f"{lr:g}", len(runs), *means[:-1], means[-1] + error])
+    titles = ["network", "norm", "lr", "seeds", *(f"epoch {epoch}" for epoch in SHOWN)]
+    return markdown_table(titles, rows, numbers_from=2)
+
+
+def best_rates(lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By network and norm, the best mean of the last mIoU among the rates that were tried."""
+    best: dict[str, dict[str, float]] = {}
+    for (network, norm, _), runs in grouped(lines).items():
+        of = best.setdefault(network, {})
+        of[norm] = max(of.get(norm, 0), spread([line["miou"][-1] for line in runs])[0])
+    return best
+
+
+@one_sentence()
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs")
+    lines = {key(line): line for line in read_json_lines(MEASURED, missing_ok=True)}
+    runs = [of_run(folder) for folder in parser.parse_args().runs]
+    lines |= {key(line): line for line in runs}
+    if not lines:
+        raise UserError(f"{MEASURED} holds no run yet; name the folder of one")
+    if runs:
+        write_text(MEASURED, "".join(f"{json.dumps(lines[each])}\n" for each in sorted(lines)))
+    print(table(list(lines.values())), end="")
+
+
+if __name__ == "__main__":
+    main()
