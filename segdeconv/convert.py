@@ -422,7 +422,8 @@ def transform(swaps: dict[nn.Module, nn.Module]) -> None:
     plain lists and objects, or in a closure. Its forward and backward hooks stay.
     """
     for module, new in swaps.items():
-        hooks = {name: value for name, value in vars(module).items() if name.startswith(HOOKS) and value}
+        own = vars(module).items()
+        hooks = {name: value for name, value in own if name.startswith(HOOKS) and value not in (None, {})}
         module.__class__ = type(new)
         vars(module).clear()
         module.__setstate__({**vars(new), **hooks})  # whitened layers are found by a number of their own
