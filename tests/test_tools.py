@@ -7,6 +7,7 @@ import importlib
 import itertools
 import re
 import sys
+import textwrap
 import types
 from pathlib import Path
 from typing import Any
@@ -457,6 +458,13 @@ def test_rates_on_camvid(
     ]
 
 
+def test_the_readme_has_the_best_of_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    best = camvid_rates.best_table(read_json_lines(camvid_rates.MEASURED))
+    fresh = textwrap.indent(best, "  ") in Path("README.md").read_text()
+    assert fresh, "README.md's first table is not what python tools/camvid_rates.py prints"
+
+
 def test_runs_that_are_no_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -477,9 +485,12 @@ def test_the_best_of_rates() -> None:
     line |= {"miou": [0.1, 0.2, 0.3, 0.9, 0.5]}
     better = [{**line, "lr": 0.2, "seed": seed, "miou": [0.1] * 4 + [0.7 - 0.3 * seed]} for seed in range(2)]
     nd, bn = [line, *better], {**line, "norm": "bn"}
-    assert camvid_rates.best_rates(nd) == {"n": {"nd": pytest.approx(0.55)}}
-    assert "in 1 of 1 networks on CamVid" in paper_page.rates_part([*nd, bn])
-    assert "Not measured yet" in paper_page.rates_part(nd)
+    both = [*nd, bn, {**bn, "lr": 0.05, "miou": [0.1] * 4 + [0.4]}]
+    assert camvid_rates.best_rates(both) == {"n": {"bn": (0.5, 0.1), "nd": (pytest.approx(0.55), 0.2)}}
+    assert "| n | 0.500 at 0.1 | 0.550 at 0.2 |" in camvid_rates.best_table(both).splitlines()
+    assert "in 1 of 1 networks on CamVid" in paper_page.rates_part(both)
+    assert camvid_rates.best_rates([*nd, bn]) == {}  # one rate is no search
+    assert "Not measured yet" in paper_page.rates_part([*nd, bn])
 
 
 # Bad input.

@@ -2,7 +2,7 @@
 
     segdeconv train unet_mobilenet_v2.nd_camvid --set train.lr=0.4 --set train.seed=1 --out runs/RUN
     python tools/camvid_rates.py runs/RUN        # writes what it says into docs/measured/camvid.jsonl
-    python tools/camvid_rates.py                 # prints the table
+    python tools/camvid_rates.py                 # prints all, and the best of each for the README
 
 Scores are those of the training's own validation, in its precision, at the end of every third epoch.
 tools/paper_page.py has the table too.
@@ -86,13 +86,23 @@ def table(lines: list[dict[str, Any]]) -> str:
     return markdown_table(titles, rows, numbers_from=2)
 
 
-def best_rates(lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By network and norm, the best mean of the last mIoU among the rates that were tried."""
-    best: dict[str, dict[str, float]] = {}
-    for (network, norm, _), runs in grouped(lines).items():
-        of = best.setdefault(network, {})
-        of[norm] = max(of.get(norm, 0), spread([line["miou"][-1] for line in runs])[0])
-    return best
+def best_rates(lines: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Of networks with several rates for each norm: by norm, the best mean of the last mIoU, and its rate."""
+    tried: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for (network, norm, lr), runs in grouped(lines).items():
+        mean, *_ = spread([line["miou"][-1] for line in runs])
+        tried.setdefault(network, {"bn": [], "nd": []})[norm].append((mean, lr))
+    searched = {network: of for network, of in tried.items() if min(map(len, of.values())) > 1}
+    return {network: {norm: max(of[norm]) for norm in of} for network, of in searched.items()}
+
+
+def best_table(lines: list[dict[str, Any]]) -> str:
+    """The README's."""
+    rows = [
+        [network, *(f"{mean:.3f} at {lr:g}" for mean, lr in of.values())]
+        for network, of in best_rates(lines).items()
+    ]
+    return markdown_table(["mIoU, learning rate", "batch norm", "deconvolution"], rows, numbers_from=1)
 
 
 @one_sentence()
@@ -108,7 +118,7 @@ def main() -> None:
         raise UserError(f"{MEASURED} holds no run yet; name the folder of one")
     if runs:
         write_text(MEASURED, "".join(f"{json.dumps(lines[each])}\n" for each in sorted(lines)))
-    print(table(list(lines.values())), end="")
+    print(table(list(lines.values())), best_table(list(lines.values())), sep="\n", end="")
 
 
 if __name__ == "__main__":
