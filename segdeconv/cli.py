@@ -51,7 +51,12 @@ GraphOrRun = Annotated[
         "exported first."
     ),
 ]
-RecipeName = Annotated[str, typer.Argument(help="A YAML file, or a recipe's name (see: segdeconv recipes).")]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        help="A YAML file, or the name of a recipe (segdeconv recipes) or a zoo entry (segdeconv zoo list)."
+    ),
+]
 EntryName = Annotated[str, typer.Argument(help="An entry of the zoo (see: segdeconv zoo list).")]
 Run = Annotated[Path, typer.Argument(help="A run folder, a checkpoint, or an entry of the zoo.")]
 Root = Annotated[str | None, typer.Option(help="Where the data lies, if not where the recipe says.")]
@@ -639,7 +644,7 @@ def zoo_download(name: EntryName) -> None:
     """Fetch an entry's weights unless they are here, check them, and print where they lie.
 
     SEGDECONV_CACHE says where to keep them, SEGDECONV_ZOO_URL names a mirror, SEGDECONV_OFFLINE=1 forbids
-    internet access.
+    fetching them from the internet.
     """
     from segdeconv.entries import find_weights
 
