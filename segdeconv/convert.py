@@ -35,6 +35,7 @@ from segdeconv.structure import (
     TRANSPOSED,
     WEIGHTED,
     Structure,
+    is_of_fixed_class,
     is_plain_layer,
     is_plain_norm,
     modes_kept,
@@ -410,10 +411,12 @@ def _normalise_filters(layer: Any) -> None:
 
 
 def leftover(norm: nn.Module) -> nn.Module:
-    """What stays where a batch norm was: the dropout and activation of timm's layers that carry them."""
-    parts = [getattr(norm, name, nn.Identity()) for name in ("drop", "act")]
-    parts = [part for part in parts if not isinstance(part, nn.Identity)]
-    left = parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
+    """What stays where a batch norm was: the dropout and activation of timm's layers that carry them, as
+    children of the same names, since what is theirs (hooks, who else holds them) is not the norm's.
+    """
+    parts: dict[str, Any] = {name: getattr(norm, name, None) for name in ("drop", "act")}
+    parts = {name: part for name, part in parts.items() if not isinstance(part, nn.Identity | None)}
+    left = nn.Sequential(collections.OrderedDict(parts)) if parts else nn.Identity()
     return left.train(norm.training)
 
 
@@ -424,7 +427,7 @@ def transform(swaps: dict[nn.Module, nn.Module]) -> None:
     for module, new in swaps.items():
         own = vars(module).items()
         hooks = {name: value for name, value in own if name.startswith(HOOKS) and value not in (None, {})}
-        module.__class__ = type(new)
+        object.__setattr__(module, "__class__", type(new))  # its class may have a `__setattr__` of its own
         vars(module).clear()
         module.__setstate__({**vars(new), **hooks})  # whitened layers are found by a number of their own
 
@@ -450,14 +453,14 @@ def _reason_to_keep(
         return "not used by the forward pass"
     if isinstance(module, _BatchNorm):
         if not is_plain_norm(module):
-            return f"{type(module).__name__} has a forward of its own"
+            return _own_way(module)
         if name in structure.shared_in_place:
             return "its output is overwritten while its input is read elsewhere"
         if name in structure.escapes:
             return "what reads it could not be traced"
         return "its parameters are read by the forward pass itself" if name in structure.weight_read else None
     if not is_plain_layer(module):
-        return f"{type(module).__name__} has a forward of its own"
+        return _own_way(module)
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed, not a parameter"
     if not module.weight.numel():
@@ -474,6 +477,11 @@ def _reason_to_keep(
         return "sees a 1x1 map, which has too few samples"
     foreign = _foreign_norm(name, modules)
     return f"its part of the network is normalised by {foreign}" if foreign else None
+
+
+def _own_way(module: nn.Module) -> str:
+    what = "slots, so its class cannot change" if is_of_fixed_class(module) else "a forward of its own"
+    return f"{type(module).__name__} has {what}"
 
 
 def _foreign_norm(name: str, modules: dict[str, Any]) -> str | None:

@@ -180,7 +180,8 @@ def is_plain_layer(module: nn.Module) -> bool:
     """Whether the layer computes what Conv2d or Linear do, if in its own way as some of timm's and smp's."""
     known = ("timm.layers.linear.Linear", "timm.layers.conv2d_same.Conv2dSame", STATIC_PADDING)
     plain = computes_as(module, WEIGHTED) or qualified_class(module) in known
-    return plain and "forward" not in vars(module)  # as libraries put there that wrap it
+    # Libraries that wrap it put a forward there.
+    return plain and "forward" not in vars(module) and not is_of_fixed_class(module)
 
 
 def computes_as(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> bool:
@@ -203,7 +204,16 @@ def is_plain_norm(module: nn.Module) -> bool:
     torch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     known = ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncBatchNormAct")
     plain = computes_as(module, torch_norms) or qualified_class(module) in known
-    return plain and "forward" not in vars(module)
+    return plain and "forward" not in vars(module) and not is_of_fixed_class(module)
+
+
+def is_of_fixed_class(module: nn.Module) -> bool:
+    """Whether it cannot become of another class: there are slots, as `abc.ABC` has, among its bases."""
+    try:
+        object.__setattr__(object.__new__(type(module)), "__class__", nn.Identity)
+    except TypeError:
+        return True
+    return False
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
@@ -355,7 +365,7 @@ class _Reader:
         )
 
     def _visit(self, module: nn.Module, prefix: str) -> None:
-        if not any(module.children()) or isinstance(module, (*NORMS, *WEIGHTED, *NEVER_WHITENED)):
+        if next(module.children(), None) is None or isinstance(module, (*NORMS, *WEIGHTED, *NEVER_WHITENED)):
             return  # a layer on its own says nothing about pairs
         if type(module) not in (nn.ModuleList, nn.ModuleDict):  # those have no forward
             try:

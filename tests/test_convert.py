@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import abc
 import collections
 import copy
 import functools
@@ -220,7 +221,47 @@ def test_activation_of_a_norm_with_activation_stays() -> None:
     model, _ = convert_to_network_deconv(
         nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4, act_layer=nn.SiLU))
     )
-    assert isinstance(model[1], nn.SiLU)
+    assert isinstance(model[1].act, nn.SiLU)
+
+
+def test_an_activation_that_norms_carry_stays_itself() -> None:
+    """One PReLU of two norms: parts of the network list it once, hooks see it, and it may be compiled."""
+    from timm.layers import BatchNormAct2d
+
+    class Net(nn.Module):
+        def __init__(self, act: nn.Module) -> None:
+            super().__init__()
+            self.act = act
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), BatchNormAct2d(4, apply_act=False)
+            self.last, self.last_norm = nn.Conv2d(4, 4, 1), BatchNormAct2d(4, apply_act=False)
+            self.norm.act = self.last_norm.act = act
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last_norm(self.last(self.norm(self.conv(x))))
+
+    x, act = torch.randn(2, 3, 5, 5), nn.PReLU()
+    model, _ = convert_to_network_deconv(Net(act))
+    assert [name for name, module in model.named_modules() if isinstance(module, nn.PReLU)] == ["act"]
+    assert {"norm.act.weight", "last_norm.act.weight"} < model.state_dict().keys()
+    calls: list[nn.Module] = []
+    act.register_forward_hook(lambda module, *_: calls.append(module))
+    model(x)
+    assert calls == [act, act]
+    model, report = convert_to_network_deconv(Net(torch.compile(nn.PReLU(), backend="eager")))
+    assert report.count("removed") == 2
+    torch.testing.assert_close(fold_network_deconv(model)(x), model.eval()(x))
+
+
+def test_dropout_that_a_library_wrapped_ends_in_evaluation() -> None:
+    from timm.layers import BatchNormAct2d
+
+    norm = BatchNormAct2d(4)
+    norm.act = nn.Dropout()
+    norm.act.forward = functools.partial(norm.act.forward)  # which knows the Dropout itself
+    model, _ = convert_to_network_deconv(nn.Sequential(nn.Conv2d(3, 4, 1), norm))
+    x = torch.randn(2, 3, 5, 5)
+    model(x)
+    assert torch.equal(model.eval()(x), model(x))
 
 
 def pair(block: nn.Module) -> dict[str, str]:
@@ -291,6 +332,42 @@ def test_subclasses_that_compute_as_their_class_are_of_their_class() -> None:
     volume = type("Conv3DSimple", (nn.Conv3d,), {"__module__": "mine"})(3, 4, 3)
     folded = fold_network_deconv(scramble_batch_norms(nn.Sequential(volume, nn.BatchNorm3d(4))))
     assert isinstance(folded[1], nn.Identity)
+
+
+class SlottedNorm(nn.BatchNorm2d):
+    __slots__ = ("extra",)
+
+
+class AbstractConv(abc.ABC, nn.Conv2d):
+    pass
+
+
+def test_layers_whose_class_cannot_change_are_kept() -> None:
+    """Slots among the bases, `abc.ABC` has them, forbid it."""
+    block = Block(lambda m, x: m.b(torch.relu(m.norm(m.a(x)))), SlottedNorm(4))
+    kept = reasons(same_after_warm_start(block), "kept")
+    assert kept == {"norm": "SlottedNorm has slots, so its class cannot change"}
+    block = Block(lambda m, x: m.b(torch.relu(m.norm(m.a(x)))))
+    block.a = AbstractConv(4, 4, 1)
+    kept = reasons(same_after_warm_start(block), "kept")
+    assert kept["a"] == "AbstractConv has slots, so its class cannot change"
+    assert isinstance(block.norm, nn.BatchNorm2d)
+
+
+class SealedConv(nn.Conv2d):
+    sealed = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.sealed and name not in ("training", "weight", "bias"):
+            raise AttributeError(f"{name} cannot be set")
+        super().__setattr__(name, value)
+
+
+def test_a_layer_that_takes_no_new_attributes_is_whitened_too() -> None:
+    layer = SealedConv(3, 4, 1)
+    layer.sealed = True
+    convert_to_network_deconv(layer)
+    assert isinstance(layer, WhitenedConv2d)
 
 
 def test_dropout_of_a_norm_with_activation_stays() -> None:
