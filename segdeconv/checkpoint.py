@@ -357,13 +357,15 @@ def build_for(
 ) -> tuple[nn.Module, ConversionReport | None]:
     """`build_model`'s untrained network of ``config`` for a state dict of these names.
 
-    A warm start leaves an affine layer, whose weight is among them, where a batch norm had no layer before it
-    to be folded into. A recipe does not say whether its network began so, because runs start from runs.
+    Where a batch norm had no layer before it to be folded into, a warm start left an affine layer, whose
+    weight is among them, or the norm. A recipe does not say where its network began so: runs start from runs.
     """
-    built = build_model(config, classes, pretrained=False, warm_start=False)
-    if {name for name in names if name.endswith(".weight")} <= built[0].state_dict().keys():
-        return built
-    return build_model(config, classes, pretrained=False, warm_start=True)
+    held = set(names)
+
+    def left(module: nn.Module, name: str) -> bool:
+        return f"{name}.0.weight" in held or f"{name}.running_mean" in held
+
+    return build_model(config, classes, pretrained=False, warm_start=left)
 
 
 def build_started(config: ModelConfig, classes: int) -> tuple[nn.Module, ConversionReport | None]:

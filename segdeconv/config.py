@@ -97,8 +97,8 @@ class ModelConfig:
             norm is batch norm or, for a deconvolved network, either.
 
     A deconvolved network keeps the function of the trained weights it starts from, whether those of ``init``
-    or pretrained ones asked for in ``options``: batch norms are folded, and the statistics are calibrated on
-    training images before the first step.
+    or pretrained ones asked for in ``options``, which may be those of its encoder alone: batch norms are
+    folded, and the statistics are calibrated on training images before the first step.
     """
 
     architecture: str

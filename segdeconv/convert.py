@@ -101,7 +101,7 @@ def convert_to_network_deconv(
     model: nn.Module,
     config: NetworkDeconvConfig | None = None,
     filter: Filter | None = None,
-    warm_start: bool = False,
+    warm_start: bool | Filter = False,
 ) -> tuple[nn.Module, ConversionReport]:
     """Turn a network with batch norm into its deconvolved twin, in place.
 
@@ -119,7 +119,9 @@ def convert_to_network_deconv(
         warm_start: keep the function the network computes in evaluation: batch norms are folded into the
             layers before them, or stay as a depthwise 1x1 convolution where there is none. Follow with
             `calibrate`. Without it the network is to be trained from scratch: filters whose batch norm goes
-            are brought to unit norm, and the other weights stay as they are.
+            are brought to unit norm, and the other weights stay as they are. Where a part is trained and the
+            rest is new, ``(module, qualified name) -> bool`` says yes to what is in that part, and
+            ``calibrate(model.encoder, batches)`` follows.
 
     Returns:
         ``model`` itself and the report.
@@ -130,13 +132,14 @@ def convert_to_network_deconv(
             torch.inference_mode; or config is something else. The network is unchanged.
     """
     config = NetworkDeconvConfig() if config is None else config
+    warm: Filter = warm_start if callable(warm_start) else lambda *_: warm_start
     _check_convertible(model, config)
     modules: dict[str, Any] = dict(model.named_modules())
     structure = read_structure(model)
-    report = _plan(model, modules, structure, filter, warm_start)
+    report = _plan(model, modules, structure, filter, warm)
     # Nothing below can fail, so an error leaves the network as it was.
-    swaps = _replace_batch_norms(report, modules, structure, warm_start)
-    swaps |= _whiten(report, modules, structure, config, warm_start)
+    swaps = _replace_batch_norms(report, modules, structure, warm)
+    swaps |= _whiten(report, modules, structure, config, warm)
     for name in structure.in_place:
         modules[name].inplace = False
     transform(swaps)
@@ -166,7 +169,7 @@ def _plan(
     modules: dict[str, Any],
     structure: Structure,
     filter: Filter | None,
-    warm_start: bool,
+    warm: Filter,
 ) -> ConversionReport:
     """What is to happen to every layer; `_whiten` adds what it makes of those that are swapped."""
     kept = {}
@@ -181,7 +184,7 @@ def _plan(
         if isinstance(module, (*WEIGHTED, *NEVER_WHITENED)):
             entry = ("kept", kept[name]) if name in kept else ("swapped", "")
         elif isinstance(module, _BatchNorm):
-            entry = _plan_batch_norm(name, module, structure, kept, warm_start)
+            entry = _plan_batch_norm(name, module, structure, kept, warm(module, name))
         else:
             continue
         report.layers.append(LayerReport(name, type(module).__name__, *entry))
@@ -192,7 +195,7 @@ def _plan(
 
 
 def _replace_batch_norms(
-    report: ConversionReport, modules: dict[str, Any], structure: Structure, warm_start: bool
+    report: ConversionReport, modules: dict[str, Any], structure: Structure, warm: Filter
 ) -> dict[nn.Module, nn.Module]:
     """What replaces each removed batch norm: its activation, and in a warm start an affine not folded."""
     swaps: dict[nn.Module, nn.Module] = {}
@@ -203,7 +206,7 @@ def _replace_batch_norms(
         for part in swaps[module].modules() if shares_its_input else ():
             if getattr(part, "inplace", False):
                 part.inplace = False  # type: ignore[assignment]
-        if warm_start:
+        if warm(module, name):
             if name in structure.norm_after and name not in structure.guessed:
                 fold_batch_norm(modules[structure.norm_after[name]], module)
             else:
@@ -218,7 +221,7 @@ def _whiten(
     modules: dict[str, Any],
     structure: Structure,
     config: NetworkDeconvConfig,
-    warm_start: bool,
+    warm: Filter,
 ) -> dict[nn.Module, nn.Module]:
     """The whitened layer for each swapped one; the report says what it does."""
     # Frozen batch norms are in evaluation, in a network that trains: so is the layer that takes their place.
@@ -236,7 +239,7 @@ def _whiten(
         if isinstance(module, nn.Linear):
             whitened: Any = WhitenedLinear.from_linear(module, config)
             if layer.name not in normalised and owners[module.weight] == 1:
-                whitened.hold_back(keep_function=warm_start)
+                whitened.hold_back(keep_function=warm(module, layer.name))
         else:
             whitened = WhitenedConv2d.from_conv(module, config)
         whitened.train(modes.get(layer.name, module.training))

@@ -63,7 +63,7 @@ from segdeconv.evaluate import ignore_index_of, predicted_samples, score, torch_
 from segdeconv.figures import read_metrics, training_curves, triptych
 from segdeconv.files import append_json_line, check_utf8, make_folder, temporaries_of, to_json, write_text
 from segdeconv.metrics import MAIN_METRIC
-from segdeconv.models import count_parameters, resolve, size_multiple, starts_trained
+from segdeconv.models import count_parameters, normalisation_of_weights, resolve, size_multiple, trained_part
 from segdeconv.progress import Bar, console
 from segdeconv.trainer import Trainer, seed_everything
 
@@ -237,10 +237,27 @@ def _prepare(recipe: Recipe, device: torch.device, resumed: Path | None = None) 
                 f"note: {recipe.model.init} has other classes, but as many; its last layer is taken over, "
                 f"for example {was!r} as {now!r}"
             )
+        _note_normalisation(recipe)
     else:
         names = named("model", load_state(resumed)[0])
         model, report = build_for(names, recipe.model, len(samples.classes))
     return _Run(recipe, device, model.to(device), report, samples, held_out)
+
+
+def _note_normalisation(recipe: Recipe) -> None:
+    """Say where pictures come in another form than the weights that the network starts from know."""
+    if recipe.model.init is not None:
+        before = read_info(find_checkpoint(recipe.model.init)).recipe.data
+        known: Any = before.mean, before.std
+    else:
+        known = normalisation_of_weights(recipe.model)
+    own = recipe.data.mean, recipe.data.std
+    if known is not None and not np.allclose(known, own, rtol=0, atol=0.005):
+        mean, std = ([round(value, 4) for value in values] for values in known)
+        console.print(
+            f"note: the weights that training starts from know pictures of data.mean = {mean} and data.std = "
+            f"{std}; the recipe has {list(own[0])} and {list(own[1])}"
+        )
 
 
 class _Run:
@@ -389,12 +406,16 @@ class _Run:
     def _begin(self) -> None:
         """Statistics for trained weights, and a first state: a folder that cannot be written says so now."""
         self._check_room()
-        if self.report is not None and starts_trained(self.recipe.model):
+        part = trained_part(self.recipe.model)
+        swapped = (
+            [layer.name for layer in self.report.layers if layer.action == "swapped"] if self.report else []
+        )
+        if part is not None and any(name.startswith(part) for name in swapped):
             batches = (images for images, _ in islice(self.loader, _CALIBRATION_BATCHES))
             first = next(batches)
             images = (batch.to(self.device) for batch in chain([first], batches))
             with self.trainer.explained(first):
-                calibrate(self.trainer.model, images)
+                calibrate(self.trainer.model.get_submodule(part), images)
         if rank() == 0:
             if self.report is not None:
                 write_text(self.out / "conversion.txt", f"{self.report}\n")

@@ -54,7 +54,7 @@ from segdeconv.fold import fold_network_deconv
 from segdeconv.images import overlay, save_image
 from segdeconv.markdown import escaped
 from segdeconv.metrics import MAIN_METRIC
-from segdeconv.models import count_parameters, resolve, size_multiple, starts_trained
+from segdeconv.models import count_parameters, resolve, size_multiple, trained_part
 
 TOLERANCE = 1e-3  # of a metric measured again, on a machine that rounds otherwise
 _UNIT = METRICS | {"top5": "top-5", "pixel_acc": "pixel accuracy"}
@@ -346,7 +346,7 @@ def _card(
     }[entry.norm]
     size = f"{entry.input[1]}x{entry.input[0]}"
     place = f" The recipe expects the data in `{recipe.data.root}`." if recipe.data.root else ""
-    start = "from pretrained weights" if starts_trained(recipe.model) else "from scratch"
+    start = "from scratch" if trained_part(recipe.model) is None else "from pretrained weights"
     facts = {
         f"{_UNIT[metric]} ({scores['split']}, {scores['samples']} pictures)": f"{scores[metric]:.4f}",
         f"{_UNIT[metric]} of the run, before storage": f"{before[metric]:.4f}",

@@ -23,6 +23,7 @@ from networks import NETWORKS, images, logits, scramble_batch_norms
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
 
 from segdeconv.config import DataConfig, NetworkDeconvConfig
@@ -111,6 +112,33 @@ def test_warm_start_on_photographs_with_default_settings(name: str, camvid: Path
         calibrate(model, [photographs[:4], photographs[4:8]])
         got = logits(model.eval()(photographs[8:]))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * want.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("unet mobilenet_v2", "encoder"), ("torchvision deeplabv3_resnet50", "backbone")],
+)
+def test_warm_start_of_a_trained_part(name: str, part: str) -> None:
+    """What is trained keeps its function; what is new is what conversion without a warm start makes of it."""
+    torch.manual_seed(0)
+    model = scramble_batch_norms(NETWORKS[name]()).eval()
+    x = images(name)
+    cold, _ = convert_to_network_deconv(copy.deepcopy(model), SMALL)
+
+    def features() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return tree_leaves(model.get_submodule(part)(x))
+
+    want = features()
+    model, _ = convert_to_network_deconv(model, SMALL, warm_start=lambda _, name: name.startswith(part))
+    calibrate(model.get_submodule(part), [images(name), images(name) + 0.5])
+    for a, b in zip(features(), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
+    new = cold.state_dict()
+    for key, value in model.state_dict().items():
+        if not key.startswith(part):
+            assert torch.equal(value, new[key]), key
+    assert not torch.equal(features()[-1], tree_leaves(cold.get_submodule(part)(x))[-1])
 
 
 @pytest.mark.parametrize("mode", ["fast", "exact", "reference"])

@@ -11,7 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from segdeconv.config import ModelConfig, NetworkDeconvConfig
 from segdeconv.errors import UserError
 from segdeconv.layers import Whitened
-from segdeconv.models import ARCHITECTURES, build_model, resolve, size_multiple, starts_trained
+from segdeconv.models import (
+    ARCHITECTURES,
+    build_model,
+    normalisation_of_weights,
+    resolve,
+    size_multiple,
+    trained_part,
+)
 from segdeconv.models.registry import merge
 
 
@@ -93,11 +100,47 @@ def test_twins_start_from_the_same_weights() -> None:
 
 @pytest.mark.parametrize(
     ("options", "init", "expected"),
-    [({}, None, False), ({"encoder_weights": "imagenet"}, None, True), ({}, "runs/x", True),
-     ({"encoder_weights": None}, None, False), ({"pretrained": True}, None, True)],
+    [({}, None, None), ({"encoder_weights": "imagenet"}, None, "encoder"), ({}, "runs/x", ""),
+     ({"encoder_weights": None}, None, None), ({"pretrained": True}, None, ""),
+     ({"weights_backbone": "DEFAULT"}, None, "backbone"), ({"encoder_weights": "imagenet"}, "runs/x", ""),
+     ({"weights": "DEFAULT", "weights_backbone": "DEFAULT"}, None, "")],
 )  # fmt: skip
-def test_trained_weights_mean_a_warm_start(options: dict, init: str | None, expected: bool) -> None:
-    assert starts_trained(ModelConfig("unet_resnet18", options=options, init=init)) is expected
+def test_what_starts_trained(options: dict, init: str | None, expected: str | None) -> None:
+    assert trained_part(ModelConfig("unet_resnet18", options=options, init=init)) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (ModelConfig("unet_tf_efficientnet_lite0", options={"encoder_weights": True}), ((0.5,) * 3,) * 2),
+        (ModelConfig("unet_tf_efficientnet_lite0"), None),
+        (ModelConfig("test_vit", options={"pretrained": True}), ((0.5,) * 3,) * 2),
+        (ModelConfig("tf_efficientnet_lite0", options={"pretrained": True}), ((0.5,) * 3,) * 2),
+        (ModelConfig("deeplabv3_resnet50", options={"weights": "DEFAULT"}), None),
+    ],
+)
+def test_pictures_that_pretrained_weights_know(config: ModelConfig, expected: object) -> None:
+    assert normalisation_of_weights(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("encoder", "asked", "got"),
+    [("resnet18", "imagenet", "imagenet"), ("tu-resnet18", "imagenet", True), ("tu-resnet18", False, None),
+     ("resnet18", False, None), ("resnet18", None, None)],
+)  # fmt: skip
+def test_smp_gets_weights_by_the_names_it_has(
+    encoder: str, asked: object, got: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For smp, `encoder_weights=False` of one of timm's encoders is a yes."""
+    options = []
+
+    def spy(architecture: str, encoder: str, classes: int, encoder_weights: object) -> nn.Module:
+        options.append(encoder_weights)
+        return smp.Unet(encoder, encoder_weights=None, classes=classes)
+
+    monkeypatch.setattr(smp, "create_model", spy)
+    build_model(ModelConfig("unet", encoder=encoder, options={"encoder_weights": asked}), 3)
+    assert options == [got]
 
 
 def test_keep_patterns() -> None:

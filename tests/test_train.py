@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import scramble_batch_norms
 from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from segdeconv import layers
+from segdeconv import layers, models
 from segdeconv import train as train_module
 from segdeconv import trainer as trainer_module
 from segdeconv.checkpoint import (
@@ -221,6 +222,43 @@ def test_warm_start_from_the_batch_norm_twin(tmp_path: Path) -> None:
     model, _ = load_checkpoint(tmp_path / "nd")
     assert any(isinstance(m, Whitened) for m in model.modules())
     assert evaluate_run(tmp_path / "nd")["miou"] == pytest.approx(twin, abs=0.005)  # 0.026 apart without
+
+
+@pytest.mark.parametrize("keep", [(), ("encoder",)])
+def test_a_pretrained_encoder_keeps_its_function(
+    keep: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The decoder, which is new, starts as in a run from scratch."""
+    call, made = models._call, []
+
+    def pretrained(*args: Any) -> torch.nn.Module:
+        options = dict(args[3])
+        assert options.pop("encoder_weights") == "imagenet"
+        made.append(scramble_batch_norms(call(*args[:3], options, args[4])))
+        return copy.deepcopy(made[0])
+
+    monkeypatch.setattr(models, "_call", pretrained)
+    recipe = tiny("data.mean=[0.4, 0.4, 0.4]")
+    options = recipe.model.options | {"encoder_weights": "imagenet"}
+    run = train_module._prepare(
+        dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, options=options, keep=keep)),
+        torch.device("cpu"),
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "know pictures of data.mean = [0.485, 0.456, 0.406] and data.std" in said
+    run.out = tmp_path
+    create_run_folder(tmp_path, run.recipe)
+    run._begin()
+    model, x = run.trainer.model.eval(), next(iter(run.loader))[0]
+    with torch.no_grad():
+        for a, b in zip(model.encoder(x), made[0].eval().encoder(x), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
+    new = [module for module in model.decoder.modules() if isinstance(module, Whitened)]
+    assert len(new) == 6
+    assert not any(module.num_batches_tracked for module in new)
+    for module in new:
+        norms = module.weight.flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-6)
 
 
 def test_a_deconvolved_run_goes_on_with_other_data(tmp_path: Path) -> None:

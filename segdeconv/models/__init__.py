@@ -8,12 +8,13 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
+import segmentation_models_pytorch as smp
 import timm
 import torch
 from torch import nn
 
 from segdeconv.config import ModelConfig
-from segdeconv.convert import ConversionReport, convert_to_network_deconv
+from segdeconv.convert import ConversionReport, Filter, convert_to_network_deconv
 from segdeconv.errors import UserError, did_you_mean, first_line
 from segdeconv.models import cifar, classification, segmentation
 from segdeconv.models.registry import Architecture, merge
@@ -24,7 +25,13 @@ ARCHITECTURES: dict[str, Architecture] = merge(
 
 # With these timm fetches and reads files from anywhere, and a stranger's recipe or checkpoint may say where.
 _OPTIONS_OF_PLACES = ("checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay")
-_PRETRAINED_OPTIONS = ("weights", "weights_backbone", "encoder_weights", "pretrained")
+# Options that ask for downloaded weights, and the part of the network these are for.
+_PRETRAINED_OPTIONS = {
+    "weights": "",
+    "pretrained": "",
+    "weights_backbone": "backbone",
+    "encoder_weights": "encoder",
+}
 
 
 def resolve(config: ModelConfig) -> tuple[Architecture, str | None]:
@@ -62,13 +69,35 @@ def resolve(config: ModelConfig) -> tuple[Architecture, str | None]:
     return architecture, encoder
 
 
-def starts_trained(config: ModelConfig) -> bool:
-    """Whether the network begins with trained weights, whose function a conversion must keep."""
-    return config.init is not None or any(config.options.get(key) for key in _PRETRAINED_OPTIONS)
+def trained_part(config: ModelConfig) -> str | None:
+    """The name of the part that begins with trained weights, whose function a conversion must keep: '' where
+    that is the whole network, None where nothing is.
+    """
+    if config.init is not None:
+        return ""
+    asked = [part for option, part in _PRETRAINED_OPTIONS.items() if config.options.get(option)]
+    return min(asked, default=None)
+
+
+def normalisation_of_weights(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of the pictures on which the weights that ``config.options`` asks for were
+    trained, as smp and timm say; None where they do not, or nothing is asked for.
+    """
+    _, encoder = resolve(config)
+    weights = config.options.get("encoder_weights")
+    if encoder is not None and weights:
+        said = smp.encoders.get_preprocessing_params(encoder, weights)
+        if said["input_range"] != [0, 1]:
+            return None
+        return tuple(said["mean"]), tuple(said["std"])
+    if config.options.get("pretrained"):
+        of_timm = timm.get_pretrained_cfg(config.architecture)
+        return None if of_timm is None else (tuple(of_timm.mean), tuple(of_timm.std))
+    return None
 
 
 def build_model(
-    config: ModelConfig, num_classes: int, pretrained: bool = True, warm_start: bool | None = None
+    config: ModelConfig, num_classes: int, pretrained: bool = True, warm_start: bool | Filter | None = None
 ) -> tuple[nn.Module, ConversionReport | None]:
     """Build the network a recipe describes, converted when ``config.norm`` is 'nd'. ``config.init`` does not
     count here; see `segdeconv.checkpoint.build_started`.
@@ -76,7 +105,7 @@ def build_model(
     Args:
         num_classes: outputs of the head.
         pretrained: False ignores options that ask for downloaded weights; used before a checkpoint is loaded.
-        warm_start: whether the conversion keeps the network's function; by default where it starts trained.
+        warm_start: where the conversion keeps the network's function; by default in its `trained_part`.
 
     Returns:
         The network, in training mode, and what the conversion did (None for 'bn').
@@ -95,11 +124,17 @@ def build_model(
         asked = {key: value for key, value in options.items() if key not in _PRETRAINED_OPTIONS}
         options = implied | asked
     model = _call(architecture, encoder, num_classes, options, config.architecture)
-    return as_configured(model, config, starts_trained(config) if warm_start is None else warm_start)
+    if warm_start is None:
+        part = trained_part(config)
+
+        def warm_start(module: nn.Module, name: str) -> bool:
+            return part is not None and name.startswith(part)
+
+    return as_configured(model, config, warm_start)
 
 
 def as_configured(
-    model: nn.Module, config: ModelConfig, warm_start: bool
+    model: nn.Module, config: ModelConfig, warm_start: bool | Filter
 ) -> tuple[nn.Module, ConversionReport | None]:
     """A batch-norm network of ``config``, converted when its norm is 'nd', and what the conversion did.
 

@@ -53,7 +53,10 @@ def _check_options(architecture: str, encoder: str, options: dict[str, Any]) -> 
 
 def _smp(architecture: str) -> Architecture:
     def build(num_classes: int, encoder: str | None, options: dict[str, Any]) -> nn.Module:
-        options = {"encoder_weights": None, **options}
+        weights = options.get("encoder_weights") or None  # smp takes false for yes
+        if weights and str(encoder).startswith("tu-"):
+            weights = True  # which ones, the encoder's name says; smp warns of anything else
+        options = {**options, "encoder_weights": weights}
         _check_options(architecture, str(encoder), options)
         return smp.create_model(architecture, encoder, classes=num_classes, **options)
 
