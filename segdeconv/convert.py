@@ -14,6 +14,7 @@ import contextlib
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -121,7 +122,8 @@ def convert_to_network_deconv(
             `calibrate`. Without it the network is to be trained from scratch: filters whose batch norm goes
             are brought to unit norm, and the other weights stay as they are. Where a part is trained and the
             rest is new, ``(module, qualified name) -> bool`` says yes to what is in that part, and
-            ``calibrate(model.encoder, batches)`` follows.
+            ``calibrate(model.encoder, batches)`` follows. Running values that are not those of a new batch
+            norm are warned of where nothing keeps them.
 
     Returns:
         ``model`` itself and the report.
@@ -137,6 +139,7 @@ def convert_to_network_deconv(
     modules: dict[str, Any] = dict(model.named_modules())
     structure = read_structure(model)
     report = _plan(model, modules, structure, filter, warm)
+    _warn_of_lost(report, modules, warm)
     # Nothing below can fail, so an error leaves the network as it was.
     swaps = _replace_batch_norms(report, modules, structure, warm)
     swaps |= _whiten(report, modules, structure, config, warm)
@@ -192,6 +195,21 @@ def _plan(
         why = next((f"; {layer.name} is kept: {layer.reason}" for layer in report.layers), "")
         raise UserError(f"{type(model).__name__} has no convolution or linear layer to whiten{why}")
     return report
+
+
+def _warn_of_lost(report: ConversionReport, modules: dict[str, Any], warm: Filter) -> None:
+    lost = [name for name in report.removed() if not warm(modules[name], name) and _has_run(modules[name])]
+    if lost:
+        warnings.warn(
+            f"the running values of {len(lost)} batch norms, as {lost[0]}, are those of a trained network, "
+            "whose function is lost; convert_to_network_deconv(..., warm_start=True) and calibrate keep it",
+            stacklevel=3,
+        )
+
+
+def _has_run(norm: Any) -> bool:
+    mean, var = norm.running_mean, norm.running_var
+    return mean is not None and not mean.is_meta and bool(mean.any() or (var != 1).any())
 
 
 def _replace_batch_norms(

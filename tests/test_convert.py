@@ -9,6 +9,7 @@ import math
 import sys
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,19 @@ def test_warm_start_of_a_trained_part(name: str, part: str) -> None:
         if not key.startswith(part):
             assert torch.equal(value, new[key]), key
     assert not torch.equal(features()[-1], tree_leaves(cold.get_submodule(part)(x))[-1])
+
+
+def test_a_trained_network_converted_as_if_new_is_warned_of() -> None:
+    network = scramble_batch_norms(smp.Unet("resnet18", encoder_weights=None, classes=3))
+    with pytest.warns(UserWarning, match=r"of 30 batch norms, as encoder\.bn1, .*warm_start=True") as caught:
+        convert_to_network_deconv(copy.deepcopy(network), SMALL)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"of 10 batch norms, as decoder\."):
+        convert_to_network_deconv(copy.deepcopy(network), SMALL, warm_start=lambda _, name: "encoder" in name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_to_network_deconv(network, SMALL, warm_start=True)
+        convert_to_network_deconv(smp.Unet("resnet18", encoder_weights=None, classes=3), SMALL)
 
 
 @pytest.mark.parametrize("mode", ["fast", "exact", "reference"])
