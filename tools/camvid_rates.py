@@ -1,6 +1,7 @@
-"""The zoo's networks on CamVid, trained at other learning rates and from other seeds.
+"""The zoo's networks on CamVid, and one with a pretrained encoder, at several learning rates.
 
     segdeconv train unet_mobilenet_v2.nd_camvid --set train.lr=0.4 --set train.seed=1 --out runs/RUN
+    segdeconv train camvid_unet_efficientnet_lite0 --norm bn --set train.lr=0.1 --out runs/RUN
     python tools/camvid_rates.py runs/RUN        # writes what it says into docs/measured/camvid.jsonl
     python tools/camvid_rates.py                 # prints all, and the best of each for the README
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from segdeconv.files import read_json_lines, write_text
 from segdeconv.markdown import markdown_table
 
 MEASURED = Path("docs/measured/camvid.jsonl")
-SHOWN = (12, 24, 36, 48, 60)  # epochs
+PRETRAINED = "camvid_unet_efficientnet_lite0"
+FIFTHS = ("1/5", "2/5", "3/5", "4/5", "end")  # of the training
 
 
 def same_but_for_rate(recipe: Recipe) -> dict[str, Any]:
@@ -32,26 +35,36 @@ def same_but_for_rate(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in flat(recipe_to_dict(recipe)).items() if key not in searched}
 
 
+def trainings() -> Iterator[tuple[str, Recipe]]:
+    """Networks and how they are trained."""
+    for entry in entry_names():
+        yield entry.partition(".")[0], load_recipe(entry_folder(entry) / "recipe.yaml")
+    for weights, start in (("imagenet", "pretrained encoder"), ("null", "from scratch")):
+        for norm in ("bn", "nd"):
+            changes = [f"model.options.encoder_weights={weights}", f"model.norm={norm}"]
+            recipe = load_recipe(PRETRAINED, changes)
+            yield f"unet_{recipe.model.encoder}, {start}, {recipe.train.epochs} epochs", recipe
+
+
 def of_run(folder: Path) -> dict[str, Any]:
     """What a finished run says.
 
     Raises:
-        UserError: it has not finished, or trains none of the zoo's recipes.
+        UserError: it has not finished, or trains none of the recipes.
     """
     metrics, recipe = read_metrics(folder), load_recipe(folder / "recipe.yaml")
-    recipes = {name: load_recipe(entry_folder(name) / "recipe.yaml") for name in entry_names()}
-    trained = (name for name, its in recipes.items() if same_but_for_rate(its) == same_but_for_rate(recipe))
-    entry = next(trained, None)
-    if entry is None or recipe.data.dataset != "camvid":
+    same = (name for name, its in trainings() if same_but_for_rate(its) == same_but_for_rate(recipe))
+    network = next(same, None)
+    if network is None or recipe.data.dataset != "camvid":
         raise UserError(
-            f"{folder}: is no training of a CamVid entry of the zoo; expected `segdeconv train ENTRY` with "
-            "another train.lr or train.seed at most"
+            f"{folder}: is no training of a CamVid entry of the zoo, nor of {PRETRAINED}; expected one of "
+            "these, with another train.lr or train.seed at most"
         )
     if not metrics or metrics[-1]["epoch"] < recipe.train.epochs:
         raise UserError(f"{folder}: has not finished; go on with `segdeconv train ... --resume`")
     scored = [line for line in metrics if "miou" in line]
     return {
-        "network": entry.partition(".")[0],
+        "network": network,
         "norm": recipe.model.norm,
         "lr": recipe.train.lr,
         "seed": recipe.train.seed,
@@ -75,14 +88,15 @@ def grouped(lines: list[dict[str, Any]]) -> dict[tuple[str, str, float], list[di
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """mIoU by epoch, the mean of the seeds, with the standard error after the last epoch."""
+    """mIoU along the training, the mean of the seeds, with the standard error at the end."""
     rows = []
     for (network, norm, lr), runs in grouped(lines).items():
         curves = [dict(zip(line["epochs"], line["miou"], strict=True)) for line in runs]
-        means = [f"{spread([curve[epoch] for curve in curves])[0]:.3f}" for epoch in SHOWN]
+        shown = [runs[0]["epochs"][-1] * fifth // 5 for fifth in range(1, 6)]
+        means = [f"{spread([curve[epoch] for curve in curves])[0]:.3f}" for epoch in shown]
         error = f" ± {spread([line['miou'][-1] for line in runs])[1]:.3f}" if len(runs) > 1 else ""
         rows.append([network, norm, f"{lr:g}", len(runs), *means[:-1], means[-1] + error])
-    titles = ["network", "norm", "lr", "seeds", *(f"epoch {epoch}" for epoch in SHOWN)]
+    titles = ["network", "norm", "lr", "seeds", *FIFTHS]
     return markdown_table(titles, rows, numbers_from=2)
 
 
