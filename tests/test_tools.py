@@ -487,7 +487,7 @@ def test_the_best_of_rates() -> None:
     nd, bn = [line, *better], {**line, "norm": "bn"}
     both = [*nd, bn, {**bn, "lr": 0.05, "miou": [0.1] * 4 + [0.4]}]
     assert camvid_rates.best_rates(both) == {"n": {"bn": (0.5, 0.1), "nd": (pytest.approx(0.55), 0.2)}}
-    assert "| n | 0.500 at 0.1 | 0.550 at 0.2 |" in camvid_rates.best_table(both).splitlines()
+    assert "| n | 0.500 at 0.1 | 0.550 ± 0.150 at 0.2 |" in camvid_rates.best_table(both).splitlines()
     assert "in 1 of 1 networks on CamVid" in paper_page.rates_part(both)
     assert camvid_rates.best_rates([*nd, bn]) == {}  # one rate is no search
     assert "Not measured yet" in paper_page.rates_part([*nd, bn])

@@ -87,6 +87,11 @@ def grouped(lines: list[dict[str, Any]]) -> dict[tuple[str, str, float], list[di
     return groups
 
 
+def at_end(runs: list[dict[str, Any]]) -> str:
+    mean, error, *_ = spread([line["miou"][-1] for line in runs])
+    return f"{mean:.3f} ± {error:.3f}" if len(runs) > 1 else f"{mean:.3f}"
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     """mIoU along the training, the mean of the seeds, with the standard error at the end."""
     rows = []
@@ -94,8 +99,7 @@ def table(lines: list[dict[str, Any]]) -> str:
         curves = [dict(zip(line["epochs"], line["miou"], strict=True)) for line in runs]
         shown = [runs[0]["epochs"][-1] * fifth // 5 for fifth in range(1, 6)]
         means = [f"{spread([curve[epoch] for curve in curves])[0]:.3f}" for epoch in shown]
-        error = f" ± {spread([line['miou'][-1] for line in runs])[1]:.3f}" if len(runs) > 1 else ""
-        rows.append([network, norm, f"{lr:g}", len(runs), *means[:-1], means[-1] + error])
+        rows.append([network, norm, f"{lr:g}", len(runs), *means[:-1], at_end(runs)])
     titles = ["network", "norm", "lr", "seeds", *FIFTHS]
     return markdown_table(titles, rows, numbers_from=2)
 
@@ -112,8 +116,9 @@ def best_rates(lines: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, 
 
 def best_table(lines: list[dict[str, Any]]) -> str:
     """The README's."""
+    groups = grouped(lines)
     rows = [
-        [network, *(f"{mean:.3f} at {lr:g}" for mean, lr in of.values())]
+        [network, *(f"{at_end(groups[network, norm, lr])} at {lr:g}" for norm, (_, lr) in of.items())]
         for network, of in best_rates(lines).items()
     ]
     return markdown_table(["mIoU, learning rate", "batch norm", "deconvolution"], rows, numbers_from=1)
