@@ -180,9 +180,10 @@ def rates_part(lines: list[dict[str, Any]]) -> str:
     both = camvid_rates.best_rates(lines).values()
     what = "of several rates for either norm, deconvolution ends higher at its best"
     return (
-        "On CamVid rates were searched too, over 60 epochs where a row says nothing else: mIoU on the validation "
-        "pictures in training's bfloat16, after fifths of the training, with its standard error where there are "
-        "several seeds. `python tools/camvid_rates.py` prints this table, and says how to add to it.\n\n"
+        "On CamVid rates were searched too, over 60 epochs where a row says nothing else: mIoU on the "
+        "validation pictures in training's bfloat16, after fifths of the training, with its standard error "
+        "where there are several seeds. `python tools/camvid_rates.py` prints this table, and says how to "
+        "add to it.\n\n"
         f"{camvid_rates.table(lines)}\n"
         f"{verdict(sum(of['nd'][0] > of['bn'][0] for of in both), len(both), what, ' networks on CamVid')}\n"
     )
