@@ -121,9 +121,9 @@ def convert_to_network_deconv(
             layers before them, or stay as a depthwise 1x1 convolution where there is none. Follow with
             `calibrate`. Without it the network is to be trained from scratch: filters whose batch norm goes
             are brought to unit norm, and the other weights stay as they are. Where a part is trained and the
-            rest is new, ``(module, qualified name) -> bool`` says yes to what is in that part, and
-            ``calibrate(model.encoder, batches)`` follows. Running values that are not those of a new batch
-            norm are warned of where nothing keeps them.
+            rest is new, ``(module, qualified name) -> bool``, asked for what ``filter`` is asked for, says
+            yes to what is in that part, and ``calibrate(model.encoder, batches)`` follows. Running values
+            that are not those of a new batch norm are warned of where nothing keeps them.
 
     Returns:
         ``model`` itself and the report.
@@ -134,9 +134,15 @@ def convert_to_network_deconv(
             torch.inference_mode; or config is something else. The network is unchanged.
     """
     config = NetworkDeconvConfig() if config is None else config
-    warm: Filter = warm_start if callable(warm_start) else lambda *_: warm_start
     _check_convertible(model, config)
     modules: dict[str, Any] = dict(model.named_modules())
+    # Asked before anything changes: it is the caller's and may fail.
+    warm = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, (*WEIGHTED, _BatchNorm))
+        and (warm_start(module, name) if callable(warm_start) else warm_start)
+    }
     structure = read_structure(model)
     report = _plan(model, modules, structure, filter, warm)
     _warn_of_lost(report, modules, warm)
@@ -172,7 +178,7 @@ def _plan(
     modules: dict[str, Any],
     structure: Structure,
     filter: Filter | None,
-    warm: Filter,
+    warm: set[str],
 ) -> ConversionReport:
     """What is to happen to every layer; `_whiten` adds what it makes of those that are swapped."""
     kept = {}
@@ -187,7 +193,7 @@ def _plan(
         if isinstance(module, (*WEIGHTED, *NEVER_WHITENED)):
             entry = ("kept", kept[name]) if name in kept else ("swapped", "")
         elif isinstance(module, _BatchNorm):
-            entry = _plan_batch_norm(name, module, structure, kept, warm(module, name))
+            entry = _plan_batch_norm(name, module, structure, kept, name in warm)
         else:
             continue
         report.layers.append(LayerReport(name, type(module).__name__, *entry))
@@ -197,8 +203,8 @@ def _plan(
     return report
 
 
-def _warn_of_lost(report: ConversionReport, modules: dict[str, Any], warm: Filter) -> None:
-    lost = [name for name in report.removed() if not warm(modules[name], name) and _has_run(modules[name])]
+def _warn_of_lost(report: ConversionReport, modules: dict[str, Any], warm: set[str]) -> None:
+    lost = [name for name in report.removed() if name not in warm and _has_run(modules[name])]
     if lost:
         warnings.warn(
             f"the running values of {len(lost)} batch norms, as {lost[0]}, are those of a trained network, "
@@ -213,7 +219,7 @@ def _has_run(norm: Any) -> bool:
 
 
 def _replace_batch_norms(
-    report: ConversionReport, modules: dict[str, Any], structure: Structure, warm: Filter
+    report: ConversionReport, modules: dict[str, Any], structure: Structure, warm: set[str]
 ) -> dict[nn.Module, nn.Module]:
     """What replaces each removed batch norm: its activation, and in a warm start an affine not folded."""
     swaps: dict[nn.Module, nn.Module] = {}
@@ -224,7 +230,7 @@ def _replace_batch_norms(
         for part in swaps[module].modules() if shares_its_input else ():
             if getattr(part, "inplace", False):
                 part.inplace = False  # type: ignore[assignment]
-        if warm(module, name):
+        if name in warm:
             if name in structure.norm_after and name not in structure.guessed:
                 fold_batch_norm(modules[structure.norm_after[name]], module)
             else:
@@ -239,7 +245,7 @@ def _whiten(
     modules: dict[str, Any],
     structure: Structure,
     config: NetworkDeconvConfig,
-    warm: Filter,
+    warm: set[str],
 ) -> dict[nn.Module, nn.Module]:
     """The whitened layer for each swapped one; the report says what it does."""
     # Frozen batch norms are in evaluation, in a network that trains: so is the layer that takes their place.
@@ -257,7 +263,7 @@ def _whiten(
         if isinstance(module, nn.Linear):
             whitened: Any = WhitenedLinear.from_linear(module, config)
             if layer.name not in normalised and owners[module.weight] == 1:
-                whitened.hold_back(keep_function=warm(module, layer.name))
+                whitened.hold_back(keep_function=layer.name in warm)
         else:
             whitened = WhitenedConv2d.from_conv(module, config)
         whitened.train(modes.get(layer.name, module.training))

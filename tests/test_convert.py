@@ -142,6 +142,16 @@ def test_warm_start_of_a_trained_part(name: str, part: str) -> None:
     assert not torch.equal(features()[-1], tree_leaves(cold.get_submodule(part)(x))[-1])
 
 
+def test_what_cannot_say_what_is_trained_leaves_the_network_as_it_was() -> None:
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    model = scramble_batch_norms(nn.Sequential(*layers))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(AttributeError, match="running_mean"):
+        convert_to_network_deconv(model, SMALL, warm_start=lambda module, _: bool(module.running_mean.any()))
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_a_trained_network_converted_as_if_new_is_warned_of() -> None:
     network = scramble_batch_norms(smp.Unet("resnet18", encoder_weights=None, classes=3))
     with pytest.warns(UserWarning, match=r"of 30 batch norms, as encoder\.bn1, .*warm_start=True") as caught:
