@@ -235,7 +235,7 @@ def _replace_batch_norms(
                 fold_batch_norm(modules[structure.norm_after[name]], module)
             else:
                 swaps[module] = nn.Sequential(_as_affine(module), swaps[module]).train(module.training)
-        elif name in structure.norm_after:
+        elif name in structure.norm_after and structure.norm_after[name] not in warm:
             _normalise_filters(modules[structure.norm_after[name]])
     return swaps
 

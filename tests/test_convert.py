@@ -142,6 +142,17 @@ def test_warm_start_of_a_trained_part(name: str, part: str) -> None:
     assert not torch.equal(features()[-1], tree_leaves(cold.get_submodule(part)(x))[-1])
 
 
+def test_a_new_batch_norm_leaves_the_trained_layer_before_it_alone() -> None:
+    convs = nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False)
+    parts = {"encoder": nn.Sequential(*convs), "norm": nn.BatchNorm2d(4), "head": nn.Conv2d(4, 2, 1)}
+    model = nn.Sequential(collections.OrderedDict(parts)).eval()
+    x = torch.randn(4, 3, 16, 16)
+    want = model.encoder(x)
+    convert_to_network_deconv(model, SMALL, warm_start=lambda _, name: name.startswith("encoder"))
+    calibrate(model.encoder, [torch.randn(4, 3, 16, 16)])
+    torch.testing.assert_close(model.encoder(x), want, rtol=0, atol=1e-4 * want.abs().max().item())
+
+
 def test_what_cannot_say_what_is_trained_leaves_the_network_as_it_was() -> None:
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
     model = scramble_batch_norms(nn.Sequential(*layers))
