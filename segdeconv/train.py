@@ -407,10 +407,8 @@ class _Run:
         """Statistics for trained weights, and a first state: a folder that cannot be written says so now."""
         self._check_room()
         part = trained_part(self.recipe.model)
-        swapped = (
-            [layer.name for layer in self.report.layers if layer.action == "swapped"] if self.report else []
-        )
-        if part is not None and any(name.startswith(part) for name in swapped):
+        layers = [] if self.report is None or part is None else self.report.layers
+        if part is not None and any(x.action == "swapped" and x.name.startswith(part) for x in layers):
             batches = (images for images, _ in islice(self.loader, _CALIBRATION_BATCHES))
             first = next(batches)
             images = (batch.to(self.device) for batch in chain([first], batches))

@@ -274,8 +274,9 @@ def test_as_many_other_classes_are_pointed_out(tmp_path: Path, capsys: pytest.Ca
     model, info = load_checkpoint(tmp_path / "first")
     other = dataclasses.replace(info, classes=tuple(f"other {name}" for name in info.classes))
     save_checkpoint(tmp_path / "first" / "best.safetensors", model, other)
-    train(tiny(f"model.init={tmp_path / 'first'}"), tmp_path / "second")
+    train(tiny(f"model.init={tmp_path / 'first'}", "data.mean=[0.5, 0.5, 0.5]"), tmp_path / "second")
     said = " ".join(capsys.readouterr().out.split())
+    assert "know pictures of data.mean = [0.485, 0.456, 0.406]" in said
     assert "first has other classes, but as many; its last layer is taken over" in said
 
 

@@ -76,7 +76,7 @@ def trained_part(config: ModelConfig) -> str | None:
     if config.init is not None:
         return ""
     asked = [part for option, part in _PRETRAINED_OPTIONS.items() if config.options.get(option)]
-    return min(asked, default=None)
+    return min(asked, default=None)  # '' if it is among them
 
 
 def normalisation_of_weights(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
