@@ -47,6 +47,9 @@ class NetworkDeconvConfig:
         linear_block_size: the same for linear layers.
         eps: added to variances before their root: of each channel (fast) or of the features (otherwise).
         momentum: weight of a new batch in the running values.
+        filter_norm: what filters are brought to where their batch norm goes and they are to be trained from
+            scratch. With shorter ones the same learning rate turns them faster (docs/whitening.md, initial
+            scale).
         refresh_every: fast mode: the longest interval, in training steps, between updates of the whitening
             matrix. Each of the first 40 steps updates it, then the interval grows by one every 20 steps.
         num_iters: exact and reference mode: coupled Newton-Schulz iterations.
@@ -62,6 +65,7 @@ class NetworkDeconvConfig:
     linear_block_size: Positive = 512
     eps: Annotated[float, Field(gt=0)] = 1e-5
     momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
+    filter_norm: Annotated[float, Field(gt=0)] = 1.0
     refresh_every: Positive = 20
     num_iters: Positive = 5
     sampling_stride: Positive = 3

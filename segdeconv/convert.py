@@ -120,10 +120,10 @@ def convert_to_network_deconv(
         warm_start: keep the function the network computes in evaluation: batch norms are folded into the
             layers before them, or stay as a depthwise 1x1 convolution where there is none. Follow with
             `calibrate`. Without it the network is to be trained from scratch: filters whose batch norm goes
-            are brought to unit norm, and the other weights stay as they are. Where a part is trained and the
-            rest is new, ``(module, qualified name) -> bool``, asked for what ``filter`` is asked for, says
-            yes to what is in that part, and ``calibrate(model.encoder, batches)`` follows. Running values
-            that are not those of a new batch norm are warned of where nothing keeps them.
+            are brought to ``config.filter_norm``, and the other weights stay as they are. Where a part is
+            trained and the rest is new, ``(module, qualified name) -> bool``, asked for what ``filter`` is
+            asked for, says yes to what is in that part, and ``calibrate(model.encoder, batches)`` follows.
+            Running values that are not those of a new batch norm are warned of where nothing keeps them.
 
     Returns:
         ``model`` itself and the report.
@@ -147,7 +147,7 @@ def convert_to_network_deconv(
     report = _plan(model, modules, structure, filter, warm)
     _warn_of_lost(report, modules, warm)
     # Nothing below can fail, so an error leaves the network as it was.
-    swaps = _replace_batch_norms(report, modules, structure, warm)
+    swaps = _replace_batch_norms(report, modules, structure, config, warm)
     swaps |= _whiten(report, modules, structure, config, warm)
     for name in structure.in_place:
         modules[name].inplace = False
@@ -219,7 +219,11 @@ def _has_run(norm: Any) -> bool:
 
 
 def _replace_batch_norms(
-    report: ConversionReport, modules: dict[str, Any], structure: Structure, warm: set[str]
+    report: ConversionReport,
+    modules: dict[str, Any],
+    structure: Structure,
+    config: NetworkDeconvConfig,
+    warm: set[str],
 ) -> dict[nn.Module, nn.Module]:
     """What replaces each removed batch norm: its activation, and in a warm start an affine not folded."""
     swaps: dict[nn.Module, nn.Module] = {}
@@ -236,7 +240,7 @@ def _replace_batch_norms(
             else:
                 swaps[module] = nn.Sequential(_as_affine(module), swaps[module]).train(module.training)
         elif name in structure.norm_after and structure.norm_after[name] not in warm:
-            _normalise_filters(modules[structure.norm_after[name]])
+            _bring_filters_to(config.filter_norm, modules[structure.norm_after[name]])
     return swaps
 
 
@@ -426,15 +430,16 @@ def _as_affine(norm: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def _normalise_filters(layer: Any) -> None:
-    """Bring every filter to unit norm, in place.
+def _bring_filters_to(norm: float, layer: Any) -> None:
+    """Give every filter this norm, in place.
 
     A batch norm made the scale of the filters before it irrelevant, and common initialisations leave norms
     from 0.04 to 3.5 in one network (depthwise and projecting layers of MobileNetV2). Without it their scale
     is that of the layer's output, beside biases and skip connections, and sets how fast the filters turn.
     """
     norms = layer.weight.flatten(1).norm(dim=1)
-    layer.weight.div_(torch.where(norms > 0, norms, 1).view(-1, *(1,) * (layer.weight.ndim - 1)))
+    factors = norm / torch.where(norms > 0, norms, 1)
+    layer.weight.mul_(factors.view(-1, *(1,) * (layer.weight.ndim - 1)))
 
 
 def leftover(norm: nn.Module) -> nn.Module:

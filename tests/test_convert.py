@@ -998,14 +998,17 @@ def test_the_report_says_what_is_whitened() -> None:
     ]
 
 
-def test_filters_that_lose_their_batch_norm_start_at_unit_norm() -> None:
+@pytest.mark.parametrize("norm", [1.0, 0.25])
+def test_filters_that_lose_their_batch_norm_start_at_one_norm(norm: float) -> None:
     """So that depthwise, projecting and other filters have outputs of one scale; others stay as they are."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     first, last = model[0].weight.detach().clone(), model[2].weight.detach().clone()
     first[1] = model[0].weight.data[1] = 0
-    twin, _ = convert_to_network_deconv(scramble_batch_norms(model))
+    config = NetworkDeconvConfig() if norm == 1.0 else NetworkDeconvConfig(filter_norm=norm)
+    twin, _ = convert_to_network_deconv(scramble_batch_norms(model), config)
     norms = first.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    torch.testing.assert_close(twin[0].weight, torch.where(norms > 0, first / norms, 0), rtol=0, atol=1e-7)
+    want = torch.where(norms > 0, first / norms * norm, 0)
+    torch.testing.assert_close(twin[0].weight, want, rtol=0, atol=1e-7)
     assert torch.equal(twin[2].weight, last)
     assert torch.equal(twin[0].bias, torch.zeros(4))
 

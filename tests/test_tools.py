@@ -67,6 +67,7 @@ RUNS = [
     run("identity", 0.1, 0, 0.5),
     run("fast:block_size=16", 0.1, 0, 0.5),
     run("fast:block_size=8", 0.1, 0, 0.5),
+    run("adamw/bn", 0.003, 0, 0.5),
 ]
 
 
@@ -79,16 +80,18 @@ def test_the_best_rate_has_the_most_seeds_and_the_best_mean() -> None:
 
 def test_accuracy_tables() -> None:
     lines = accuracy_vs_time.table(RUNS).splitlines()
-    assert lines[:3] == [
+    assert lines[:4] == [
         "| task | epochs | arm | rates tried | lr | seeds | final | standard error | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
+        "| six_conv | 2 | adamw/bn | 1 | 0.003 | 1 | 0.5000 |  | 20 |",
         "| six_conv | 2 | bn | 2 | 0.05 | 1 | 0.4000 |  | 20 |",
     ]
     assert "| six_conv | 2 | fast | 3 | 0.2 | 3 | 0.6000 | 0.0577 | 21 |" in lines  # 0.1 / sqrt(3)
     rows = accuracy_vs_time.explained(RUNS).splitlines()[2:]
     assert [tuple(row.split(" | ")[:2]) for row in rows] == [
         ("| 2", "bn"), ("| 2", "fast"), ("| 2", "exact"), ("| 2", "fast:block_size=8"),
-        ("| 2", "fast:block_size=16"), ("| 2", "identity"), ("| 2", "exact:block_size=16"), ("| 6", "bn"),
+        ("| 2", "fast:block_size=16"), ("| 2", "identity"), ("| 2", "exact:block_size=16"),
+        ("| 2", "adamw/bn"), ("| 6", "bn"),
     ]  # fmt: skip
     assert rows[1] == "| 2 | fast | fast mode | 3 | 0.2 | 3 | 0.6000 | 0.0577 | 21 |"
 
@@ -100,9 +103,20 @@ def test_arms_are_described() -> None:
         == "fast mode; channels per block 8, not 32; eps 0.01, not 1e-05"
     )
     assert described("exact:block_size=16").endswith("channels per block 16, not 64")
+    assert described("adamw/fast:filter_norm=0.25") == (
+        "fast mode; norm of the filters at first 0.25, not 1.0; trained by AdamW"
+    )
     for arm in ("bn", *accuracy_vs_time.OF_FAST, *accuracy_vs_time.OF_EXACT):
-        assert accuracy_vs_time.arm_name(arm) == arm
-        assert described(arm)
+        for text in (arm, f"adamw/{arm}"):
+            assert accuracy_vs_time.arm_name(text) == text
+            assert described(text)
+
+
+@pytest.mark.parametrize(("arm", "kind"), [("bn", torch.optim.SGD), ("adamw/fast", torch.optim.AdamW)])
+def test_optimisers_of_arms(arm: str, kind: type[torch.optim.Optimizer]) -> None:
+    optimizer = accuracy_vs_time.make_optimizer(torch.nn.Linear(2, 2), arm, 0.25)
+    assert type(optimizer) is kind
+    assert optimizer.defaults["lr"] == 0.25
 
 
 @pytest.mark.parametrize("arm", [*accuracy_vs_time.OF_FAST, *accuracy_vs_time.OF_EXACT, "fast:block_size=4"])
@@ -119,7 +133,8 @@ def test_every_arm_trains(arm: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arm", ["slow", "bn:eps=1", "fast:eps", "fast:eps=-1", "fast:epsilon=1", "fast:eps=x"]
+    "arm",
+    ["slow", "adamw/slow", "adamw/", "bn:eps=1", "fast:eps", "fast:eps=-1", "fast:epsilon=1", "fast:eps=x"],
 )
 def test_what_is_no_arm(arm: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=arm):

@@ -16,7 +16,8 @@ quarter of the width, and `mobilenet_v2`, whole, on 12,800 pictures of CIFAR-10 
 data/cifar10); `camvid`, the U-Net of the recipe camvid_unet_mobilenet_v2 on data/camvid.
 
 Arms: `bn`, `exact`, `fast`, any of the two with settings as in `fast:refresh_every=5,block_size=32`, and what
-they are taken apart into: OF_EXACT and OF_FAST, below, say what each is.
+they are taken apart into: OF_EXACT and OF_FAST, below, say what each is. SGD trains them, with momentum, or
+AdamW in `adamw/bn`, `adamw/fast:filter_norm=0.25` and the like.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ from segdeconv.whitening import (
 
 RESULTS = Path("docs/measured/accuracy_vs_time.jsonl")
 CAMVID_BATCH, WEIGHT_DECAY = 8, 5e-4
+ADAMW, ADAMW_DECAY = "adamw/", 0.01  # torch's default, as the other settings of AdamW
 OF_EXACT = {
     "exact": "exact mode, the published method",
     "detached": "exact mode without gradient through the statistics",
@@ -87,6 +89,7 @@ SETTINGS = {
     "linear_block_size": "features per block of linear layers",
     "eps": "eps",
     "momentum": "momentum of the running values",
+    "filter_norm": "norm of the filters at first",
     "refresh_every": "most steps between refreshes",
     "num_iters": "Newton-Schulz iterations",
     "sampling_stride": "sampling stride",
@@ -126,8 +129,8 @@ def fold_own(
 
 
 def parsed(arm: str) -> tuple[str, dict[str, Any]]:
-    """The name before the colon, and the settings behind it."""
-    name, _, settings = arm.partition(":")
+    """The name before the colon, and the settings behind it; the optimiser is no part of either."""
+    name, _, settings = arm.removeprefix(ADAMW).partition(":")
     pairs = [setting.partition("=") for setting in settings.split(",") if setting]
     return name, {key: json.loads(value) for key, _, value in pairs}
 
@@ -138,11 +141,11 @@ def config_of(arm: str) -> NetworkDeconvConfig:
 
 
 def arm_name(text: str) -> str:
-    name = text.partition(":")[0]
-    if name not in (*OF_EXACT, *OF_FAST) and text != "bn":
+    plain = text.removeprefix(ADAMW)
+    if plain.partition(":")[0] not in (*OF_EXACT, *OF_FAST) and plain != "bn":
         raise argparse.ArgumentTypeError(
             f"{text!r} is no arm; expected bn, {', '.join((*OF_EXACT, *OF_FAST))}, "
-            "any but bn with settings as in fast:refresh_every=5"
+            f"any but bn with settings as in fast:refresh_every=5, and any with {ADAMW} before it"
         )
     try:
         config_of(text)
@@ -159,7 +162,8 @@ def described(arm: str) -> str:
     usual = config_of(name)
     usual = dataclasses.replace(usual, block_size=usual.conv_block_size)
     changes = [f"{SETTINGS[key]} {value}, not {getattr(usual, key)}" for key, value in settings.items()]
-    return "; ".join([{"bn": "batch norm", **OF_FAST, **OF_EXACT}[name], *changes])
+    optimizer = ["trained by AdamW"] if arm.startswith(ADAMW) else []
+    return "; ".join([{"bn": "batch norm", **OF_FAST, **OF_EXACT}[name], *changes, *optimizer])
 
 
 def convert(model: nn.Module, arm: str) -> nn.Module:
@@ -223,7 +227,7 @@ def ablation(arm: str) -> contextlib.AbstractContextManager[object]:
         "unscaled": {"shrunk_inverse_sqrt": raw, "channel_moments": means_only},
         "unshrunk": {"shrunk_inverse_sqrt": unshrunk},
     }
-    name = arm.partition(":")[0]
+    name, _ = parsed(arm)
     if name == "all_rows":
         return mock.patch.object(whitening, "_moment_rows", lambda x: x)
     return mock.patch.multiple(layers, **functions[name]) if name in functions else contextlib.nullcontext()
@@ -307,26 +311,30 @@ TASKS: dict[str, tuple[Callable[[int], Any], Callable[[Any], nn.Module], int]] =
 }
 
 
-def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any]:
-    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
+def make_optimizer(model: nn.Module, arm: str, lr: float) -> torch.optim.Optimizer:
+    if arm.startswith(ADAMW):
+        return torch.optim.AdamW(model.parameters(), lr, weight_decay=ADAMW_DECAY)
+    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=WEIGHT_DECAY)
 
+
+def run(task: str, arm: str, lr: float, seed: int, epochs: int) -> dict[str, Any]:
     make_data, build, _ = TASKS[task]
     data = make_data(seed)
     seed_everything(seed)
     model = build(data)
-    warm = arm.partition(":")[0] == "warm"
-    if arm != "bn" and not warm:
+    name, _ = parsed(arm)
+    warm = name == "warm"
+    if name != "bn" and not warm:
         model = convert(model, arm)
     config = load_recipe("camvid_unet_mobilenet_v2").train
     total, warmup = epochs * data.steps, data.steps // 4
     done, curve, seconds = 0, [], 0.0
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, arm, lr)
     with ablation(arm):
         for epoch in range(epochs):
             if warm and epoch == epochs // 2:
                 model = calibrate(convert(model, arm), (images for images, _ in islice(data.epoch(0), 4)))
-                optimizer = make_optimizer(model)
+                optimizer = make_optimizer(model, arm, lr)
             model.train()
             losses = []
             for images, targets in data.epoch(epoch):
@@ -390,11 +398,12 @@ def explained(lines: list[dict[str, Any]]) -> str:
 
 
 def rank(arm: str) -> tuple[Any, ...]:
-    """Batch norm and the two modes come first, then what they are taken apart into."""
+    """Batch norm and the two modes come first, then what they are taken apart into, and AdamW's last."""
     name, settings = parsed(arm)
     first = ("bn", "fast", "exact")
     place = first.index(arm) if arm in first else len(first)
-    return place, ("bn", *OF_FAST, *OF_EXACT).index(name), list(settings.items())
+    kind = ("bn", *OF_FAST, *OF_EXACT).index(name)
+    return arm.startswith(ADAMW), place, kind, list(settings.items())
 
 
 _MEASURED = ["lr", "seeds", "final", "standard error", "seconds"]
